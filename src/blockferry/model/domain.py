@@ -1,0 +1,95 @@
+"""A domain as observed: its run state, disks, jobs, and what its QEMU can do."""
+
+from __future__ import annotations
+
+import msgspec
+
+from blockferry.model.graph import Disk, Graph
+from blockferry.model.job import Job
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What this QEMU can do.
+
+    Attributes:
+        version: such as `7.2.22`.
+        commands: names from query-commands.
+    """
+
+    version: str
+    commands: frozenset[str]
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a plan is made from, read from QEMU at one moment.
+
+    Attributes:
+        status: query-status, such as `running`, `paused`, `io-error`.
+        running: whether the guest's processors run.
+        graph: nodes and edges.
+        disks: by PCI and bus address.
+        jobs: by id.
+        capabilities: what this QEMU can do.
+        pid: QEMU's process, from the socket's peer, when known.
+        uuid: the guest's.
+        memory: bytes.
+        vcpus: how many.
+    """
+
+    status: str
+    running: bool
+    graph: Graph
+    disks: tuple[Disk, ...]
+    jobs: dict[str, Job]
+    capabilities: Capabilities
+    pid: int | None = None
+    uuid: str | None = None
+    memory: int = 0
+    vcpus: int = 0
+
+    def disk(self, target: str) -> Disk | None:
+        """The disk of that target."""
+        return next((disk for disk in self.disks if disk.target == target), None)
+
+
+# libvirt's prefix for each bus; virDomainDiskDefAssignTargets has the same.
+TARGET_PREFIX = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd", "nvme": "nvme"}
+
+
+def target_name(bus: str, index: int) -> str:
+    """Libvirt's target name for the index-th disk (from 0) with that prefix: vda ... vdz, vdaa; nvme0n1.
+
+    libvirt's virIndexToDiskName does the same for letters.
+    """
+    if bus == "nvme":
+        return f"nvme{index}n1"
+    letters = ""
+    index += 1
+    while index > 0:
+        index, rest = divmod(index - 1, 26)
+        letters = chr(ord("a") + rest) + letters
+    return TARGET_PREFIX[bus] + letters
+
+
+def assign_targets(devices: list[tuple[str, str]], kept: dict[str, str]) -> dict[str, str]:
+    """Give every device a target: those given before stay, the rest get the first free names in order.
+
+    Args:
+        devices: (qdev, bus) in the order of PCI and bus addresses.
+        kept: qdev -> target from earlier.
+
+    Returns:
+        qdev -> target, for exactly these devices.
+    """
+    given = {qdev: kept[qdev] for qdev, _bus in devices if qdev in kept}
+    # A name once given to a device that is gone is not given again: the journal speaks of it.
+    taken = set(kept.values())
+    for qdev, bus in devices:
+        if qdev in given:
+            continue
+        index = 0
+        while (name := target_name(bus, index)) in taken:
+            index += 1
+        given[qdev] = name
+        taken.add(name)
+    return given

@@ -1,0 +1,94 @@
+"""Block jobs: QEMU's states and verbs as tables, and what progress means.
+
+Source: QEMU's job.c, JobSTT and JobVerbTable (qapi/job.json documents both).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+STATES = frozenset(
+    {
+        "undefined",
+        "created",
+        "running",
+        "paused",
+        "ready",
+        "standby",
+        "waiting",
+        "pending",
+        "aborting",
+        "concluded",
+        "null",
+    }
+)
+# In these a verb is accepted by QEMU.
+VERBS: dict[str, frozenset[str]] = {
+    "complete": frozenset({"ready"}),
+    "finalize": frozenset({"pending"}),
+    "cancel": frozenset({"created", "running", "paused", "ready", "standby", "waiting", "pending"}),
+    "dismiss": frozenset({"concluded"}),
+    "set-speed": frozenset({"created", "running", "paused", "ready", "standby"}),
+}
+ENDED = frozenset({"concluded", "null"})
+# Up to and including these a job has not begun to end.
+BEFORE_WINDOW = frozenset({"created", "running", "paused", "ready", "standby"})
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A block job as query-jobs and query-block-jobs show it.
+
+    Attributes:
+        id: QEMU's job id; ours are derived from operation and target.
+        type: `mirror`, `commit`, `backup`, `stream`...
+        status: one of STATES.
+        current: bytes done, as QEMU counts.
+        total: bytes in all, as QEMU counts; grows while the guest writes.
+        ready: a mirror that has caught up at least once.
+        error: QEMU's own words, when it ended with one.
+        speed: the limit in bytes per second, 0 for none.
+        io_status: `ok`, `failed` or `nospace`.
+    """
+
+    id: str
+    type: str
+    status: str
+    current: int = 0
+    total: int = 0
+    ready: bool = False
+    error: str | None = None
+    speed: int = 0
+    io_status: str = "ok"
+
+    def allows(self, verb: str) -> bool:
+        """Whether QEMU accepts the verb in this state."""
+        return self.status in VERBS[verb]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it still works and nothing went wrong."""
+        return self.status in BEFORE_WINDOW and self.error is None
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a mirror is, for people to look at.
+
+    Attributes:
+        domain: its name.
+        disk: the target.
+        state: `copying`, `ready`, `pivoted`, `finished`, `cancelled` or `lost`.
+        current: bytes done.
+        total: bytes in all.
+        rate: bytes per second over the last samples; None for the first.
+        remaining_seconds: at that rate; None when it can't be said.
+        reason: why a mirror was lost.
+    """
+
+    domain: str
+    disk: str
+    state: str
+    current: int
+    total: int
+    rate: float | None = None
+    remaining_seconds: float | None = None
+    reason: str | None = None

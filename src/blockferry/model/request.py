@@ -1,0 +1,165 @@
+"""What can be asked of the service: one frozen value a request, the same in process and over HTTP.
+
+On the wire a request is a JSON object whose `request` member says which one it is.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from blockferry.model.snapshot import SnapshotWish
+
+
+class _Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="request", forbid_unknown_fields=True):
+    pass
+
+
+class Attach(_Request, frozen=True, kw_only=True, tag="attach"):
+    """Take charge of a running guest. `qmp` is an absolute socket path; `timeout` seconds for the greeting."""
+
+    domain: str
+    qmp: str
+    timeout: float = 5.0
+
+
+class Detach(_Request, frozen=True, kw_only=True, tag="detach"):
+    """Let go of a guest; it runs on. Refused while a copy or mirror of ours works."""
+
+    domain: str
+
+
+class ListDomains(_Request, frozen=True, kw_only=True, tag="list"):
+    """All attached domains."""
+
+
+class ShowDomain(_Request, frozen=True, kw_only=True, tag="show"):
+    """One domain with its disks, chains and mirrors, and the live XML."""
+
+    domain: str
+
+
+class CreateSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-create"):
+    """Take a snapshot, from XML or from a wish. `flags` are SnapshotCreate's."""
+
+    domain: str
+    xml: str | None = None
+    wish: SnapshotWish | None = None
+    flags: int = 0
+    dry_run: bool = False
+
+
+class ListSnapshots(_Request, frozen=True, kw_only=True, tag="snapshot-list"):
+    """A domain's snapshots."""
+
+    domain: str
+
+
+class ShowSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-show"):
+    """One snapshot, with its XML."""
+
+    domain: str
+    snapshot: str
+
+
+class DeleteSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-delete"):
+    """Delete a snapshot; `flags` are SnapshotDelete's. `timeout` seconds for its mirrors to be ready."""
+
+    domain: str
+    snapshot: str
+    flags: int = 0
+    timeout: float = 60.0
+
+
+class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
+    """Start a block copy. `format` None is the source's; `bandwidth` bytes per second, 0 for no limit."""
+
+    domain: str
+    disk: str
+    dest: str
+    base: str | None = None
+    format: str | None = None
+    bandwidth: int = 0
+    flags: int = 0
+    dry_run: bool = False
+
+
+class ListJobs(_Request, frozen=True, kw_only=True, tag="job-list"):
+    """The copies and mirrors of a domain."""
+
+    domain: str
+
+
+class PivotJobs(_Request, frozen=True, kw_only=True, tag="job-pivot"):
+    """Let the guest go on on the destinations of these disks, all at one instant or none."""
+
+    domain: str
+    disks: tuple[str, ...]
+    timeout: float = 60.0
+
+
+class FinishJobs(_Request, frozen=True, kw_only=True, tag="job-finish"):
+    """Make the destinations of these disks consistent copies of one instant; the guest stays on its sources."""
+
+    domain: str
+    disks: tuple[str, ...]
+    timeout: float = 60.0
+
+
+class CancelJobs(_Request, frozen=True, kw_only=True, tag="job-cancel"):
+    """Stop the copies or mirrors of these disks. The destination files stay, incomplete."""
+
+    domain: str
+    disks: tuple[str, ...]
+
+
+class SetJobSpeed(_Request, frozen=True, kw_only=True, tag="job-speed"):
+    """Limit a copy to `bandwidth` bytes per second; 0 lifts the limit."""
+
+    domain: str
+    disk: str
+    bandwidth: int
+
+
+class ListEvents(_Request, frozen=True, kw_only=True, tag="events"):
+    """The events after number `since`, of one domain or of all."""
+
+    domain: str | None = None
+    since: int = 0
+
+
+class ListOperations(_Request, frozen=True, kw_only=True, tag="operations"):
+    """Operations, of one domain or of all."""
+
+    domain: str | None = None
+
+
+class ShowOperation(_Request, frozen=True, kw_only=True, tag="operation-show"):
+    """One operation with its steps."""
+
+    operation: int
+
+
+class Recover(_Request, frozen=True, kw_only=True, tag="recover"):
+    """Look at every operation that is not settled, and settle it."""
+
+
+Request = (
+    Attach
+    | Detach
+    | ListDomains
+    | ShowDomain
+    | CreateSnapshot
+    | ListSnapshots
+    | ShowSnapshot
+    | DeleteSnapshot
+    | StartCopy
+    | ListJobs
+    | PivotJobs
+    | FinishJobs
+    | CancelJobs
+    | SetJobSpeed
+    | ListEvents
+    | ListOperations
+    | ShowOperation
+    | Recover
+)

@@ -1,0 +1,275 @@
+"""What is answered: documented, versioned shapes (docs/json.md), the same in process, over HTTP and with --json.
+
+Every answer is an object with `version` (1) and `kind`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+VERSION = 1
+
+
+class _View(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    pass
+
+
+class ImageView(msgspec.Struct, frozen=True, kw_only=True):
+    """A layer of a chain: its file, format and virtual size in bytes."""
+
+    file: str
+    format: str
+    virtual_size: int
+
+
+class MirrorView(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk's mirror.
+
+    `state` is copying, ready, pivoted, finished, cancelled, removed or lost; `job` is libvirt's word for it, `copy`;
+    `current` and `total` are bytes, while it works.
+    """
+
+    file: str
+    format: str
+    state: str
+    reason: str | None = None
+    job: str = "copy"
+    snapshot: str | None = None
+    current: int | None = None
+    total: int | None = None
+
+
+class DiskView(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk. `source` and `format` are the active image's, None for an empty drive."""
+
+    target: str
+    qdev: str
+    bus: str
+    device: str
+    read_only: bool
+    source: str | None
+    format: str | None
+    virtual_size: int | None
+    chain: tuple[ImageView, ...]
+    mirror: MirrorView | None = None
+
+
+class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
+    """A domain. `state` is QEMU's run state, or `unreachable` or `gone`; `reason` says why for these two."""
+
+    name: str
+    qmp: str
+    state: str
+    pid: int | None
+    disks: tuple[DiskView, ...]
+    qemu: str | None = None
+    reason: str | None = None
+    current_snapshot: str | None = None
+    xml: str | None = None
+    version: int = VERSION
+
+
+class DomainRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A domain in the list."""
+
+    name: str
+    state: str
+    qmp: str
+    pid: int | None
+    disks: int
+    mirrors: int
+
+
+class DomainList(_View, frozen=True, kw_only=True, tag="domains"):
+    """All domains, by name."""
+
+    domains: tuple[DomainRow, ...]
+    version: int = VERSION
+
+
+class SnapshotDiskView(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk of a snapshot: the overlay, the image as of the snapshot, and the mirror with its state."""
+
+    target: str
+    source: str
+    format: str
+    backing: str
+    backing_format: str
+    mirror: MirrorView | None = None
+
+
+class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
+    """A snapshot. `created` is seconds since 1970; `left_out` names disks that took no part, with the reason."""
+
+    domain: str
+    name: str
+    created: float
+    state: str
+    parent: str | None
+    current: bool
+    description: str | None
+    disks: tuple[SnapshotDiskView, ...]
+    xml: str | None = None
+    operation: int | None = None
+    left_out: dict[str, str] = msgspec.field(default_factory=dict)
+    version: int = VERSION
+
+
+class SnapshotList(_View, frozen=True, kw_only=True, tag="snapshots"):
+    """A domain's snapshots, oldest first."""
+
+    domain: str
+    snapshots: tuple[SnapshotView, ...]
+    version: int = VERSION
+
+
+class JobView(_View, frozen=True, kw_only=True, tag="job"):
+    """A copy or mirror that works, or how the last one on that disk ended.
+
+    `state` is copying, ready, pivoted, finished, cancelled, removed or lost. `current` and `total` are bytes, `speed`
+    bytes per second (0: no limit).
+    """
+
+    domain: str
+    disk: str
+    source: str
+    dest: str
+    format: str
+    state: str
+    current: int
+    total: int
+    speed: int
+    operation: int
+    snapshot: str | None = None
+    reason: str | None = None
+    version: int = VERSION
+
+
+class JobList(_View, frozen=True, kw_only=True, tag="jobs"):
+    """Jobs by target."""
+
+    domain: str
+    jobs: tuple[JobView, ...]
+    version: int = VERSION
+
+
+class PlanView(_View, frozen=True, kw_only=True, tag="plan"):
+    """What would be done (--dry-run): nothing has been. `left_out` names disks that take no part, with the reason."""
+
+    domain: str
+    operation: str
+    steps: tuple[str, ...]
+    left_out: dict[str, str] = msgspec.field(default_factory=dict)
+    version: int = VERSION
+
+
+class StepView(msgspec.Struct, frozen=True, kw_only=True):
+    """A step: `state` is intent, done, failed or undone; times are seconds since 1970."""
+
+    index: int
+    stretch: str
+    text: str
+    state: str
+    started: float
+    ended: float | None
+    error: str | None = None
+
+
+class OperationView(_View, frozen=True, kw_only=True, tag="operation"):
+    """An operation.
+
+    `state` is running, in-progress, done, undone or unsettled; `pause_ms` is how long the guest stood still, from
+    QEMU's own clock; `next` is what can be typed now; `row` is the row of the recovery table, after a crash.
+    """
+
+    id: int
+    domain: str
+    what: str
+    state: str
+    text: str
+    started: float
+    ended: float | None
+    error: str | None = None
+    row: str | None = None
+    pause_ms: float | None = None
+    steps: tuple[StepView, ...] = ()
+    next: tuple[str, ...] = ()
+    version: int = VERSION
+
+
+class OperationList(_View, frozen=True, kw_only=True, tag="operations"):
+    """Operations, oldest first, without their steps."""
+
+    operations: tuple[OperationView, ...]
+    version: int = VERSION
+
+
+class Event(_View, frozen=True, kw_only=True, tag="event"):
+    """Something that happened. `seq` grows by one an event in a state directory; `data` depends on `type`.
+
+    Progress events have `seq` 0: they are never recorded.
+    """
+
+    seq: int
+    time: float
+    type: str
+    domain: str
+    disk: str | None = None
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
+    version: int = VERSION
+
+
+class EventList(_View, frozen=True, kw_only=True, tag="events"):
+    """Recorded events, oldest first. `last` is the newest number there is."""
+
+    events: tuple[Event, ...]
+    last: int
+    version: int = VERSION
+
+
+class RecoveredOperation(msgspec.Struct, frozen=True, kw_only=True):
+    """What recovery made of one operation: `row` of the table in ARCHITECTURE.md, and why."""
+
+    operation: int
+    domain: str
+    what: str
+    row: str
+    why: str
+    state: str
+    next: tuple[str, ...] = ()
+
+
+class RecoveryReport(_View, frozen=True, kw_only=True, tag="recovery"):
+    """What recovery found and did. `unreachable` names domains whose QEMU could not be asked, with the reason."""
+
+    operations: tuple[RecoveredOperation, ...]
+    unreachable: dict[str, str] = msgspec.field(default_factory=dict)
+    version: int = VERSION
+
+
+class Done(_View, frozen=True, kw_only=True, tag="done"):
+    """It was done; `text` says what, `operation` is the number of the operation when there was one."""
+
+    text: str
+    operation: int | None = None
+    pause_ms: float | None = None
+    version: int = VERSION
+
+
+View = (
+    DomainView
+    | DomainList
+    | SnapshotView
+    | SnapshotList
+    | JobView
+    | JobList
+    | PlanView
+    | OperationView
+    | OperationList
+    | Event
+    | EventList
+    | RecoveryReport
+    | Done
+)

@@ -1,0 +1,58 @@
+"""The public test kit: real QEMUs, images, NBD servers, writing Linux guests, and a QMP proxy that injects faults."""
+
+from blockferry.testing.guest import GuestError, Missing, Records, WritingGuest
+from blockferry.testing.images import (
+    ImageDamagedError,
+    ToolError,
+    check_image,
+    compare_images,
+    image_sha256,
+    make_image,
+    raw_contents,
+    write_pattern,
+)
+from blockferry.testing.initramfs import GuestImages, build_guest
+from blockferry.testing.launcher import (
+    QemuBinaries,
+    TestQemu,
+    blockdev_disk,
+    blockdev_node,
+    find_qemu,
+    legacy_drive,
+    qemu10_dir,
+)
+from blockferry.testing.missing import MissingComponentError
+from blockferry.testing.nbd import NbdServer
+from blockferry.testing.process import StartError
+from blockferry.testing.proxy import Fault, FaultKind, Gate, QmpFaultProxy
+
+__all__ = [
+    "Fault",
+    "FaultKind",
+    "Gate",
+    "GuestError",
+    "GuestImages",
+    "ImageDamagedError",
+    "Missing",
+    "MissingComponentError",
+    "NbdServer",
+    "QemuBinaries",
+    "QmpFaultProxy",
+    "Records",
+    "StartError",
+    "TestQemu",
+    "ToolError",
+    "WritingGuest",
+    "blockdev_disk",
+    "blockdev_node",
+    "build_guest",
+    "check_image",
+    "compare_images",
+    "find_qemu",
+    "image_sha256",
+    "legacy_drive",
+    "make_image",
+    "qemu10_dir",
+    "raw_contents",
+    "write_pattern",
+]

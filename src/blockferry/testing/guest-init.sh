@@ -1,0 +1,55 @@
+#!/bin/busybox sh
+# The first process of the tests' guest: writes numbered records to every disk, all the time.
+#
+# The kernel's command line arrives as environment: bf_disks (vda,vdb), bf_run, bf_first, bf_slots, bf_batch and
+# bf_block (the region's start in blocks of 4096 bytes). The second serial port carries the protocol: "ACK disk N"
+# (records up to N are flushed), "IOERROR disk N" (tried again until it works), and "stop", answered by "STOPPED".
+# Records are built by the shell itself: a batch costs one fork.
+export PATH=/bin
+busybox mount -t proc proc /proc
+busybox mount -t devtmpfs dev /dev
+for module in /modules/*.ko; do busybox insmod "$module"; done
+exec 3<>/dev/ttyS1
+busybox stty raw -echo <&3
+
+dots=...............................................................
+newline='
+'
+
+write_records() {
+    disk=$1
+    n=$bf_first
+    while [ ! -b "/dev/$disk" ]; do busybox usleep 10000; done
+    while [ ! -e /stop ]; do
+        last=$((n + bf_batch - 1))
+        i=$n
+        batch=
+        while [ "$i" -le "$last" ]; do
+            line="blockferry $bf_run $disk $i $dots"
+            line="${line:0:63}$newline"
+            line=$line$line$line$line
+            line=$line$line$line$line
+            batch=$batch$line$line$line$line
+            i=$((i + 1))
+        done
+        printf %s "$batch" >"/batch-$disk"
+        until dd if="/batch-$disk" of="/dev/$disk" bs=4096 seek=$((bf_block + n % bf_slots)) conv=notrunc,fsync oflag=direct 2>"/error-$disk"; do
+            echo "IOERROR $disk $n" >&3
+            busybox cat "/error-$disk"
+            busybox usleep 100000
+        done
+        echo "ACK $disk $last" >&3
+        n=$((last + 1))
+    done
+}
+
+IFS=,
+for disk in $bf_disks; do write_records "$disk" & done
+unset IFS
+while read -r word <&3; do
+    [ "$word" = stop ] && break
+done
+: >/stop
+wait
+echo STOPPED >&3
+while :; do busybox sleep 86400; done
