@@ -78,7 +78,7 @@ async def test_stop_writing_and_go_on(qemu: QemuBinaries, tmp_path: Path) -> Non
 @pytest.mark.guest
 async def test_write_errors_are_reported_and_tried_again(qemu: QemuBinaries, tmp_path: Path) -> None:
     image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
-    rule = {"event": "write_aio", "errno": 5, "once": True, "sector": 2048 + 8 * 40}
+    rule = {"event": "none", "iotype": "write", "errno": 5, "once": True, "sector": 2048 + 8 * 40}
     node = {"driver": "blkdebug", "node-name": "d0", "image": {"driver": "file", "filename": str(image)}}
     disk = [
         "-blockdev",

@@ -106,6 +106,7 @@ class WritingGuest:
         binaries: which QEMU.
         directory: existing folder for sockets and logs.
         disks: QEMU's arguments for each disk, by its name in the guest; in the guest's order (`vda`, `vdb`).
+            Debian's cloud kernel drives virtio, scsi, ide and nvme disks; it has no driver for sata and usb.
         images: kernel and initramfs; built where it is not given.
         slots: size of the region that is written, in records of 4096 bytes; a multiple of `batch`.
         batch: records that are written and flushed at once.
@@ -150,7 +151,7 @@ class WritingGuest:
         self._port, self._qemu_port = socket.socketpair()
         self._writer: asyncio.StreamWriter | None = None
         boot = images or build_guest()
-        arguments = ["-cpu", "max", "-smp", "2", "-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
+        arguments = ["-cpu", "max", "-smp", "2", "-no-reboot", "-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
         arguments += ["-append", f"{BOOT_OPTIONS} {self._environment(batch)}"]
         arguments += ["-chardev", f"file,id=console,path={str(self.console).replace(',', ',,')}"]
         arguments += ["-chardev", f"socket,id=acks,fd={self._qemu_port.fileno()}"]

@@ -10,8 +10,9 @@ from typing import Self
 from blockferry.testing.launcher import QemuBinaries
 from blockferry.testing.process import ChildProcess, socket_path
 
-START_TIMEOUT_S = 10.0  # qemu-nbd listens after 0.02 s
-POLL_S = 0.005  # qemu-nbd tells nobody that it listens
+START_TIMEOUT_S = 10.0  # qemu-nbd is ready after 0.02 s
+POLL_S = 0.005  # qemu-nbd tells nobody that it is ready
+GREETING = b"NBDMAGIC"
 
 
 class NbdServer:
@@ -48,18 +49,18 @@ class NbdServer:
         return self._process.alive
 
     async def start(self) -> None:
-        """Start the server; on return it accepts connections. A stale socket is removed.
+        """Start the server; on return it serves the image. A stale socket is removed.
 
         The socket is tried every 5 ms while the process is watched.
 
         Raises:
-            StartError: the server ended, or did not listen in 10 s; has what it wrote to stderr.
+            StartError: the server ended, or was not ready in 10 s; has what it wrote to stderr.
         """
         self.socket.unlink(missing_ok=True)
         await self._process.start()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                while not await self._accepts():
+                while not await self._greets():
                     if not self.alive:
                         raise self._process.start_error()
                     await asyncio.sleep(POLL_S)
@@ -67,15 +68,20 @@ class NbdServer:
             await self.kill()
             raise self._process.start_error() from error
 
-    async def _accepts(self) -> bool:
+    async def _greets(self) -> bool:
+        """Tell whether the server speaks; it listens already before it has opened the image."""
         try:
-            _reader, writer = await asyncio.open_unix_connection(self.socket)
+            reader, writer = await asyncio.open_unix_connection(self.socket)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-        return True
+        try:
+            return await reader.read(len(GREETING)) == GREETING
+        except ConnectionError:
+            return False
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def kill(self) -> None:
         """SIGKILL the server and wait until it is gone: every client's connection ends."""

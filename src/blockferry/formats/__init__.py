@@ -1,0 +1,1 @@
+"""libvirt's XML to and from the model. XML exists nowhere else."""

@@ -1,0 +1,51 @@
+"""What is known of files before a plan is made: looked up by qemu.images, judged by the plan."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Kind = Literal["absent", "file", "directory", "block", "other"]
+
+
+class FileFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What a path is.
+
+    Attributes:
+        path: as it was asked for.
+        real: with links resolved, for comparing.
+        kind: what is there.
+        problem: why nothing can be created there, in the system's words; None when it can.
+        device: its file system's number, for adding up what goes onto one.
+        free: bytes free on its file system.
+        allocated: bytes that it takes up now.
+    """
+
+    path: str
+    real: str
+    kind: Kind
+    problem: str | None = None
+    device: int = 0
+    free: int = 0
+    allocated: int = 0
+
+
+class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What an existing image's header says, read with the driver that was named: formats are never probed.
+
+    Attributes:
+        path: the file.
+        format: the driver that it was read with.
+        virtual_size: bytes.
+        backing: the backing file as an absolute path; None when it stands alone.
+        backing_format: the format that the header names for it; None when it names none.
+        problem: why it can't be read or followed; the rest means nothing then.
+    """
+
+    path: str
+    format: str
+    virtual_size: int = 0
+    backing: str | None = None
+    backing_format: str | None = None
+    problem: str | None = None

@@ -1,0 +1,112 @@
+"""Finding the disks that a request speaks of, and whether they can take part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from blockferry import errors
+from blockferry.model.domain import Observation
+from blockferry.model.files import FileFact
+from blockferry.model.graph import JOB_FILTERS, PROTOCOL_DRIVERS, Disk, Graph
+
+
+def find_disk(domain: str, seen: Observation, name: str) -> Disk:
+    """The disk of that target, qdev id, or image path.
+
+    Raises:
+        NoSuchDisk: nothing answers to the name.
+        AmbiguousDisk: an image that several disks share.
+    """
+    exact = [disk for disk in seen.disks if name in (disk.target, disk.qdev, disk.backend)]
+    found = exact or [disk for disk in seen.disks if disk.answers_to(name)]
+    if not found:
+        known = ", ".join(disk.target for disk in seen.disks) or "no disks"
+        raise errors.NoSuchDisk(domain=domain, disk=name, known=known)
+    if len(found) > 1:
+        raise errors.AmbiguousDisk(domain=domain, disk=name, targets=", ".join(disk.target for disk in found))
+    return found[0]
+
+
+def unsuitable(disk: Disk, graph: Graph) -> str | None:
+    """Why the disk can't be snapshotted or copied, or None."""
+    if not disk.chain or disk.root is None:
+        return "the drive is empty"
+    if disk.device != "disk":
+        return f"it is a {disk.device}"
+    if disk.read_only:
+        return "it is read-only"
+    active = disk.active
+    root = graph.nodes[disk.root]
+    if root.name != active.node and root.driver not in JOB_FILTERS:
+        return f"a filter ({root.driver}) stands above its image, which this version does not follow"
+    if active.format in PROTOCOL_DRIVERS:
+        return f"its image is opened as bare {active.format}, without a format; open it as raw"
+    if active.format not in ("qcow2", "raw"):
+        return f"its image is {graph.nodes[active.node].driver}; only qcow2 and raw are carried out"
+    return None
+
+
+def require_suitable(domain: str, disk: Disk, seen: Observation) -> None:
+    """Refuse a disk that can't take part, or that has a job on it.
+
+    Raises:
+        DiskUnsuitable: with the reason.
+        DiskBusy: with the job.
+    """
+    reason = unsuitable(disk, seen.graph)
+    if reason:
+        raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
+    job = job_on(disk, seen.graph)
+    if job:
+        raise errors.DiskBusy(domain=domain, disk=disk.target, job=job)
+
+
+def job_on(disk: Disk, graph: Graph) -> str | None:
+    """A filter that a job has put above the disk's image, or None: a second job would be refused by QEMU."""
+    nodes = {image.node for image in disk.chain}
+    if disk.root is not None and disk.root not in nodes and graph.nodes[disk.root].driver in JOB_FILTERS:
+        return disk.root
+    for node in nodes:
+        for edge in graph.parents(node):
+            above = graph.nodes.get(edge.parent)
+            if above is not None and above.driver in JOB_FILTERS:
+                return above.name
+    return None
+
+
+def source_options(graph: Graph, node: str) -> dict[str, Any]:
+    """How to open a node and its chain again: QAPI BlockdevOptions, nested, without node names.
+
+    QEMU shows driver, file name, cache and detect-zeroes; what it does not show (discard, aio) gets QEMU's defaults.
+    """
+    here = graph.nodes[graph.below_filters(node)]
+    options: dict[str, Any] = {
+        "driver": here.driver,
+        "read-only": here.read_only,
+        "cache": {"direct": here.direct, "no-flush": here.no_flush},
+    }
+    if here.detect_zeroes != "off":
+        options["detect-zeroes"] = here.detect_zeroes
+    below = graph.child(here.name, "file")
+    if below is None:
+        return {**options, "filename": here.filename}
+    options["file"] = source_options(graph, below)
+    backing = graph.child(here.name, "backing")
+    if backing is not None:
+        options["backing"] = source_options(graph, backing)
+    elif here.driver == "qcow2":
+        options["backing"] = None
+    return options
+
+
+def require_new_file(fact: FileFact) -> None:
+    """Refuse a destination that exists, or that can't be created.
+
+    Raises:
+        DestinationExists: something is there.
+        DestinationUnusable: with the system's words.
+    """
+    if fact.kind != "absent":
+        raise errors.DestinationExists(path=fact.path)
+    if fact.problem:
+        raise errors.DestinationUnusable(path=fact.path, reason=fact.problem)

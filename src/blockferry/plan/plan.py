@@ -1,0 +1,116 @@
+"""A plan: what an operation does, in four stretches, and what is true once it has done it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from blockferry.model.snapshot import Mirror, MirrorEnd, Snapshot
+from blockferry.plan.steps import Step
+
+
+class WindowDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk in a window, with what it takes to bring it back.
+
+    Attributes:
+        target: the disk's.
+        backend: what the graph calls the device.
+        source_node: the node under the device before.
+        source_options: how to open the source again, layer by layer, when QEMU has freed that node (a node that
+            nobody named goes when its last user does); AddNode's options without node names.
+        back_node: the name for the source opened again.
+        back_job: the id of the job that brings it back.
+        mirror: the mirror as it was before.
+    """
+
+    target: str
+    backend: str
+    source_node: str
+    source_options: dict[str, Any]
+    back_node: str
+    back_job: str
+    mirror: Mirror
+
+
+class Window(msgspec.Struct, frozen=True, kw_only=True):
+    """The instant: the guest stands still from the first step to the record after the last.
+
+    Attributes:
+        ends_on: `destination` (a pivot) or `source` (a finish).
+        resume: whether the guest ran before, so that it is to run again.
+        disks: those that take part.
+        steps: in their order.
+    """
+
+    ends_on: Literal["destination", "source"]
+    resume: bool
+    disks: tuple[WindowDisk, ...]
+    steps: tuple[Step, ...]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """The point of no return: what is true from then on, written in one durable transaction.
+
+    Attributes:
+        authoritative: target -> the file that holds the guest's data.
+        snapshot: a snapshot that now exists.
+        forget_snapshot: a snapshot that exists no more.
+        mirrors: mirrors that now work.
+        ended: target -> how its mirror ended.
+        reason: why they ended, when there is one.
+    """
+
+    authoritative: dict[str, str] = {}
+    snapshot: Snapshot | None = None
+    forget_snapshot: str | None = None
+    mirrors: tuple[Mirror, ...] = ()
+    ended: dict[str, MirrorEnd] = {}
+    reason: str | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that an operation will do.
+
+    Attributes:
+        what: `snapshot`, `copy`, `pivot`, `finish`, `reopen`, `cancel`, `remove-mirror`, `forget`.
+        text: one line for people.
+        prepare: steps with an undo; the guest runs and is not affected.
+        window: where an instant is needed.
+        record: the point of no return.
+        settle: idempotent; tried forwards until done.
+        left_out: disks that take no part, with the reason.
+    """
+
+    what: str
+    text: str
+    prepare: tuple[Step, ...] = ()
+    window: Window | None = None
+    record: Record = Record()
+    settle: tuple[Step, ...] = ()
+    left_out: dict[str, str] = {}
+
+    def lines(self) -> tuple[str, ...]:
+        """The steps as people read them, for --dry-run."""
+        lines = [f"prepare: {step.text}" for step in self.prepare]
+        lines += [f"window: {step.text}" for step in self.window.steps] if self.window else []
+        lines += ["record: " + (", ".join(f"{t} is {f}" for t, f in self.record.authoritative.items()) or self.text)]
+        lines += [f"settle: {step.text}" for step in self.settle]
+        return tuple(lines)
+
+
+class Names:
+    """Node names and job ids, derived from the state directory's tag, the operation and the disk's target.
+
+    QEMU limits a node's name to 31 characters (block.c, `NODE_NAME_MAX`... qdict names of 32 with the NUL):
+    `bf` + 4 + `-` + 8 + `-` + 10 + `-` + 2 is 28.
+    """
+
+    PREFIX = "bf"
+
+    def __init__(self, tag: str, operation: int) -> None:
+        self.stem = f"{self.PREFIX}{tag}-{operation}"
+
+    def of(self, target: str, role: str) -> str:
+        """The name for this disk's `role`: s, sf (overlay), x, xf (destination), t (filter), m (job), y0... (bases)."""
+        return f"{self.stem}-{target[-10:]}-{role}"

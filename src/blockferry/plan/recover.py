@@ -1,0 +1,147 @@
+"""The decision table: what an operation that was interrupted becomes, from its journal and what is there now.
+
+One row a case, a letter and a sentence of why; ARCHITECTURE.md has the table, made from ROWS. Recovery never goes on
+with a copy or a window that had not begun; it never guesses: a domain that can't be asked is left open (row W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from blockferry.model.domain import Observation
+from blockferry.model.operation import OperationState, StepState
+from blockferry.plan.plan import Plan, Window
+from blockferry.plan.steps import AddNode, CreateImage, SetBacking, StartMirror, Step, TakeSnapshots
+
+Action = Literal["nothing", "undo", "leave-window", "record", "settle", "wait"]
+
+ROWS: dict[str, str] = {
+    "A": "The point of no return is recorded: settle forwards; every step of settling finds what it did before.",
+    "B": "Nothing was sent to QEMU and no file was made: it is undone as it stands.",
+    "C": "Every prepared step shows in the graph and nothing was left to do but the record: write it.",
+    "D": "It was interrupted while preparing: undo what shows, in reverse order; the guest never noticed.",
+    "E": "The window had not begun: undo its preparation; the mirrors go on, nothing is pivoted.",
+    "F": "The guest stands still with every disk switched and every job concluded without an error: record, go on.",
+    "G": "The guest may stand still with some disks switched or none: bring all back to their sources, let it run.",
+    "H": "QEMU is gone and nothing had been switched: remove the files that we made.",
+    "I": "QEMU is gone and the overlays hold data: the switch had happened, so the overlays are authoritative: record.",
+    "J": "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
+    "K": "QEMU is gone after the record: nothing is left to settle in it.",
+    "W": "QEMU can't be asked now: the operation stays open until it can.",
+}
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What to do: a row of the table and its action."""
+
+    row: str
+    action: Action
+
+    @property
+    def why(self) -> str:
+        """The row's sentence."""
+        return ROWS[self.row]
+
+
+class Interrupted(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation that is not settled, as the journal has it.
+
+    Attributes:
+        state: its state when it was interrupted.
+        plan: what was to be done.
+        steps: state of every prepared step that was begun, by index.
+    """
+
+    state: OperationState
+    plan: Plan
+    steps: Mapping[int, StepState]
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What is there now.
+
+    Attributes:
+        seen: the domain as observed; None when QEMU is gone or can't be asked.
+        gone: whether QEMU is known to be gone (its process has ended), rather than unreachable.
+        written: overlays of ours that hold data, by path; looked at only when QEMU is gone.
+        dead: targets whose destination does not answer.
+    """
+
+    seen: Observation | None
+    gone: bool = False
+    written: frozenset[str] = frozenset()
+    dead: Mapping[str, str] = {}
+
+
+def shows(step: Step, seen: Observation) -> bool:
+    """Whether the graph or the jobs show what the step does; True for steps that leave nothing to see there."""
+    match step:
+        case AddNode():
+            return step.node in seen.graph.nodes
+        case TakeSnapshots():
+            return all(seen.graph.child(pair.overlay, "backing") == pair.node for pair in step.pairs)
+        case StartMirror():
+            job = seen.jobs.get(step.job)
+            return job is not None and job.error is None and job.status != "concluded"
+        case SetBacking():
+            return seen.graph.child(step.node, "backing") == step.backing
+    return True
+
+
+def switched(window: Window, seen: Observation) -> bool:
+    """Whether every disk of the window stands where it was to go and its job has concluded without an error."""
+    for disk in window.disks:
+        job = seen.jobs.get(disk.mirror.job)
+        wanted = disk.mirror.node if window.ends_on == "destination" else disk.source_node
+        root = seen.graph.child(disk.backend, "root")
+        if job is None or job.status != "concluded" or job.error is not None:
+            return False
+        if root is None or seen.graph.below_filters(root) != wanted:
+            return False
+    return True
+
+
+def decide(operation: Interrupted, evidence: Evidence) -> Decision:
+    """The row for this operation and this evidence."""
+    if evidence.seen is None:
+        return _decide_gone(operation, evidence) if evidence.gone else Decision(row="W", action="wait")
+    seen, plan = evidence.seen, operation.plan
+    if operation.state == "recorded":
+        return Decision(row="A", action="settle")
+    if operation.state == "window" and plan.window is not None:
+        if not evidence.dead and switched(plan.window, seen):
+            return Decision(row="F", action="record")
+        return Decision(row="G", action="leave-window")
+    if not operation.steps:
+        return Decision(row="B", action="nothing")
+    if plan.window is not None:
+        return Decision(row="E", action="undo")
+    begun = len(operation.steps) == len(plan.prepare)
+    files_made = all(
+        operation.steps.get(index) == "done" for index, step in enumerate(plan.prepare) if isinstance(step, CreateImage)
+    )
+    if begun and files_made and all(shows(step, seen) for step in plan.prepare) and _healthy_state(operation):
+        return Decision(row="C", action="record")
+    return Decision(row="D", action="undo")
+
+
+def _healthy_state(operation: Interrupted) -> bool:
+    """Not one that was being undone: what has begun to be undone is undone to the end."""
+    return all(state in ("intent", "done") for state in operation.steps.values())
+
+
+def _decide_gone(operation: Interrupted, evidence: Evidence) -> Decision:
+    plan = operation.plan
+    if operation.state == "recorded":
+        return Decision(row="K", action="settle")
+    if operation.state == "window":
+        return Decision(row="J", action="nothing")
+    if not operation.steps:
+        return Decision(row="B", action="nothing")
+    overlays = {path for path in plan.record.authoritative.values() if path in evidence.written}
+    if any(isinstance(step, TakeSnapshots) for step in plan.prepare) and overlays:
+        return Decision(row="I", action="record")
+    return Decision(row="H", action="undo")

@@ -1,0 +1,339 @@
+"""Steps: a verb and its arguments, each with what undoes it. Who carries them out is not said here.
+
+A step that is done twice finds what it did before: names are derived from the operation and the disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class _Step(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
+    def undo(self) -> tuple[Step, ...]:
+        """The steps that take this one back, in their order; none for steps that change nothing."""
+        return ()
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        raise NotImplementedError
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+class ClaimFile(_Step, frozen=True, kw_only=True, tag="claim-file"):
+    """Create the file exclusively, empty, with owner and mode of `like`; its inode is remembered as ours."""
+
+    path: str
+    like: str | None = None
+
+    def undo(self) -> tuple[Step, ...]:
+        """Remove it, if it is the one that we made."""
+        return (RemoveFile(path=self.path),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"create {self.path}, which must not exist"
+
+
+class CreateImage(_Step, frozen=True, kw_only=True, tag="create-image"):
+    """Write an empty image into a claimed file; `size` bytes."""
+
+    path: str
+    format: str
+    size: int
+    backing: str | None = None
+    backing_format: str | None = None
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        onto = f" backing onto {self.backing} ({self.backing_format})" if self.backing else ""
+        return f"make {self.path} an empty {self.format} image of {self.size} bytes{onto}"
+
+
+class RemoveFile(_Step, frozen=True, kw_only=True, tag="remove-file"):
+    """Remove a file that this operation claimed; a file that is another by now is left alone."""
+
+    path: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"remove {self.path}, which we created"
+
+
+class SyncFiles(_Step, frozen=True, kw_only=True, tag="sync-files"):
+    """Write files' dirty pages to disk, so that the flush in the window is short."""
+
+    paths: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "sync " + ", ".join(self.paths)
+
+
+# --- nodes ----------------------------------------------------------------------------------------------------
+
+
+class AddNode(_Step, frozen=True, kw_only=True, tag="add-node"):
+    """blockdev-add with these options (QAPI BlockdevOptions); the driver is always named."""
+
+    node: str
+    options: dict[str, Any]
+
+    def undo(self) -> tuple[Step, ...]:
+        """Close it."""
+        return (RemoveNode(node=self.node),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        where = self.options.get("filename") or self.options.get("file") or ""
+        return f"open {self.node} ({self.options.get('driver')}{f' on {where}' if isinstance(where, str) else ''})"
+
+
+class RemoveNode(_Step, frozen=True, kw_only=True, tag="remove-node"):
+    """blockdev-del, if the node is there. `if_unused`: leave it when something uses it."""
+
+    node: str
+    if_unused: bool = False
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"close {self.node}" + (" unless it is used" if self.if_unused else "")
+
+
+class RequireSize(_Step, frozen=True, kw_only=True, tag="require-size"):
+    """Fail unless the node has exactly that virtual size, in bytes: QEMU would start the job and fail it later."""
+
+    node: str
+    size: int
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"{self.node} has {self.size} bytes"
+
+
+class SetBacking(_Step, frozen=True, kw_only=True, tag="set-backing"):
+    """Give an open image its backing node, or take it away (None), by blockdev-reopen."""
+
+    node: str
+    format: str
+    file_node: str
+    backing: str | None
+
+    def undo(self) -> tuple[Step, ...]:
+        """Take the backing away again: our destinations are opened without one."""
+        return (msgspec.structs.replace(self, backing=None),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"let {self.node} back onto {self.backing}" if self.backing else f"take the backing of {self.node} away"
+
+
+class Pair(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk's switch from `node` to `overlay`; `job` names the commit that would undo it."""
+
+    target: str
+    node: str
+    overlay: str
+    job: str
+
+
+class TakeSnapshots(_Step, frozen=True, kw_only=True, tag="take-snapshots"):
+    """One QMP transaction of blockdev-snapshot: all disks at one instant or none."""
+
+    pairs: tuple[Pair, ...]
+
+    def undo(self) -> tuple[Step, ...]:
+        """Commit each overlay down into its node; the guest runs on, and keeps what it wrote meanwhile."""
+        return tuple(CommitDown(overlay=pair.overlay, base=pair.node, job=pair.job) for pair in self.pairs)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "switch to the overlays at one instant: " + ", ".join(pair.target for pair in self.pairs)
+
+
+class CommitDown(_Step, frozen=True, kw_only=True, tag="commit-down"):
+    """Commit an active overlay into `base` and let the guest go on there, if the overlay is in use."""
+
+    overlay: str
+    base: str
+    job: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"commit {self.overlay} down into {self.base}"
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------
+
+
+class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
+    """blockdev-mirror, kept after its end and not finalized by itself; `speed` bytes per second, 0 for no limit.
+
+    `sync` is QEMU's: `full` (the whole chain), `top` (the active layer), `none` (only what is written from now on).
+    """
+
+    target: str
+    job: str
+    device: str
+    node: str
+    filter_node: str
+    sync: str
+    speed: int = 0
+
+    def undo(self) -> tuple[Step, ...]:
+        """Cancel it."""
+        return (CancelJob(job=self.job),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"mirror {self.target}: {self.device} to {self.node} ({self.sync})"
+
+
+class CancelJob(_Step, frozen=True, kw_only=True, tag="cancel-job"):
+    """Cancel a job in whatever state it is, wait for its end and dismiss it; nothing if there is none."""
+
+    job: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"cancel {self.job}"
+
+
+class RequireReady(_Step, frozen=True, kw_only=True, tag="require-ready"):
+    """Fail unless every one of these mirrors is ready and without an error."""
+
+    jobs: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "every mirror is ready: " + ", ".join(self.jobs)
+
+
+class CompleteJobs(_Step, frozen=True, kw_only=True, tag="complete-jobs"):
+    """job-complete each (or, with `soft_cancel`, block-job-cancel without force) and wait until all are pending."""
+
+    jobs: tuple[str, ...]
+    soft_cancel: bool = False
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return ("end, staying on the source: " if self.soft_cancel else "drain: ") + ", ".join(self.jobs)
+
+
+class FinalizeJobs(_Step, frozen=True, kw_only=True, tag="finalize-jobs"):
+    """job-finalize each and wait until all are concluded, without an error."""
+
+    jobs: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "finalize " + ", ".join(self.jobs)
+
+
+class AwaitReady(_Step, frozen=True, kw_only=True, tag="await-ready"):
+    """Wait until these jobs are ready; only for those that are ready at once."""
+
+    jobs: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "wait for " + ", ".join(self.jobs)
+
+
+class DismissJobs(_Step, frozen=True, kw_only=True, tag="dismiss-jobs"):
+    """Let QEMU forget jobs whose result has been recorded; nothing for those that it has forgotten."""
+
+    jobs: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "dismiss " + ", ".join(self.jobs)
+
+
+# --- the guest ------------------------------------------------------------------------------------------------
+
+
+class Stop(_Step, frozen=True, kw_only=True, tag="stop"):
+    """Pause the guest, if it runs."""
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "pause the guest"
+
+
+class Resume(_Step, frozen=True, kw_only=True, tag="cont"):
+    """Let the guest run again; only in plans for a guest that ran."""
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "let the guest run"
+
+
+class RequireRoots(_Step, frozen=True, kw_only=True, tag="require-roots"):
+    """Fail unless each device (by backend) now stands on the node: success is what the graph says."""
+
+    roots: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "the graph shows " + ", ".join(f"{backend} on {node}" for backend, node in self.roots.items())
+
+
+class Probe(_Step, frozen=True, kw_only=True, tag="probe"):
+    """Read a sector of each of these nodes, within a bound: what is behind them answers. target -> node."""
+
+    nodes: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "the destinations answer: " + ", ".join(self.nodes)
+
+
+Step = (
+    ClaimFile
+    | CreateImage
+    | RemoveFile
+    | SyncFiles
+    | AddNode
+    | RemoveNode
+    | RequireSize
+    | SetBacking
+    | TakeSnapshots
+    | CommitDown
+    | StartMirror
+    | CancelJob
+    | RequireReady
+    | CompleteJobs
+    | FinalizeJobs
+    | AwaitReady
+    | DismissJobs
+    | Stop
+    | Resume
+    | RequireRoots
+    | Probe
+)

@@ -1,0 +1,288 @@
+"""Planning the instant: a pivot onto destinations, a finish on sources, for one or several disks.
+
+QEMU does not group finalizes, so the window is built to be left at any point: until the record is written, every disk
+can be brought back to its source (`leave`), because the guest stands still and both images are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from blockferry import errors
+from blockferry.model.domain import Observation
+from blockferry.model.files import ImageFact
+from blockferry.model.graph import Disk, Image
+from blockferry.model.job import ENDED, Job
+from blockferry.model.snapshot import Mirror
+from blockferry.plan.disks import source_options
+from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
+from blockferry.plan.steps import (
+    AddNode,
+    AwaitReady,
+    CancelJob,
+    CompleteJobs,
+    DismissJobs,
+    FinalizeJobs,
+    Probe,
+    RemoveNode,
+    RequireReady,
+    RequireRoots,
+    Resume,
+    SetBacking,
+    StartMirror,
+    Step,
+    Stop,
+    SyncFiles,
+)
+
+
+def plan_window(
+    domain: str,
+    seen: Observation,
+    mirrors: tuple[Mirror, ...],
+    *,
+    names: Names,
+    ends_on: Literal["destination", "source"],
+    what: str,
+    bases: Mapping[str, tuple[ImageFact, ...]],
+    forget_snapshot: str | None = None,
+) -> Plan:
+    """The plan of a pivot, a finish or a reopen; all mirrors are ready already.
+
+    Args:
+        domain: its name.
+        seen: the domain as observed.
+        mirrors: those of the disks that take part.
+        names: of nodes and jobs.
+        ends_on: where the guest goes on.
+        what: `pivot`, `finish` or `reopen`.
+        bases: per target, the destination's own backing chain, top first, as its files' headers say; empty where the
+            destination has none of its own.
+        forget_snapshot: the snapshot that a reopen deletes.
+
+    Raises:
+        ImageUnsuitable: a destination's backing is not whole or not what it should be.
+        JobLost, JobNotReady: a mirror is not ready.
+    """
+    disks = [_disk(domain, seen, mirror) for mirror in mirrors]
+    for mirror in mirrors:
+        _require_ready(domain, mirror, seen.jobs.get(mirror.job))
+    prepare: list[Step] = []
+    if ends_on == "destination":
+        for disk, mirror in zip(disks, mirrors, strict=True):
+            prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
+    jobs = tuple(mirror.job for mirror in mirrors)
+    files = tuple(file for mirror in mirrors for file in (mirror.source, mirror.file) if file.startswith("/"))
+    probe = Probe(nodes={mirror.target: mirror.file_node for mirror in mirrors})
+    prepare += [SyncFiles(paths=files), probe]
+    window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
+    roots = {
+        disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
+        for disk, mirror in zip(disks, mirrors, strict=True)
+    }
+    steps: tuple[Step, ...] = (
+        *([Stop()] if seen.running else []),
+        RequireReady(jobs=jobs),
+        CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
+        probe,
+        FinalizeJobs(jobs=jobs),
+        RequireRoots(roots=roots),
+        # Again: a server that died between the drain and the switch leaves a switched disk on a dead destination.
+        probe,
+    )
+    targets = ", ".join(mirror.target for mirror in mirrors)
+    return Plan(
+        what=what,
+        text=f"{what} {targets}" + (f" and delete snapshot {forget_snapshot}" if forget_snapshot else ""),
+        prepare=tuple(prepare),
+        window=Window(ends_on=ends_on, resume=seen.running, disks=window_disks, steps=steps),
+        record=Record(
+            authoritative={m.target: m.file if ends_on == "destination" else m.source for m in mirrors},
+            ended={m.target: "pivoted" if ends_on == "destination" else "finished" for m in mirrors},
+            forget_snapshot=forget_snapshot,
+        ),
+        settle=(
+            *([Resume()] if seen.running else []),
+            DismissJobs(jobs=jobs),
+            *(_close_sources(seen, disks) if ends_on == "destination" else _close_destinations(mirrors)),
+        ),
+    )
+
+
+def _disk(domain: str, seen: Observation, mirror: Mirror) -> Disk:
+    disk = seen.disk(mirror.target)
+    if disk is None:
+        known = ", ".join(each.target for each in seen.disks) or "no disks"
+        raise errors.NoSuchDisk(domain=domain, disk=mirror.target, known=known)
+    if not disk.chain or disk.active.node != mirror.source_node:
+        raise errors.JobLost(
+            domain=domain,
+            disk=mirror.target,
+            reason=f"the disk no longer stands on {mirror.source}, which was being mirrored",
+        )
+    return disk
+
+
+def _require_ready(domain: str, mirror: Mirror, job: Job | None) -> None:
+    if job is None:
+        raise errors.JobLost(domain=domain, disk=mirror.target, reason="QEMU has no such job any more")
+    if job.error is not None or job.status in ENDED:
+        raise errors.JobLost(domain=domain, disk=mirror.target, reason=job.error or f"its job is {job.status}")
+    if job.status != "ready":
+        raise errors.JobNotReady(domain=domain, disk=mirror.target, seconds=0.0, state=job.status)
+
+
+def _give_backing(disk: Disk, mirror: Mirror, names: Names, bases: tuple[ImageFact, ...]) -> list[Step]:
+    """Put the destination's chain under it before the switch."""
+    if mirror.backing is None:
+        return []
+    shared = next((image for image in disk.chain[1:] if image.file == mirror.backing), None)
+    if shared is not None:
+        return [_backing(mirror, shared.node)]
+    _check_base(disk, mirror, bases)
+    steps: list[Step] = []
+    below: str | None = None
+    for index in reversed(range(len(bases))):
+        node, base = names.of(mirror.target, f"y{index}"), bases[index]
+        file_node = names.of(mirror.target, f"z{index}")
+        steps.append(AddNode(node=file_node, options={"driver": "file", "filename": base.path, "read-only": True}))
+        options = {"driver": base.format, "file": file_node, "read-only": True}
+        if base.format == "qcow2":
+            options["backing"] = below
+        steps.append(AddNode(node=node, options=options))
+        below = node
+    return [*steps, _backing(mirror, names.of(mirror.target, "y0"))]
+
+
+def _backing(mirror: Mirror, node: str) -> Step:
+    return SetBacking(node=mirror.node, format=mirror.format, file_node=mirror.file_node, backing=node)
+
+
+def _check_base(disk: Disk, mirror: Mirror, bases: tuple[ImageFact, ...]) -> None:
+    if not bases:
+        raise errors.ImageUnsuitable(path=str(mirror.backing), reason="it was not looked at")
+    for base in bases:
+        if base.problem:
+            raise errors.ImageUnsuitable(path=base.path, reason=base.problem)
+    below: Image | None = disk.chain[1] if len(disk.chain) > 1 else None
+    if below is not None and bases[0].virtual_size != below.virtual_size:
+        raise errors.ImageUnsuitable(
+            path=bases[0].path,
+            reason=f"it is not whole: {bases[0].virtual_size} bytes, and {below.file} has {below.virtual_size}",
+        )
+
+
+def _window_disk(seen: Observation, disk: Disk, mirror: Mirror, names: Names) -> WindowDisk:
+    return WindowDisk(
+        target=disk.target,
+        backend=disk.backend,
+        source_node=mirror.source_node,
+        source_options=source_options(seen.graph, mirror.source_node),
+        back_node=names.of(disk.target, "r"),
+        back_job=names.of(disk.target, "b"),
+        mirror=mirror,
+    )
+
+
+def _close_sources(seen: Observation, disks: list[Disk]) -> list[Step]:
+    """Close the images that the guest has left, so that their locks are released; those with another user stay."""
+    steps: list[Step] = []
+    for disk in disks:
+        for image in disk.chain:
+            name: str | None = image.node
+            while name is not None:
+                # QEMU frees a node that nobody named by itself, with its last user.
+                if not name.startswith("#"):
+                    steps.append(RemoveNode(node=name, if_unused=True))
+                name = seen.graph.child(name, "file")
+    return steps
+
+
+def _close_destinations(mirrors: tuple[Mirror, ...]) -> list[Step]:
+    return [RemoveNode(node=node) for mirror in mirrors for node in (mirror.node, mirror.file_node)]
+
+
+class Way(msgspec.Struct, frozen=True, kw_only=True):
+    """How to leave a window: the steps, the mirrors as they are afterwards, and those that are lost with the reason."""
+
+    steps: tuple[Step, ...]
+    mirrors: tuple[Mirror, ...]
+    lost: dict[str, str]
+
+
+def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
+    """How to bring every disk back to its source, from wherever the window was left, and keep the mirrors.
+
+    The guest stands still, so source and destination are equal: a mirror that was drained is started again with
+    `sync none`, ready at once, and the failed window has cost nothing but time.
+
+    Args:
+        window: what was planned.
+        seen: the domain as observed now.
+        dead: targets whose destination does not answer, with the reason.
+    """
+    steps: list[Step] = []
+    mirrors: list[Mirror] = []
+    lost: dict[str, str] = {}
+    for disk in window.disks:
+        job = seen.jobs.get(disk.mirror.job)
+        error = dead.get(disk.target) or (job.error if job is not None else None)
+        if job is not None and job.status == "ready" and error is None:
+            mirrors.append(disk.mirror)
+            continue
+        back, source = _bring_back(disk, seen)
+        steps += back
+        kept = msgspec.structs.replace(disk.mirror, source_node=source)
+        if error is not None:
+            lost[disk.target] = error
+            steps += [RemoveNode(node=kept.node), RemoveNode(node=kept.file_node)]
+        else:
+            steps += [_again(kept), AwaitReady(jobs=(kept.job,))]
+            mirrors.append(kept)
+    if window.resume:
+        steps.append(Resume())
+    return Way(steps=tuple(steps), mirrors=tuple(mirrors), lost=lost)
+
+
+def _again(mirror: Mirror) -> Step:
+    return StartMirror(
+        target=mirror.target,
+        job=mirror.job,
+        device=mirror.source_node,
+        node=mirror.node,
+        filter_node=mirror.filter_node,
+        sync="none",
+    )
+
+
+def _bring_back(disk: WindowDisk, seen: Observation) -> tuple[list[Step], str]:
+    """The steps that put a disk on its source again, and the source's node from then on."""
+    mirror = disk.mirror
+    steps: list[Step] = [CancelJob(job=mirror.job)]
+    root = seen.graph.child(disk.backend, "root")
+    if root is None or seen.graph.below_filters(root) != mirror.node:
+        return steps, disk.source_node
+    source = disk.source_node
+    if source not in seen.graph.nodes or source.startswith("#"):
+        # It was freed at the switch; its file can be opened again once the job that held it is dismissed.
+        source = disk.back_node
+        steps.append(AddNode(node=source, options=disk.source_options))
+    steps += [
+        StartMirror(
+            target=disk.target,
+            job=disk.back_job,
+            device=mirror.node,
+            node=source,
+            filter_node=f"{disk.back_node}t",
+            sync="none",
+        ),
+        AwaitReady(jobs=(disk.back_job,)),
+        CompleteJobs(jobs=(disk.back_job,)),
+        FinalizeJobs(jobs=(disk.back_job,)),
+        RequireRoots(roots={disk.backend: source}),
+        DismissJobs(jobs=(disk.back_job,)),
+    ]
+    return steps, source
