@@ -41,7 +41,7 @@ class StateDir:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() would follow the links that we refuse)
+        self.path = Path(os.path.abspath(path))
         self.run = self.path / "run"
         self.socket = self.run / "api.sock"
         self.log = self.path / "log" / "serve.log"
@@ -226,11 +226,12 @@ class Ownership:
         finally:
             os.close(doorway)
 
-    def withdraw(self, *, unless: Callable[[], bool] = lambda: False) -> bool:
+    def withdraw(self, still_idle: Callable[[], bool] | None = None) -> bool:
         """Take the socket's name away, so that nobody connects any more; the next owner waits for `give_up`.
 
         Args:
-            unless: asked once nobody can connect any more; True, or a connection that came before, calls it off.
+            still_idle: asked once nobody can connect any more: False, or a connection that came before that, calls it
+                off. None: it is withdrawn whoever waits.
 
         Returns:
             Whether it was withdrawn.
@@ -242,7 +243,7 @@ class Ownership:
         except FileNotFoundError:
             return True  # someone removed the directory under us: nobody can connect
         waiting, _, _ = select.select([self.listener], [], [], 0)
-        if unless() or (waiting and unless is not _never):
+        if still_idle is not None and (waiting or not still_idle()):
             hidden.rename(self._state.socket)
             self._leave_doorway()
             return False
@@ -251,6 +252,8 @@ class Ownership:
 
     def give_up(self) -> None:
         """Own it no more: the next one may."""
+        if self._doorway is None:
+            self.withdraw()
         self.listener.close()
         self._lock.release()
         self._leave_doorway()
@@ -321,19 +324,23 @@ def _start(state: StateDir) -> dict[str, Any]:
     command += ["--idle-exit", f"{IDLE_EXIT_SECONDS:g}", "--ready-fd", str(sender)]
     deadline = time.monotonic() + READY_SECONDS
     try:
-        started = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(sender,),
-            start_new_session=True,
-        )
-        os.close(sender)
+        try:
+            started = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(sender,),
+                start_new_session=True,
+            )
+        finally:
+            os.close(sender)
         started.wait(READY_SECONDS)  # it goes on in a process of its own, at once, so that none is left for us to reap
         said = _read_until(receiver, deadline)
     except (subprocess.TimeoutExpired, TimeoutError) as error:
-        raise _unreachable(state, f"it was started and is not ready after {READY_SECONDS:g} s; see {state.log}") from error
+        raise _unreachable(
+            state, f"it was started and is not ready after {READY_SECONDS:g} s; see {state.log}"
+        ) from error
     finally:
         os.close(receiver)
         os.close(log)

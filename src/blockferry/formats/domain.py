@@ -58,7 +58,9 @@ def _add_disk(devices: Element, disk: Disk, mirror: MirrorView | None, host_devi
     xmlio.add(element, "target", dev=disk.target, bus=disk.bus)
     if disk.read_only:
         xmlio.add(element, "readonly")
-    xmlio.add(element, "alias", name=disk.qdev)
+    # A device without an id has a QOM path, which is no alias to libvirt.
+    if not disk.qdev.startswith("/"):
+        xmlio.add(element, "alias", name=disk.qdev)
 
 
 def _kind(file: str, host_devices: frozenset[str]) -> str:

@@ -171,6 +171,8 @@ def snapshot_xml(snapshot: Snapshot, mirrors: Mapping[str, MirrorView], current:
     disks = xmlio.add(root, "disks")
     for disk in snapshot.disks:
         _add_disk(disks, disk, mirrors.get(disk.target))
+    for target in snapshot.left_out:
+        xmlio.add(disks, "disk", name=target, snapshot="no")
     xmlio.add(root, "active", "1" if current else "0")
     return xmlio.pretty(root)
 
@@ -185,4 +187,7 @@ def _add_disk(disks: Element, disk: SnapshotDisk, view: MirrorView | None) -> No
     if view is not None and view.file == disk.mirror:
         state = view.state
         ready = "yes" if view.state == "ready" else "no"
-    xmlio.add(element, "mirror", file=disk.mirror, backing=disk.mirror_backing, state=state, ready=ready)
+    backing, backing_format = disk.mirror_backing, disk.mirror_backing_format
+    xmlio.add(
+        element, "mirror", file=disk.mirror, backing=backing, backingFormat=backing_format, state=state, ready=ready
+    )

@@ -64,6 +64,7 @@ class SnapshotDisk(msgspec.Struct, frozen=True, kw_only=True):
         backing_format: its format.
         mirror: the mirror's destination, when it was asked for.
         mirror_backing: what the destination backs onto.
+        mirror_backing_format: its format.
     """
 
     target: str
@@ -73,6 +74,7 @@ class SnapshotDisk(msgspec.Struct, frozen=True, kw_only=True):
     backing_format: str
     mirror: str | None = None
     mirror_backing: str | None = None
+    mirror_backing_format: str | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +87,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         state: the guest's run state at that moment.
         parent: the snapshot that was current before, or None.
         disks: those that took part.
+        left_out: targets of those that took none.
         description: free text.
     """
 
@@ -93,6 +96,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     created: float
     state: str
     disks: tuple[SnapshotDisk, ...]
+    left_out: tuple[str, ...] = ()
     parent: str | None = None
     description: str | None = None
 

@@ -15,8 +15,9 @@ from blockferry.model.domain import Observation
 from blockferry.model.operation import OperationState, StepState
 from blockferry.plan.plan import Plan, Window
 from blockferry.plan.steps import AddNode, CreateImage, SetBacking, StartMirror, Step, TakeSnapshots
+from blockferry.plan.window import stands_on
 
-Action = Literal["nothing", "undo", "leave-window", "record", "settle", "wait"]
+Action = Literal["nothing", "undo", "leave-window", "record", "record-as-is", "settle", "wait"]
 
 ROWS: dict[str, str] = {
     "A": "The point of no return is recorded: settle forwards; every step of settling finds what it did before.",
@@ -30,6 +31,7 @@ ROWS: dict[str, str] = {
     "I": "QEMU is gone and the overlays hold data: the switch had happened, so the overlays are authoritative: record.",
     "J": "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
     "K": "QEMU is gone after the record: nothing is left to settle in it.",
+    "L": "The guest runs with a disk switched and no record: its source is stale; record every disk as it is.",
     "W": "QEMU can't be asked now: the operation stays open until it can.",
 }
 
@@ -96,10 +98,7 @@ def switched(window: Window, seen: Observation) -> bool:
     for disk in window.disks:
         job = seen.jobs.get(disk.mirror.job)
         wanted = disk.mirror.node if window.ends_on == "destination" else disk.source_node
-        root = seen.graph.child(disk.backend, "root")
-        if job is None or job.status != "concluded" or job.error is not None:
-            return False
-        if root is None or seen.graph.below_filters(root) != wanted:
+        if job is None or job.status != "concluded" or job.error is not None or stands_on(disk, seen) != wanted:
             return False
     return True
 
@@ -114,6 +113,8 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     if operation.state == "window" and plan.window is not None:
         if not evidence.dead and switched(plan.window, seen):
             return Decision(row="F", action="record")
+        if seen.running and any(stands_on(disk, seen) == disk.mirror.node for disk in plan.window.disks):
+            return Decision(row="L", action="record-as-is")
         return Decision(row="G", action="leave-window")
     if not operation.steps:
         return Decision(row="B", action="nothing")

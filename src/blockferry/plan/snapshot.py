@@ -71,7 +71,7 @@ def _generated(domain: str, disk: Disk, name: str) -> str:
             domain=domain, disk=disk.target, reason=f"its image {disk.active.file} is no file: name the overlay's"
         )
     folder, base = os.path.split(disk.active.file)
-    return os.path.join(folder, f"{os.path.splitext(base)[0]}.{name}")  # noqa: PTH118, PTH122 - text, no file system
+    return os.path.join(folder, f"{os.path.splitext(base)[0]}.{name}")
 
 
 def new_files(choices: tuple[Choice, ...]) -> tuple[str, ...]:
@@ -142,6 +142,7 @@ def plan_snapshot(
         parent=parent,
         description=wish.description,
         disks=tuple(_remembered(choice) for choice in choices),
+        left_out=tuple(left_out),
     )
     targets = ", ".join(choice.disk.target for choice in choices)
     return Plan(
@@ -253,4 +254,5 @@ def _remembered(choice: Choice) -> SnapshotDisk:
         backing_format=active.format,
         mirror=choice.mirror.file if choice.mirror else None,
         mirror_backing=choice.mirror.backing if choice.mirror else None,
+        mirror_backing_format=choice.mirror.backing_format if choice.mirror else None,
     )

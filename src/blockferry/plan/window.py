@@ -217,7 +217,8 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
     """How to bring every disk back to its source, from wherever the window was left, and keep the mirrors.
 
     The guest stands still, so source and destination are equal: a mirror that was drained is started again with
-    `sync none`, ready at once, and the failed window has cost nothing but time.
+    `sync none`, ready at once, and the failed window has cost nothing but time. Never called for a guest that runs
+    with a disk switched (recover.py, row L): its source would be stale.
 
     Args:
         window: what was planned.
@@ -230,12 +231,14 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
     for disk in window.disks:
         job = seen.jobs.get(disk.mirror.job)
         error = dead.get(disk.target) or (job.error if job is not None else None)
-        if job is not None and job.status == "ready" and error is None:
-            mirrors.append(disk.mirror)
-            continue
         back, source = _bring_back(disk, seen)
-        steps += back
         kept = msgspec.structs.replace(disk.mirror, source_node=source)
+        if job is not None and job.status == "ready" and error is None:
+            mirrors.append(kept)
+            continue
+        steps += back
+        if error is None and seen.running:
+            error = "the guest was let run while the mirror was drained"
         if error is not None:
             lost[disk.target] = error
             steps += [RemoveNode(node=kept.node), RemoveNode(node=kept.file_node)]
@@ -245,6 +248,25 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
     if window.resume:
         steps.append(Resume())
     return Way(steps=tuple(steps), mirrors=tuple(mirrors), lost=lost)
+
+
+def as_it_is(window: Window, seen: Observation) -> Record:
+    """The truth of a window that can't be left any more because the guest has run: each disk's present image."""
+    on_destination = {disk.target: stands_on(disk, seen) == disk.mirror.node for disk in window.disks}
+    return Record(
+        authoritative={
+            disk.target: disk.mirror.file if on_destination[disk.target] else disk.mirror.source
+            for disk in window.disks
+        },
+        ended={disk.target: "pivoted" if on_destination[disk.target] else "lost" for disk in window.disks},
+        reason="the guest was let run in the middle of the window",
+    )
+
+
+def stands_on(disk: WindowDisk, seen: Observation) -> str | None:
+    """The node under the device now, filters of jobs left aside."""
+    root = seen.graph.child(disk.backend, "root")
+    return None if root is None else seen.graph.below_filters(root)
 
 
 def _again(mirror: Mirror) -> Step:
@@ -262,9 +284,10 @@ def _bring_back(disk: WindowDisk, seen: Observation) -> tuple[list[Step], str]:
     """The steps that put a disk on its source again, and the source's node from then on."""
     mirror = disk.mirror
     steps: list[Step] = [CancelJob(job=mirror.job)]
-    root = seen.graph.child(disk.backend, "root")
-    if root is None or seen.graph.below_filters(root) != mirror.node:
-        return steps, disk.source_node
+    now = stands_on(disk, seen)
+    if now != mirror.node:
+        # Also what an earlier bringing-back that was interrupted has left.
+        return [CancelJob(job=disk.back_job), *steps], now or disk.source_node
     source = disk.source_node
     if source not in seen.graph.nodes or source.startswith("#"):
         # It was freed at the switch; its file can be opened again once the job that held it is dismissed.

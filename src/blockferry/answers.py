@@ -1,0 +1,228 @@
+"""From what was observed and remembered to what is answered: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from blockferry.engine.progress import state_of
+from blockferry.formats.domain import domain_xml
+from blockferry.formats.snapshot import snapshot_xml
+from blockferry.model.operation import ENDED
+from blockferry.model.view import (
+    DiskView,
+    DomainView,
+    ImageView,
+    JobView,
+    MirrorView,
+    OperationView,
+    SnapshotDiskView,
+    SnapshotView,
+    StepView,
+)
+
+if TYPE_CHECKING:
+    from blockferry.journal.journal import DomainRecord, OperationRecord, StepRecord
+    from blockferry.model.domain import Observation
+    from blockferry.model.graph import Disk
+    from blockferry.model.job import Job
+    from blockferry.model.snapshot import Mirror, Snapshot, SnapshotDisk
+
+
+def mirror_views(mirrors: tuple[Mirror, ...], seen: Observation | None) -> dict[str, MirrorView]:
+    """The mirrors by target, with what QEMU says of those that work."""
+    jobs: Mapping[str, Job] = seen.jobs if seen is not None else {}
+    return {mirror.target: _mirror(mirror, jobs.get(mirror.job)) for mirror in mirrors}
+
+
+def _mirror(mirror: Mirror, job: Job | None) -> MirrorView:
+    working = job if mirror.state == "active" else None
+    return MirrorView(
+        file=mirror.file,
+        format=mirror.format,
+        state=state_of(mirror, job),
+        reason=mirror.reason or (job.error if job is not None else None),
+        snapshot=mirror.snapshot,
+        current=working.current if working else None,
+        total=working.total if working else None,
+    )
+
+
+def domain_view(
+    record: DomainRecord,
+    seen: Observation | None,
+    mirrors: tuple[Mirror, ...],
+    *,
+    problem: tuple[str, str] | None = None,
+    current: str | None = None,
+) -> DomainView:
+    """A domain with its disks; `problem` is (`gone` or `unreachable`, why) when it could not be observed."""
+    views = mirror_views(mirrors, seen)
+    if seen is None:
+        state, reason = problem or ("unreachable", "it was not asked")
+        return DomainView(
+            name=record.name,
+            qmp=record.qmp,
+            state=state,
+            reason=reason,
+            pid=record.pid,
+            disks=(),
+            current_snapshot=current,
+        )
+    shown = {
+        target: view
+        for target, view in views.items()
+        if view.state not in ("pivoted", "finished", "cancelled", "removed")
+    }
+    return DomainView(
+        name=record.name,
+        qmp=record.qmp,
+        state=seen.status,
+        pid=seen.pid,
+        qemu=seen.capabilities.version,
+        disks=tuple(_disk(disk, shown.get(disk.target)) for disk in seen.disks),
+        current_snapshot=current,
+        xml=domain_xml(record.name, seen, views),
+    )
+
+
+def _disk(disk: Disk, mirror: MirrorView | None) -> DiskView:
+    active = disk.chain[0] if disk.chain else None
+    return DiskView(
+        target=disk.target,
+        qdev=disk.qdev,
+        bus=disk.bus,
+        device=disk.device,
+        read_only=disk.read_only,
+        source=active.file if active else None,
+        format=active.format if active else None,
+        virtual_size=active.virtual_size if active else None,
+        chain=tuple(
+            ImageView(file=image.file, format=image.format, virtual_size=image.virtual_size) for image in disk.chain
+        ),
+        mirror=mirror,
+    )
+
+
+def snapshot_view(
+    snapshot: Snapshot, mirrors: Mapping[str, MirrorView], *, current: bool, operation: int | None = None
+) -> SnapshotView:
+    """A snapshot, with the state of its mirrors."""
+    own = {target: view for target, view in mirrors.items() if view.snapshot == snapshot.name}
+    return SnapshotView(
+        domain=snapshot.domain,
+        name=snapshot.name,
+        created=snapshot.created,
+        state=snapshot.state,
+        parent=snapshot.parent,
+        current=current,
+        description=snapshot.description,
+        disks=tuple(_snapshot_disk(disk, own.get(disk.target)) for disk in snapshot.disks),
+        xml=snapshot_xml(snapshot, own, current),
+        operation=operation,
+    )
+
+
+def _snapshot_disk(disk: SnapshotDisk, mirror: MirrorView | None) -> SnapshotDiskView:
+    return SnapshotDiskView(
+        target=disk.target,
+        source=disk.file,
+        format=disk.format,
+        backing=disk.backing,
+        backing_format=disk.backing_format,
+        mirror=mirror if mirror is not None and mirror.file == disk.mirror else None,
+    )
+
+
+def current_snapshot(snapshots: tuple[Snapshot, ...], seen: Observation | None) -> str | None:
+    """The newest snapshot whose overlays are what the guest writes to; None when there is none."""
+    for snapshot in reversed(snapshots):
+        if seen is not None and not_current(snapshot, seen) is None:
+            return snapshot.name
+    return None
+
+
+def not_current(snapshot: Snapshot, seen: Observation) -> str | None:
+    """Why the snapshot is not the current one: a disk whose active image is not the snapshot's overlay."""
+    for disk in snapshot.disks:
+        now = seen.disk(disk.target)
+        if now is None or not now.chain:
+            return f"disk {disk.target} is not there"
+        if now.active.file != disk.file:
+            return f"{disk.target} is on {now.active.file}, not on {disk.file}"
+    return None
+
+
+def job_view(mirror: Mirror, seen: Observation | None) -> JobView:
+    """A copy or mirror as people look at it."""
+    job = seen.jobs.get(mirror.job) if seen is not None else None
+    return JobView(
+        domain=mirror.domain,
+        disk=mirror.target,
+        source=mirror.source,
+        dest=mirror.file,
+        format=mirror.format,
+        state=state_of(mirror, job),
+        current=job.current if job else 0,
+        total=job.total if job else 0,
+        speed=job.speed if job else 0,
+        operation=mirror.operation,
+        snapshot=mirror.snapshot,
+        reason=mirror.reason or (job.error if job else None),
+    )
+
+
+def operation_view(
+    record: OperationRecord, steps: tuple[StepRecord, ...], mirrors: tuple[Mirror, ...], *, in_flight: bool
+) -> OperationView:
+    """An operation; one that is open and in nobody's hands is `unsettled`."""
+    state: str = record.state
+    if record.state not in ENDED and record.state != "in-progress":
+        state = "running" if in_flight else "unsettled"
+    return OperationView(
+        id=record.id,
+        domain=record.domain,
+        what=record.plan.what,
+        state=state,
+        text=record.plan.text,
+        started=record.started,
+        ended=record.ended,
+        error=record.error,
+        row=record.row,
+        pause_ms=record.pause_ms,
+        steps=tuple(
+            StepView(
+                index=step.index,
+                stretch=step.stretch,
+                text=step.text,
+                state=step.state,
+                started=step.started,
+                ended=step.ended,
+                error=step.error,
+            )
+            for step in steps
+        ),
+        next=next_commands(record, mirrors, unsettled=state == "unsettled"),
+    )
+
+
+def next_commands(record: OperationRecord, mirrors: tuple[Mirror, ...], *, unsettled: bool = False) -> tuple[str, ...]:
+    """What can be typed now: the commands that go on with an operation's mirrors, or cancel them."""
+    if unsettled:
+        return ("blockferry recover",)
+    own = [m for m in mirrors if m.state == "active" and (m.operation == record.id or m.job in _jobs(record))]
+    commands: list[str] = []
+    for snapshot in dict.fromkeys(mirror.snapshot for mirror in own if mirror.snapshot):
+        commands += [
+            f"blockferry snapshot delete {record.domain} {snapshot} --reopen-mirror",
+            f"blockferry snapshot delete {record.domain} {snapshot} --remove-mirror",
+        ]
+    targets = " ".join(mirror.target for mirror in own if mirror.snapshot is None)
+    if targets:
+        commands += [f"blockferry job {verb} {record.domain} {targets}" for verb in ("pivot", "finish", "cancel")]
+    return tuple(commands)
+
+
+def _jobs(record: OperationRecord) -> set[str]:
+    window = record.plan.window
+    return {disk.mirror.job for disk in window.disks} if window is not None else set()

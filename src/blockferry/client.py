@@ -1,0 +1,536 @@
+"""The library: a ferry, its domains, their snapshots and copies, over a service in this process or over HTTP.
+
+The names are libvirt's, in snake_case; what comes back are the views of model.view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
+
+from blockferry import hostprocess
+from blockferry.errors import (
+    BlockferryError,
+    HostProcessUnreachable,
+    InternalError,
+    JobLost,
+    NoSuchJob,
+    from_dict,
+)
+from blockferry.model import request as requests
+from blockferry.model import view as views
+from blockferry.model.job import Progress
+from blockferry.model.snapshot import SnapshotWish
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T", bound=views.View)
+TIMEOUT_S = 60.0  # as the command's --timeout
+CAUGHT_UP = frozenset({"ready", "pivoted", "finished"})
+LOST = frozenset({"lost", "cancelled", "removed"})
+NEWEST = 2**62  # no event has such a number: the answer has none, and says which is the last
+
+
+class Transport(Protocol):
+    """What the library talks through: the service itself, or a connection to the host process."""
+
+    async def submit(self, request: requests.Request) -> views.View:
+        """Carry out a request, or raise a BlockferryError."""
+        ...
+
+    def watch(self, domain: str | None, since: int | None) -> AsyncIterator[views.Event]:
+        """Events of a domain or of all, recorded ones after `since` first, then as they happen."""
+        ...
+
+    async def close(self) -> None:
+        """End it."""
+        ...
+
+
+# --- the facade -----------------------------------------------------------------------------------------------
+
+
+class Ferry:
+    """All domains of a state directory: what `blockferry.open` and `blockferry.connect` give.
+
+    Args:
+        transport: what it talks through.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def attach(self, name: str, qmp: str | os.PathLike[str], timeout: float = 5.0) -> Domain:
+        """Take charge of a running guest.
+
+        Args:
+            name: what to call it from now on.
+            qmp: its QMP socket.
+            timeout: seconds to wait for QEMU's greeting.
+
+        Raises:
+            QmpBusy: something else holds the socket.
+            QmpUnreachable: no QEMU answers there.
+            DomainExists: the name is taken.
+        """
+        await self.submit(requests.Attach(domain=name, qmp=_absolute(qmp), timeout=timeout))
+        return Domain(self, name)
+
+    async def domain(self, name: str) -> Domain:
+        """Look up an attached domain.
+
+        Raises:
+            NoSuchDomain: there is none of that name.
+        """
+        domain = Domain(self, name)
+        await domain.info()
+        return domain
+
+    async def detach(self, name: str) -> None:
+        """Let go of a guest; it runs on.
+
+        Raises:
+            DomainInUse: a copy or mirror of ours works.
+        """
+        await self.submit(requests.Detach(domain=name))
+
+    async def list(self) -> tuple[views.DomainRow, ...]:
+        """All domains, by name."""
+        return (await self.ask(requests.ListDomains(), views.DomainList)).domains
+
+    async def operations(self, domain: str | None = None) -> tuple[views.OperationView, ...]:
+        """What was done, oldest first, without the steps."""
+        return (await self.ask(requests.ListOperations(domain=domain), views.OperationList)).operations
+
+    async def operation(self, number: int) -> views.OperationView:
+        """One operation with its steps."""
+        return await self.ask(requests.ShowOperation(operation=number), views.OperationView)
+
+    async def events(self, domain: str | None = None, since: int = 0) -> tuple[views.Event, ...]:
+        """The recorded events after number `since`."""
+        return (await self.ask(requests.ListEvents(domain=domain, since=since), views.EventList)).events
+
+    def watch(self, domain: str | None = None, since: int | None = None) -> AsyncIterator[views.Event]:
+        """Events as they happen, of a domain or of all; `since` a number, those recorded after it come first."""
+        return self._transport.watch(domain, since)
+
+    async def recover(self) -> views.RecoveryReport:
+        """Look at every operation that is not settled, and settle it."""
+        return await self.ask(requests.Recover(), views.RecoveryReport)
+
+    async def submit(self, request: requests.Request) -> views.View:
+        """Carry out any request: what the other methods are made of."""
+        return await self._transport.submit(request)
+
+    async def ask(self, request: requests.Request, kind: type[T]) -> T:
+        """Carry out a request that is answered with that kind of view."""
+        answer = await self.submit(request)
+        if not isinstance(answer, kind):
+            raise InternalError(detail=f"{type(request).__name__} was answered with a {type(answer).__name__}")
+        return answer
+
+
+class Domain:
+    """A guest. Methods that change something raise what docs/errors.md lists.
+
+    Args:
+        ferry: whose it is.
+        name: as it was attached.
+    """
+
+    def __init__(self, ferry: Ferry, name: str) -> None:
+        self._ferry = ferry
+        self.name = name
+
+    async def info(self) -> views.DomainView:
+        """Its state, disks, chains and mirrors."""
+        return await self._ferry.ask(requests.ShowDomain(domain=self.name), views.DomainView)
+
+    async def xml_desc(self) -> str:
+        """Its live XML."""
+        return (await self.info()).xml or ""
+
+    async def snapshot_create_xml(self, xml: str, flags: int = 0) -> DomainSnapshot:
+        """Take a snapshot as the XML says.
+
+        Args:
+            xml: `<domainsnapshot>`, with `<mirror file= backing=>` in any `<disk>`.
+            flags: of SnapshotCreate.
+        """
+        return await self._snapshot(requests.CreateSnapshot(domain=self.name, xml=xml, flags=int(flags)))
+
+    async def snapshot_create(self, wish: SnapshotWish, flags: int = 0) -> DomainSnapshot:
+        """Take a snapshot without XML; `flags` are SnapshotCreate's."""
+        return await self._snapshot(requests.CreateSnapshot(domain=self.name, wish=wish, flags=int(flags)))
+
+    async def _snapshot(self, request: requests.CreateSnapshot) -> DomainSnapshot:
+        return DomainSnapshot(self._ferry, await self._ferry.ask(request, views.SnapshotView))
+
+    async def snapshots(self) -> tuple[DomainSnapshot, ...]:
+        """Its snapshots, oldest first."""
+        answer = await self._ferry.ask(requests.ListSnapshots(domain=self.name), views.SnapshotList)
+        return tuple(DomainSnapshot(self._ferry, view) for view in answer.snapshots)
+
+    async def snapshot(self, name: str) -> DomainSnapshot:
+        """Look up a snapshot.
+
+        Raises:
+            NoSuchSnapshot: it has none of that name.
+        """
+        request = requests.ShowSnapshot(domain=self.name, snapshot=name)
+        return DomainSnapshot(self._ferry, await self._ferry.ask(request, views.SnapshotView))
+
+    async def block_copy(
+        self,
+        disk: str,
+        dest: str | os.PathLike[str],
+        base: str | None = None,
+        bandwidth: int = 0,
+        flags: int = 0,
+        *,
+        format: str | None = None,  # noqa: A002 (QEMU's and libvirt's word)
+    ) -> CopyJob:
+        """Start a copy of a disk that follows all writes.
+
+        Args:
+            disk: a target, a qdev id, or the path of an image in its chain.
+            dest: the image to make.
+            base: an image of the chain that the destination is to back onto; None for a whole copy.
+            bandwidth: bytes per second, 0 for no limit.
+            flags: of BlockCopy.
+            format: the destination's, the source's unless told.
+        """
+        request = requests.StartCopy(
+            domain=self.name,
+            disk=disk,
+            dest=_absolute(dest),
+            base=base,
+            bandwidth=bandwidth,
+            flags=int(flags),
+            format=format,
+        )
+        return CopyJob(self._ferry, await self._ferry.ask(request, views.JobView))
+
+    async def jobs(self) -> tuple[views.JobView, ...]:
+        """Its copies and mirrors, by target."""
+        return (await self._ferry.ask(requests.ListJobs(domain=self.name), views.JobList)).jobs
+
+    async def job(self, disk: str) -> CopyJob:
+        """Look up the copy or mirror of a disk, by its target.
+
+        Raises:
+            NoSuchJob: it has none.
+        """
+        for view in await self.jobs():
+            if view.disk == disk:
+                return CopyJob(self._ferry, view)
+        raise NoSuchJob(domain=self.name, disk=disk)
+
+    async def pivot(self, disks: Iterable[str], timeout: float = TIMEOUT_S) -> views.Done:
+        """Let the guest go on on the destinations of these disks: all at one instant, or none.
+
+        Args:
+            disks: any number of them.
+            timeout: seconds for their mirrors to be ready.
+        """
+        request = requests.PivotJobs(domain=self.name, disks=tuple(disks), timeout=timeout)
+        return await self._ferry.ask(request, views.Done)
+
+    async def finish(self, disks: Iterable[str], timeout: float = TIMEOUT_S) -> views.Done:
+        """Make the destinations of these disks copies of one instant; the guest stays where it is.
+
+        Args:
+            disks: any number of them.
+            timeout: seconds for their mirrors to be ready.
+        """
+        request = requests.FinishJobs(domain=self.name, disks=tuple(disks), timeout=timeout)
+        return await self._ferry.ask(request, views.Done)
+
+    async def cancel(self, disks: Iterable[str]) -> views.Done:
+        """Stop the copies or mirrors of these disks; what was written of the destinations stays."""
+        return await self._ferry.ask(requests.CancelJobs(domain=self.name, disks=tuple(disks)), views.Done)
+
+    async def set_speed(self, disk: str, bandwidth: int) -> views.Done:
+        """Limit a copy to that many bytes per second; 0 lifts the limit."""
+        request = requests.SetJobSpeed(domain=self.name, disk=disk, bandwidth=bandwidth)
+        return await self._ferry.ask(request, views.Done)
+
+    def watch(self, since: int | None = None) -> AsyncIterator[views.Event]:
+        """Its events as they happen; `since` a number, those recorded after it come first."""
+        return self._ferry.watch(self.name, since)
+
+
+class DomainSnapshot:
+    """A snapshot that was taken.
+
+    Args:
+        ferry: whose it is.
+        view: how it looked when it was taken or looked up.
+    """
+
+    def __init__(self, ferry: Ferry, view: views.SnapshotView) -> None:
+        self._ferry = ferry
+        self.view = view
+
+    @property
+    def name(self) -> str:
+        """Unique in its domain."""
+        return self.view.name
+
+    async def xml_desc(self) -> str:
+        """Its XML, with its mirrors as they are now."""
+        request = requests.ShowSnapshot(domain=self.view.domain, snapshot=self.name)
+        self.view = await self._ferry.ask(request, views.SnapshotView)
+        return self.view.xml or ""
+
+    async def delete(self, flags: int = 0, timeout: float = TIMEOUT_S) -> views.Done:
+        """Delete it.
+
+        Args:
+            flags: of SnapshotDelete; REOPEN_MIRROR lets the guest go on on the mirrors, all at one instant or none.
+            timeout: seconds for the mirrors to be ready.
+        """
+        request = requests.DeleteSnapshot(
+            domain=self.view.domain,
+            snapshot=self.name,
+            flags=int(flags),
+            timeout=timeout,
+        )
+        return await self._ferry.ask(request, views.Done)
+
+
+class CopyJob:
+    """A copy or mirror that works. Iterate over it for its progress until it is ready.
+
+    Args:
+        ferry: whose it is.
+        view: how it looked when it was started or looked up.
+    """
+
+    def __init__(self, ferry: Ferry, view: views.JobView) -> None:
+        self._ferry = ferry
+        self._domain = Domain(ferry, view.domain)
+        self.view = view
+
+    @property
+    def disk(self) -> str:
+        """The target of its disk."""
+        return self.view.disk
+
+    async def info(self) -> views.JobView:
+        """How far it is now, or how it ended.
+
+        Raises:
+            NoSuchJob: nothing is known of it any more.
+        """
+        self.view = (await self._domain.job(self.disk)).view
+        return self.view
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        """Give its progress, about once a second and at least once, until the mirror is ready or has been used.
+
+        It goes on through a restart of the host process.
+
+        Raises:
+            JobLost: it was lost, removed or cancelled.
+        """
+        # From here on recorded events are numbered after `since`: none is missed, whenever the watching begins.
+        request = requests.ListEvents(domain=self._domain.name, since=NEWEST)
+        since = (await self._ferry.ask(request, views.EventList)).last
+        while True:
+            progress = _progress(await self.info())
+            yield progress
+            if self._over(progress):
+                return
+            events = self._domain.watch(since)
+            try:
+                async for event in events:
+                    since = max(since, event.seq)
+                    if event.disk != self.disk:
+                        continue
+                    progress = await self._seen(event)
+                    yield progress
+                    if self._over(progress):
+                        return
+            except HostProcessUnreachable:
+                pass  # it was killed; the copy is QEMU's and goes on, and the next question starts another
+            finally:
+                await _aclose(events)
+
+    async def _seen(self, event: views.Event) -> Progress:
+        if event.type == "progress":
+            return msgspec.convert(event.data, Progress)
+        return _progress(await self.info())
+
+    def _over(self, progress: Progress) -> bool:
+        if progress.state in LOST:
+            reason = progress.reason or f"it was {progress.state}"
+            raise JobLost(domain=self._domain.name, disk=self.disk, reason=reason)
+        return progress.state in CAUGHT_UP
+
+    async def pivot(self, timeout: float = TIMEOUT_S) -> views.Done:
+        """Let the guest go on on the destination."""
+        return await self._domain.pivot([self.disk], timeout)
+
+    async def finish(self, timeout: float = TIMEOUT_S) -> views.Done:
+        """Make the destination a copy of one instant; the guest stays where it is."""
+        return await self._domain.finish([self.disk], timeout)
+
+    async def cancel(self) -> views.Done:
+        """Stop it; what was written of the destination stays."""
+        return await self._domain.cancel([self.disk])
+
+    async def set_speed(self, bandwidth: int) -> views.Done:
+        """Limit it to that many bytes per second; 0 lifts the limit."""
+        return await self._domain.set_speed(self.disk, bandwidth)
+
+
+def _progress(view: views.JobView) -> Progress:
+    return Progress(
+        domain=view.domain,
+        disk=view.disk,
+        state=view.state,
+        current=view.current,
+        total=view.total,
+        reason=view.reason,
+    )
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """The path as the host process has to see it; a URI is left as it is."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(text)
+
+
+async def _aclose(events: AsyncIterator[views.Event]) -> None:
+    """End a subscription now rather than when it is collected."""
+    aclose = getattr(events, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+# --- over HTTP ------------------------------------------------------------------------------------------------
+
+
+class HttpTransport:
+    """A connection to the host process of a state directory, which is started again when it went away idle.
+
+    Args:
+        state: whose host process.
+    """
+
+    def __init__(self, state: hostprocess.StateDir) -> None:
+        import httpx
+
+        self._state = state
+        with contextlib.ExitStack() as stack:
+            address = stack.enter_context(hostprocess.short_path(state.socket))
+            # No kept connections: one more costs nothing here, and none is found closed by the other side.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            transport = httpx.AsyncHTTPTransport(uds=address, limits=limits)
+            self._http = httpx.AsyncClient(transport=transport, base_url="http://blockferry", timeout=None)  # noqa: S113 (a pivot waits as long as its own timeout says)
+            self._cleanup = stack.pop_all()
+
+    async def submit(self, request: requests.Request) -> views.View:
+        """Carry out a request.
+
+        Raises:
+            HostProcessUnreachable: the host process went away before it answered.
+            BlockferryError: what it answered.
+        """
+        message = self._http.build_request("POST", "/v1/request", content=msgspec.json.encode(request))
+        async with self._sent(message) as response:
+            view: views.View = msgspec.json.decode(await response.aread(), type=views.View)
+            return view
+
+    async def watch(self, domain: str | None, since: int | None) -> AsyncIterator[views.Event]:
+        """Events as the host process sends them, until it ends.
+
+        Raises:
+            HostProcessUnreachable: it went away without an end.
+            BlockferryError: what it answered.
+        """
+        wanted = {"domain": domain, "since": since}
+        params = {name: value for name, value in wanted.items() if value is not None}
+        message = self._http.build_request("GET", "/v1/events", params=params)
+        async with self._sent(message) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    yield self._event(line.removeprefix("data: "))
+
+    async def close(self) -> None:
+        """End it; the host process stays."""
+        await self._http.aclose()
+        self._cleanup.close()
+
+    @contextlib.asynccontextmanager
+    async def _sent(self, message: httpx.Request) -> AsyncIterator[httpx.Response]:
+        """Send a request and give its answer; what goes wrong in the block too is an error of ours."""
+        import httpx
+
+        try:
+            try:
+                response = await self._http.send(message, stream=True)
+            except httpx.ConnectError:
+                # Nobody listens, so nothing was sent: it is safe to say it to the next one.
+                await _reach(self._state)
+                response = await self._http.send(message, stream=True)
+            async with contextlib.aclosing(response):
+                if response.is_error:
+                    raise _told(await response.aread())
+                yield response
+        except httpx.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise HostProcessUnreachable(state_dir=str(self._state), reason=reason) from error
+
+    @staticmethod
+    def _event(data: str) -> views.Event:
+        event = msgspec.json.decode(data, type=views.Event | _ErrorBody)
+        if isinstance(event, _ErrorBody):
+            raise from_dict(event.error)
+        return event
+
+
+class _ErrorBody(msgspec.Struct, tag_field="kind", tag="error"):
+    error: dict[str, object]
+
+
+def _told(body: bytes) -> BlockferryError:
+    """The error that an answer's body describes."""
+    try:
+        return from_dict(msgspec.json.decode(body, type=_ErrorBody).error)
+    except msgspec.MsgspecError:
+        return InternalError(detail=f"the host process answered {body[:200]!r}")
+
+
+async def _reach(state: hostprocess.StateDir) -> None:
+    """See that a host process listens."""
+    connection = await asyncio.to_thread(hostprocess.ensure_running, state)
+    connection.close()
+
+
+@contextlib.asynccontextmanager
+async def connect(state_dir: str | os.PathLike[str] | None = None) -> AsyncIterator[Ferry]:
+    """Connect to the host process of a state directory, which is started when none runs.
+
+    Args:
+        state_dir: where state is kept; the default is the command's.
+
+    Raises:
+        StateDirBusy: a program has it open (`blockferry.open`), and serves nobody.
+        StateDirUnusable: it can't be made, read or trusted.
+        HostProcessUnreachable: the host process did not start.
+    """
+    state = hostprocess.StateDir(state_dir or hostprocess.default_state_dir())
+    await _reach(state)
+    transport = HttpTransport(state)
+    try:
+        yield Ferry(transport)
+    finally:
+        await transport.close()

@@ -1,0 +1,1 @@
+"""Carrying plans out: intent, command, observe, outcome; and settling what was interrupted."""

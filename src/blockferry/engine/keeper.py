@@ -1,0 +1,330 @@
+"""One attached domain: its connection, its lock, its runner, and what becomes of its mirrors while nobody asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from blockferry import errors
+from blockferry.engine.bus import Bus
+from blockferry.engine.executor import Executor
+from blockferry.engine.progress import Sampler, state_of
+from blockferry.engine.runner import Runner
+from blockferry.journal.journal import DomainRecord, Journal
+from blockferry.model.domain import Observation
+from blockferry.model.job import ENDED
+from blockferry.model.snapshot import Mirror
+from blockferry.model.view import Event
+from blockferry.plan.copy import close_mirror
+from blockferry.plan.plan import Names
+from blockferry.plan.recover import Decision
+from blockferry.qemu.images import Images
+from blockferry.qemu.observe import Observer
+from blockferry.qemu.process import born, lives
+from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
+
+CONNECT_SECONDS = 5.0
+WATCHED = ("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR", "STOP", "RESUME", "SHUTDOWN")
+GONE = "QEMU is gone"
+
+
+class Keeper:
+    """Keeps one attached domain.
+
+    Args:
+        name: the domain's.
+        journal: the state directory's.
+        images: the host's image files.
+        bus: where events go.
+        witness: told of every QMP command.
+    """
+
+    def __init__(self, name: str, journal: Journal, images: Images, bus: Bus, witness: Witness) -> None:
+        self.name = name
+        self.lock = asyncio.Lock()
+        self._connecting = asyncio.Lock()
+        self.problem: errors.BlockferryError | None = None
+        self._journal = journal
+        self._images = images
+        self._bus = bus
+        self._witness = witness
+        self._session: Session | None = None
+        self._observer: Observer | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sampler = Sampler(name)
+        self.runner = Runner(self, journal, images, bus.publish)
+
+    @property
+    def record(self) -> DomainRecord:
+        """The domain as the journal has it."""
+        record = self._journal.domain(self.name)
+        if record is None:
+            raise errors.NoSuchDomain(domain=self.name)
+        return record
+
+    # --- the connection ---------------------------------------------------------------------------------------
+
+    async def connect(self, timeout: float = CONNECT_SECONDS) -> Session:
+        """The connection, made anew where it broke.
+
+        Raises:
+            QmpUnreachable, QmpBusy: see `Session.connect`.
+            MissingCapability: this QEMU lacks what everything stands on.
+        """
+        async with self._connecting:
+            if self._session is not None and self._session.alive:
+                return self._session
+            return await self._connect(timeout)
+
+    async def _connect(self, timeout: float) -> Session:
+        record = self.record
+        try:
+            session = await Session.connect(record.qmp, timeout, self._witness)
+            observer = Observer(session, record.targets)
+            await observer.capabilities(self.name)
+        except errors.BlockferryError as problem:
+            self.problem = problem
+            raise
+        started = born(session.pid)
+        if record.pid is not None and (record.pid, record.born) != (session.pid, started):
+            if self._journal.open_operations(self.name):
+                # They were begun with the QEMU before: what is in this one says nothing of them.
+                await session.close()
+                raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
+            self._guest_gone("another QEMU process answers on its socket now")
+        self._session, self._observer, self.problem = session, observer, None
+        self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started))
+        self._spawn(self._watch(session))
+        return session
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def executor(self) -> Executor:
+        """See runner.Link."""
+        session = await self.connect()
+        return Executor(self.name, session, self._observer, self._images)
+
+    @contextlib.contextmanager
+    def stopwatch(self) -> Iterator[Any]:
+        """See runner.Link."""
+        if self._session is None:
+            yield lambda: None
+            return
+        with self._session.stopwatch() as milliseconds:
+            yield milliseconds
+
+    async def is_gone(self) -> bool:
+        """Whether the QEMU that we were attached to has ended."""
+        record = self.record
+        return record.pid is not None and not lives(record.pid, record.born)
+
+    async def observe(self) -> Observation:
+        """The domain now; its targets are kept from here on.
+
+        Raises:
+            GuestGone: QEMU went away while it was asked.
+            QmpUnreachable, QmpBusy: it can't be asked.
+        """
+        await self.connect()
+        try:
+            # The second try is for a connection that had broken without our noticing.
+            try:
+                seen = await self._look()
+            except LostReply:
+                await self.connect()
+                seen = await self._look()
+        except LostReply as lost:
+            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
+        except CommandRefused as refusal:
+            raise errors.QmpUnreachable(qmp=self.record.qmp, reason=str(refusal)) from refusal
+        return seen
+
+    async def _look(self) -> Observation:
+        if self._observer is None:
+            raise LostReply("observe", "not connected")
+        seen = await self._observer.observe(self.name)
+        record = self.record
+        if self._observer.targets != record.targets:
+            self._journal.put_domain(msgspec.structs.replace(record, targets=dict(self._observer.targets)))
+        return seen
+
+    async def close(self) -> None:
+        """Let go; the guest and its jobs go on."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def reconcile(self) -> list[tuple[int, Decision]]:
+        """Settle what was interrupted, by the table, and find out what happened while nobody looked.
+
+        The caller holds the lock. A domain that can't be asked keeps its problem in `problem`.
+
+        Returns:
+            The operations that were open, with the rows that they fell into.
+        """
+        found = [
+            (operation.id, await self.runner.resolve(operation.id, recovering=True))
+            for operation in self._journal.open_operations(self.name)
+        ]
+        if self._journal.open_operations(self.name):
+            return found
+        with contextlib.suppress(errors.BlockferryError):
+            if await self.is_gone():
+                self._guest_gone("its process has ended")
+            await self.check_mirrors()
+        return found
+
+    # --- mirrors ----------------------------------------------------------------------------------------------
+
+    def active(self) -> tuple[Mirror, ...]:
+        """The mirrors that work, as far as the journal knows."""
+        return tuple(mirror for mirror in self._journal.mirrors(self.name) if mirror.state == "active")
+
+    async def wait_ready(self, targets: tuple[str, ...], timeout: float) -> None:
+        """Wait until the mirrors of these disks are ready; the domain's lock is not held meanwhile.
+
+        Args:
+            targets: disks with an active mirror.
+            timeout: seconds.
+
+        Raises:
+            JobNotReady: one is not, in time.
+            JobLost: one was lost.
+        """
+        session = await self.connect()
+        pending = ""
+
+        async def met() -> bool:
+            nonlocal pending
+            seen = await self.observe()
+            for mirror in self._journal.mirrors(self.name):
+                if mirror.target not in targets:
+                    continue
+                job = seen.jobs.get(mirror.job)
+                if job is None or job.error is not None or job.status in ENDED or mirror.state != "active":
+                    reason = mirror.reason or (job.error if job else None) or "its job has ended"
+                    raise errors.JobLost(domain=self.name, disk=mirror.target, reason=reason)
+                if job.status != "ready":
+                    pending = f"{mirror.target}: {state_of(mirror, job)}, {job.current} of {job.total} bytes"
+                    return False
+            return True
+
+        names = ("JOB_STATUS_CHANGE", "BLOCK_JOB_READY")
+        try:
+            await session.wait_until(met, names, what="wait", seconds=timeout)
+        except LostReply as lost:
+            if not session.alive:
+                raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
+            target, _, state = pending.partition(": ")
+            raise errors.JobNotReady(domain=self.name, disk=target, seconds=timeout, state=state) from lost
+
+    async def set_speed(self, mirror: Mirror, bandwidth: int) -> None:
+        """Limit a mirror to `bandwidth` bytes per second, 0 for no limit.
+
+        Raises:
+            JobLost: QEMU refuses, in its words.
+            GuestGone: QEMU went away.
+        """
+        session = await self.connect()
+        try:
+            await session.execute("block-job-set-speed", device=mirror.job, speed=bandwidth)
+        except CommandRefused as refusal:
+            raise errors.JobLost(domain=self.name, disk=mirror.target, reason=refusal.words) from refusal
+        except LostReply as lost:
+            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
+
+    async def check_mirrors(self) -> None:
+        """Find mirrors that have ended without us, say so once, and close what is left of them.
+
+        The caller holds the lock, and no operation is open: what an operation does to its mirrors it records itself.
+        """
+        seen = await self.observe()
+        lost: dict[str, str] = {}
+        for mirror in self.active():
+            job = seen.jobs.get(mirror.job)
+            if job is None:
+                lost[mirror.target] = "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
+            elif job.error is not None or job.status in ENDED:
+                lost[mirror.target] = job.error or "somebody else ended its job"
+        if not lost:
+            return
+        gone = [mirror for mirror in self.active() if mirror.target in lost]
+        self._bus.publish(self._journal.lose_mirrors(self.name, lost))
+        executor = await self.executor()
+        roots = {disk.root for disk in seen.disks}
+        for mirror in gone:
+            # Somebody who ended the job by a pivot has put the guest onto the destination: don't close that.
+            if mirror.node in roots:
+                continue
+            for step in close_mirror(mirror):
+                with contextlib.suppress(CommandRefused):
+                    await executor.do(step, {})
+
+    def _guest_gone(self, reason: str) -> None:
+        """The QEMU that we were attached to has ended: its mirrors with it."""
+        lost = {mirror.target: f"{GONE}: {reason}" for mirror in self.active()}
+        if lost:
+            self._bus.publish(self._journal.lose_mirrors(self.name, lost))
+        self._say("domain-gone", None, reason=reason)
+        self._journal.put_domain(msgspec.structs.replace(self.record, pid=None, born=None))
+
+    def _say(self, kind: str, disk: str | None, **data: Any) -> None:
+        event = Event(seq=0, time=time.time(), type=kind, domain=self.name, disk=disk, data=data)
+        self._bus.publish((self._journal.put_event(event),))
+
+    # --- what happens while nobody asks -----------------------------------------------------------------------
+
+    async def _watch(self, session: Session) -> None:
+        """Follow one connection's events to its end."""
+        sampling = asyncio.ensure_future(self._sampler.run(session, self._journal, self._bus))
+        try:
+            async for event in session.events(WATCHED):
+                await self._heard(event)
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
+        if self._session is session:
+            await self._lost_connection()
+
+    async def _heard(self, event: dict[str, Any]) -> None:
+        data = event.get("data", {})
+        match event["event"]:
+            case "STOP":
+                self._say("domain-paused", None)
+            case "RESUME":
+                self._say("domain-resumed", None)
+            case "SHUTDOWN":
+                self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
+            case "JOB_STATUS_CHANGE" if str(data.get("id", "")).startswith(f"{Names.PREFIX}{self._journal.tag}-"):
+                mirror = next((each for each in self.active() if each.job == data["id"]), None)
+                if mirror is not None and data["status"] == "ready":
+                    self._say("mirror-ready", mirror.target, file=mirror.file)
+                if mirror is not None and data["status"] in ("concluded", "null", "aborting"):
+                    self._spawn(self._check_soon())
+
+    async def _check_soon(self) -> None:
+        async with self.lock:
+            if not self._journal.open_operations(self.name):
+                with contextlib.suppress(errors.BlockferryError, LostReply):
+                    await self.check_mirrors()
+
+    async def _lost_connection(self) -> None:
+        async with self.lock:
+            if self._session is not None and self._session.alive:
+                return
+            self._session = None
+            if await self.is_gone():
+                self.problem = errors.GuestGone(domain=self.name, reason="its process has ended")
+                if not self._journal.open_operations(self.name):
+                    self._guest_gone("its process has ended")

@@ -1,0 +1,370 @@
+"""Walking a plan: intent, command, observe, outcome. The order of durable writes and commands is decided here.
+
+A failure is an interruption like any other: the recovery table says what it means (`plan.recover`), from the journal
+and from what is there now, whether we have just seen it or have died in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from blockferry import errors
+from blockferry.engine.executor import Executor, StepFailed
+from blockferry.journal.journal import Journal, OperationRecord, StepRecord
+from blockferry.model.domain import Observation
+from blockferry.model.operation import OperationState, StepState, Stretch
+from blockferry.model.view import Event
+from blockferry.plan import steps
+from blockferry.plan.plan import Plan, Record, Window
+from blockferry.plan.recover import Decision, Evidence, Interrupted, decide
+from blockferry.plan.window import as_it_is, leave
+from blockferry.qemu.images import ImageError, Images
+from blockferry.qemu.session import CommandRefused, LostReply
+
+Publish = Callable[[tuple[Event, ...]], None]
+
+
+class Failure(Exception):
+    """A step that did not do what it should: its text and the reason."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(f"{step}: {reason}")
+        self.step = step
+        self.reason = reason
+
+
+class Link(Protocol):
+    """What the runner needs of a domain's connection."""
+
+    name: str
+
+    async def executor(self) -> Executor:
+        """Carry steps out on the present connection; connect again where it broke."""
+
+    def stopwatch(self) -> Any:
+        """Measure a pause; see qemu.session.Session.stopwatch."""
+
+    async def is_gone(self) -> bool:
+        """Whether QEMU's process is known to have ended."""
+
+
+class Runner:
+    """Runs, undoes and settles the operations of one domain; its caller holds the domain's lock.
+
+    Args:
+        link: the domain's connection.
+        journal: the state directory's.
+        images: the host's image files.
+        publish: hands recorded events on.
+    """
+
+    def __init__(self, link: Link, journal: Journal, images: Images, publish: Publish) -> None:
+        self._link = link
+        self._journal = journal
+        self._images = images
+        self._publish = publish
+
+    async def run(self, operation: int, plan: Plan) -> OperationRecord:
+        """Run a plan that was just made.
+
+        Returns:
+            The operation as it ended: `done` or `in-progress`.
+
+        Raises:
+            OperationFailed: it was undone.
+            OperationUnsettled: it could be neither done nor undone now.
+        """
+        self._journal.begin(operation, self._link.name, plan)
+        try:
+            with self._link.stopwatch() as milliseconds:
+                await self._forwards(operation, plan)
+                settled = await self._settle(plan)
+                pause = milliseconds()
+            self._finish(operation, plan, settled, pause_ms=pause)
+        except (Failure, errors.JournalUnwritable) as error:
+            step, reason = (
+                (error.step, error.reason) if isinstance(error, Failure) else ("write the journal", str(error))
+            )
+            await self._interrupted(operation, step, reason)
+        return self._get(operation)
+
+    async def _interrupted(self, operation: int, step: str, reason: str) -> None:
+        """Settle an operation of which a step failed; return only if it turns out to have been done all the same."""
+        with contextlib.suppress(errors.JournalUnwritable):
+            self._journal.note(operation, error=f"{step}: {reason}")
+        decision = await self.resolve(operation)
+        after = self._get(operation)
+        if after.state == "undone":
+            raise errors.OperationFailed(domain=self._link.name, operation=operation, step=step, reason=reason)
+        if after.state not in ("done", "in-progress") or decision.action == "leave-window":
+            raise errors.OperationUnsettled(domain=self._link.name, operation=operation, step=step, reason=reason)
+
+    async def _forwards(self, operation: int, plan: Plan) -> None:
+        executor = await self._executor("begin")
+        await self._prepare(operation, plan, executor)
+        outcomes: tuple[StepRecord, ...] = ()
+        if plan.window is not None:
+            outcomes = await self._pass_window(operation, plan.window, executor)
+        self._record(operation, plan.record, outcomes)
+
+    async def _prepare(self, operation: int, plan: Plan, executor: Executor) -> None:
+        """Each outcome is written together with the next intent: one durable write a step."""
+        claims: dict[str, dict[str, Any]] = {}
+        last: tuple[StepRecord, ...] = ()
+        for index, step in enumerate(plan.prepare):
+            intent = _intent(index, "prepare", step)
+            self._journal.step(operation, *last, intent, state="preparing")
+            try:
+                outcome = await _do(executor, step, claims)
+            except Failure as failure:
+                self._journal.step(operation, _outcome(intent, "failed", error=failure.reason))
+                raise
+            if isinstance(step, steps.ClaimFile):
+                claims[step.path] = outcome
+            last = (_outcome(intent, "done", outcome),)
+            if isinstance(step, steps.ClaimFile):
+                # What is written into the file later must find its identity in the journal.
+                self._journal.step(operation, *last)
+                last = ()
+        if last:
+            self._journal.step(operation, *last)
+
+    async def _pass_window(self, operation: int, window: Window, executor: Executor) -> tuple[StepRecord, ...]:
+        """One intent for the whole window: a durable write between two of its commands would lengthen the pause."""
+        self._journal.step(operation, state="window")
+        outcomes: list[StepRecord] = []
+        for index, step in enumerate(window.steps):
+            intent = _intent(index, "window", step)
+            try:
+                await _do(executor, step, {})
+            except Failure as failure:
+                outcomes.append(_outcome(intent, "failed", error=failure.reason))
+                self._journal.step(operation, *outcomes)
+                raise
+            outcomes.append(_outcome(intent, "done"))
+        return tuple(outcomes)
+
+    def _record(self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = ()) -> None:
+        events = _events(self._link.name, operation, record)
+        self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events))
+
+    async def _settle(self, plan: Plan) -> tuple[StepRecord, ...]:
+        executor = await self._executor("settle")
+        outcomes = []
+        for index, step in enumerate(plan.settle):
+            intent = _intent(index, "settle", step)
+            await _do(executor, step, {})
+            outcomes.append(_outcome(intent, "done"))
+        return tuple(outcomes)
+
+    def _finish(
+        self,
+        operation: int,
+        plan: Plan,
+        outcomes: tuple[StepRecord, ...],
+        *,
+        row: str | None = None,
+        pause_ms: float | None = None,
+    ) -> None:
+        working = {mirror.operation for mirror in self._journal.mirrors(self._link.name) if mirror.state == "active"}
+        state: OperationState = "in-progress" if plan.what == "copy" and operation in working else "done"
+        self._journal.finish(operation, state, outcomes, row=row, pause_ms=pause_ms)
+
+    async def _executor(self, step: str) -> Executor:
+        try:
+            return await self._link.executor()
+        except (errors.BlockferryError, LostReply) as error:
+            raise Failure(step, str(error)) from error
+
+    def _get(self, operation: int) -> OperationRecord:
+        record = self._journal.operation(operation)
+        if record is None:
+            raise AssertionError(operation)
+        return record
+
+    # --- settling what was interrupted ------------------------------------------------------------------------
+
+    async def resolve(self, operation: int, *, recovering: bool = False) -> Decision:
+        """Look, decide by the table, and do what it says.
+
+        Args:
+            operation: one that is open.
+            recovering: whether a process of ours died in between, so that the row is worth remembering.
+
+        Returns:
+            The row; when its steps failed, the operation stays open with the reason.
+        """
+        record = self._get(operation)
+        begun = self._begun(operation)
+        interrupted = Interrupted(
+            state=record.state, plan=record.plan, steps={index: step.state for index, step in begun.items()}
+        )
+        evidence, executor = await self._evidence(record)
+        decision = decide(interrupted, evidence)
+        row = decision.row if recovering else None
+        try:
+            await self._act(record, decision, evidence, executor, row)
+        except Failure as failure:
+            self._journal.note(operation, error=f"{failure.step}: {failure.reason}", row=row)
+        return decision
+
+    def _begun(self, operation: int) -> dict[int, StepRecord]:
+        return {step.index: step for step in self._journal.steps(operation) if step.stretch == "prepare"}
+
+    async def _evidence(self, record: OperationRecord) -> tuple[Evidence, Executor]:
+        nobody = Executor(self._link.name, None, None, self._images)
+        try:
+            executor = await self._link.executor()
+            seen = await executor.observe()
+            dead = {}
+            if record.state == "window" and record.plan.window is not None:
+                dead = await executor.probe({disk.target: disk.mirror.file_node for disk in record.plan.window.disks})
+                seen = await executor.observe()
+            return Evidence(seen=seen, dead=dead), executor
+        except (errors.BlockferryError, LostReply, CommandRefused):
+            if not await self._link.is_gone():
+                return Evidence(seen=None), nobody
+        written = frozenset(
+            [path for path in record.plan.record.authoritative.values() if await self._was_written(record, path)]
+        )
+        return Evidence(seen=None, gone=True, written=written), nobody
+
+    async def _was_written(self, record: OperationRecord, path: str) -> bool:
+        overlays = {step.path for step in record.plan.prepare if isinstance(step, steps.ClaimFile)}
+        try:
+            return path in overlays and await self._images.holds_data(path)
+        except ImageError:
+            return False
+
+    async def _act(
+        self, record: OperationRecord, decision: Decision, evidence: Evidence, executor: Executor, row: str | None
+    ) -> None:
+        match decision.action:
+            case "nothing":
+                self._undone(record, row)
+            case "undo":
+                await self._undo(record, executor, gone=evidence.gone)
+                self._undone(record, row)
+            case "leave-window":
+                if await self._leave_window(record, evidence, executor):
+                    await self._undo(record, executor, gone=False)
+                    self._undone(record, row)
+            case "record" | "record-as-is":
+                window = record.plan.window
+                truth = record.plan.record
+                if decision.action == "record-as-is" and window is not None and evidence.seen is not None:
+                    truth = as_it_is(window, evidence.seen)
+                self._record(record.id, truth)
+                settled = () if evidence.gone else await self._settle(record.plan)
+                self._finish(record.id, record.plan, settled, row=row)
+            case "settle":
+                settled = () if evidence.gone else await self._settle(record.plan)
+                self._finish(record.id, record.plan, settled, row=row)
+            case "wait":
+                pass
+
+    async def _undo(self, record: OperationRecord, executor: Executor, *, gone: bool) -> None:
+        """Undo what was begun, in reverse order; with QEMU gone only the files are left to undo."""
+        begun = self._begun(record.id)
+        claims = {
+            step.path: begun[index].outcome
+            for index, step in enumerate(record.plan.prepare)
+            if isinstance(step, steps.ClaimFile) and index in begun and begun[index].outcome
+        }
+        refused = {index for index, step in begun.items() if step.state == "failed"}
+        for index in sorted(begun, reverse=True):
+            step = record.plan.prepare[index]
+            # A claim that failed found a file of somebody else's.
+            if begun[index].state == "undone" or (index in refused and isinstance(step, steps.ClaimFile)):
+                continue
+            for back in reversed(step.undo()):
+                if not gone or isinstance(back, steps.RemoveFile):
+                    await _do(executor, back, claims)
+            self._journal.step(record.id, _outcome(begun[index], "undone", begun[index].outcome))
+
+    def _undone(self, record: OperationRecord, row: str | None) -> None:
+        event = _event(self._link.name, "operation-undone", None, operation=record.id, what=record.plan.what)
+        self._publish(self._journal.finish(record.id, "undone", row=row, events=(event,)))
+
+    async def _leave_window(self, record: OperationRecord, evidence: Evidence, executor: Executor) -> bool:
+        """Bring every disk back and let the guest run; whether that went.
+
+        First with the mirrors kept, then without. If QEMU refuses that as well, the disks stay as they are, which is
+        recorded before the guest runs: better a pivot that some disks have made than a guest that stands still.
+        """
+        window, seen = record.plan.window, evidence.seen
+        if window is None or seen is None:
+            raise AssertionError(record.id)
+        dead = dict(evidence.dead)
+        for _attempt in range(2):
+            way = leave(window, seen, dead)
+            try:
+                for step in way.steps:
+                    await _do(executor, step, {})
+            except Failure as failure:
+                dead |= {disk.target: dead.get(disk.target, str(failure)) for disk in window.disks}
+                seen = await self._look(executor)
+            else:
+                self._publish(self._journal.lose_mirrors(self._link.name, way.lost, way.mirrors))
+                return True
+        self._record(record.id, as_it_is(window, seen))
+        if window.resume:
+            await _do(executor, steps.Resume(), {})
+        self._journal.finish(record.id, "done", row="L")
+        return False
+
+    async def _look(self, executor: Executor) -> Observation:
+        try:
+            return await executor.observe()
+        except (LostReply, CommandRefused) as error:
+            raise Failure("observe", str(error)) from error
+
+
+async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return await executor.do(step, claims)
+    except CommandRefused as refusal:
+        raise Failure(step.text, refusal.words) from refusal
+    except LostReply as lost:
+        raise Failure(step.text, f"no reply ({lost.reason})") from lost
+    except (ImageError, StepFailed) as error:
+        raise Failure(step.text, str(error)) from error
+
+
+def _intent(index: int, stretch: Stretch, step: steps.Step) -> StepRecord:
+    return StepRecord(index=index, stretch=stretch, text=step.text, state="intent", started=time.time())
+
+
+def _outcome(
+    intent: StepRecord, state: StepState, outcome: dict[str, Any] | None = None, *, error: str | None = None
+) -> StepRecord:
+    return msgspec.structs.replace(intent, state=state, ended=time.time(), outcome=outcome or {}, error=error)
+
+
+def _event(domain: str, kind: str, disk: str | None, **data: Any) -> Event:
+    return Event(seq=0, time=time.time(), type=kind, domain=domain, disk=disk, data=data)
+
+
+def _events(domain: str, operation: int, record: Record) -> tuple[Event, ...]:
+    """What a record means to those who listen."""
+    found: list[Event] = []
+    if record.snapshot is not None:
+        found.append(_event(domain, "snapshot-created", None, snapshot=record.snapshot.name, operation=operation))
+    found += [
+        _event(domain, "mirror-started", mirror.target, file=mirror.file, operation=operation)
+        for mirror in record.mirrors
+    ]
+    for target, end in record.ended.items():
+        if end in ("pivoted", "finished", "cancelled"):
+            source = record.authoritative.get(target)
+            found.append(_event(domain, f"mirror-{end}", target, source=source, operation=operation))
+        else:
+            found.append(_event(domain, "mirror-dropped", target, reason=record.reason, operation=operation))
+    if record.forget_snapshot is not None:
+        found.append(_event(domain, "snapshot-deleted", None, snapshot=record.forget_snapshot, operation=operation))
+    return tuple(found)

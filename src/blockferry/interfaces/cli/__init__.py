@@ -1,0 +1,1 @@
+"""The command: a thin client of the host process. Standard library and click only, on the way that every verb takes."""

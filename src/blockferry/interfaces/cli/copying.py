@@ -1,0 +1,134 @@
+"""copy, and waiting for one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import click
+
+from blockferry.interfaces.cli import render, wire
+from blockferry.interfaces.cli.names import disks, domain_argument
+from blockferry.interfaces.cli.progress import display
+from blockferry.interfaces.cli.session import Rate, Session, Stopped, absolute, disk_name, examples, json_option
+from blockferry.interfaces.cli.wire import Json
+
+CAUGHT_UP = frozenset({"ready", "pivoted", "finished"})
+LOST = frozenset({"lost", "cancelled", "removed"})
+NEWEST = 2**62  # no event has such a number: the answer has none, and says which is the last
+
+
+@click.command(
+    "copy",
+    epilog=examples(
+        "blockferry copy vm1 vda /dst/disk.img --format raw --pivot",
+        "blockferry copy vm1 vdb /dst/b.qcow2 --wait --bandwidth 50M",
+    ),
+)
+@domain_argument
+@click.argument("disk", shell_complete=disks)
+@click.argument("dest", type=click.Path())
+@click.option("--format", "format_", type=click.Choice(["qcow2", "raw"]), help="The copy's; the source's unless told.")
+@click.option("--wait", is_flag=True, help="Show its progress until the copy has caught up.")
+@click.option("--pivot", is_flag=True, help="Wait, then let the guest go on on the copy.")
+@click.option("--finish", is_flag=True, help="Wait, then make the copy an image of one instant.")
+@click.option("--bandwidth", type=Rate(), metavar="RATE", help="Bytes per second: 50M, 1G; 0 for no limit.")
+@click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
+@json_option
+@click.pass_obj
+def copy(
+    session: Session,
+    *,
+    name: str,
+    disk: str,
+    dest: str,
+    format_: str | None,
+    wait: bool,
+    pivot: bool,
+    finish: bool,
+    bandwidth: int | None,
+    dry_run: bool,
+) -> None:
+    """Copy a disk while the guest runs, and keep the copy identical.
+
+    Without --wait, --pivot or --finish the command ends as soon as the copy has begun. Ctrl-C ends the command, never
+    the copy.
+    """
+    if pivot and finish:
+        raise click.UsageError("Only one of --pivot and --finish can be done.")
+    wish = {"domain": name, "disk": disk_name(disk), "dest": absolute(dest), "format": format_, "bandwidth": bandwidth}
+    if dry_run:
+        session.answer(render.plan, "copy", dry_run=True, **wish)
+        return
+    job = session.ask("copy", **wish)
+    if not (wait or pivot or finish):
+        session.show(job, render.started)
+        return
+    session.show(job, lambda view: f"{name}: copying {view['disk']} to {view['dest']} (operation {view['operation']})")
+    try:
+        wait_for(session, job)
+    except KeyboardInterrupt:
+        raise Stopped(_goes_on(job)) from None
+    if pivot or finish:
+        verb = "pivot" if pivot else "finish"
+        try:
+            session.answer(render.done, f"job-{verb}", domain=name, disks=[job["disk"]])
+        except KeyboardInterrupt:
+            raise Stopped(f"the {verb} was asked for and goes on; `blockferry job list {name}` shows it.") from None
+    elif not session.json:
+        click.echo(
+            f"The guest's writes go to both from now on; `blockferry job pivot {name} {job['disk']}` or `finish`."
+        )
+
+
+def wait_for(session: Session, job: Json) -> None:
+    """Show a copy's progress until it has caught up.
+
+    Raises:
+        Told: it was lost, removed or cancelled (job-lost).
+    """
+    with display(session.json) as show:
+        for event in follow(session, job):
+            show(event)
+            data = event["data"]
+            if data["state"] in LOST:
+                from blockferry.errors import JobLost
+
+                reason = data.get("reason") or f"it was {data['state']}"
+                raise wire.Told(JobLost(domain=job["domain"], disk=job["disk"], reason=reason).to_dict())
+            if data["state"] in CAUGHT_UP:
+                return
+
+
+def follow(session: Session, job: Json) -> Iterator[Json]:
+    """Give progress events of a copy, at least one; they go on through a restart of the host process."""
+    # From here on recorded events are numbered after `since`: none is missed, whenever the watching begins.
+    since = session.ask("events", domain=job["domain"], since=NEWEST)["last"]
+    while True:
+        yield _look(session, job)
+        for event in wire.events(session.state, job["domain"], since):
+            since = max(since, event["seq"])
+            if event["disk"] == job["disk"]:
+                yield event if event["type"] == "progress" else _look(session, job)
+
+
+def _look(session: Session, job: Json) -> Json:
+    """How far the copy is now, as the event that says so."""
+    jobs = session.ask("job-list", domain=job["domain"])["jobs"]
+    now = next((row for row in jobs if row["disk"] == job["disk"]), {**job, "state": "lost", "reason": "it is unknown"})
+    data = {name: now[name] for name in ("domain", "disk", "state", "current", "total", "reason")}
+    head = {"version": 1, "kind": "event", "seq": 0, "time": time.time(), "type": "progress"}
+    return {**head, "domain": job["domain"], "disk": job["disk"], "data": data}
+
+
+def _goes_on(job: Json) -> str:
+    name, disk = job["domain"], job["disk"]
+    return (
+        f"stopped waiting; the copy of {disk} to {job['dest']} goes on.\n"
+        f"  blockferry job list {name}          how far it is\n"
+        f"  blockferry events {name} --follow   watch it\n"
+        f"  blockferry job cancel {name} {disk}    stop it"
+    )
+
+
+COMMANDS = {"copy": copy}

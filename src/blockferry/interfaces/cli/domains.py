@@ -1,0 +1,59 @@
+"""attach, detach, list, show."""
+
+from __future__ import annotations
+
+import click
+
+from blockferry.interfaces.cli import render
+from blockferry.interfaces.cli.names import domain_argument
+from blockferry.interfaces.cli.session import Session, absolute, examples, json_option
+
+
+@click.command("attach", epilog=examples("blockferry attach vm1 --qmp /run/vm1.qmp"))
+@click.argument("name")
+@click.option("--qmp", required=True, metavar="SOCKET", type=click.Path(), help="The guest's QMP socket.")
+@click.option("--timeout", type=float, metavar="SEC", help="For QEMU's greeting; 5 unless told.")
+@json_option
+@click.pass_obj
+def attach(session: Session, name: str, qmp: str, timeout: float | None) -> None:
+    """Take charge of a running guest.
+
+    NAME is what it is called from now on. The guest does not notice.
+    """
+    session.answer(render.domain, "attach", domain=name, qmp=absolute(qmp), timeout=timeout)
+
+
+@click.command("detach", epilog=examples("blockferry detach vm1"))
+@domain_argument
+@json_option
+@click.pass_obj
+def detach(session: Session, name: str) -> None:
+    """Let go of a guest; it runs on.
+
+    Refused while a copy or mirror of it works.
+    """
+    session.answer(render.done, "detach", domain=name)
+
+
+@click.command("list", epilog=examples("blockferry list", "blockferry list --json"))
+@json_option
+@click.pass_obj
+def list_(session: Session) -> None:
+    """All attached domains."""
+    session.answer(render.domains, "list")
+
+
+@click.command("show", epilog=examples("blockferry show vm1", "blockferry show vm1 --xml"))
+@domain_argument
+@click.option("--xml", is_flag=True, help="The live XML, as libvirt writes it.")
+@json_option
+@click.pass_obj
+def show(session: Session, name: str, xml: bool) -> None:
+    """A domain's disks, chains and mirrors.
+
+    Each chain begins with the image that the guest writes to; what it backs onto follows behind <-, a mirror behind =>.
+    """
+    session.answer(render.xml if xml else render.domain, "show", domain=name)
+
+
+COMMANDS = {"attach": attach, "detach": detach, "list": list_, "show": show}

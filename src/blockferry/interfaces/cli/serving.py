@@ -1,0 +1,27 @@
+"""serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from blockferry.interfaces.cli.session import Session, examples, json_option
+
+
+@click.command("serve", epilog=examples("blockferry --state-dir /var/lib/blockferry serve"))
+@json_option
+@click.pass_obj
+def serve(session: Session) -> None:
+    """Run the host process in the foreground.
+
+    For systemd; other commands start one in the background when they need it. Ends with SIGTERM or Ctrl-C.
+    """
+    command = [sys.executable, "-P", "-m", "blockferry.interfaces.daemon", "--state-dir", str(session.state)]
+    command += ["--ready-fd", "1"] if session.json else []
+    # In place of this process: the same process id for systemd, and nothing of the command left in memory.
+    os.execv(sys.executable, command)  # noqa: S606 (no shell is wanted)
+
+
+COMMANDS = {"serve": serve}

@@ -1,0 +1,67 @@
+"""Values as people read them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import click
+
+GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving"})
+BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error"})
+BUSY = frozenset({"copying", "in-progress", "intent", "undone", "cancelled", "removed", "paused"})
+
+
+def paint(word: str) -> str:
+    """Colour a state; taken away again where no terminal shows it."""
+    colour = "green" if word in GOOD else "red" if word in BAD else "yellow" if word in BUSY else None
+    return click.style(word, fg=colour) if colour else word
+
+
+def size(count: float | None) -> str:
+    """Bytes: 512 B, 1.5 KiB, 10.0 GiB."""
+    if count is None:
+        return "-"
+    if count < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} PiB"
+
+
+def rate(count: float | None) -> str:
+    """Bytes per second."""
+    return "-" if count is None else f"{size(count)}/s"
+
+
+def duration(seconds: float | None) -> str:
+    """Minutes and seconds, hours when there are any: 0:31, 1:02:00."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def percent(current: int, total: int) -> str:
+    """How much of it: never 100 % before it is."""
+    return f"{min(100, int(100 * current / total)) if total else 100} %"
+
+
+def moment(seconds: float) -> str:
+    """A time of day with its date, here."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
+    """Columns, two spaces apart; the heading only when there are rows."""
+    lines = [list(heading), *map(list, rows)] if heading and rows else list(map(list, rows))
+    widths = [max(len(click.unstyle(cell)) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,373 @@
+"""The journal: the only importer of sqlite3, one writer, every write one durable transaction.
+
+WAL with synchronous=FULL: a committed write has reached the disk (sqlite.org/pragma.html#pragma_synchronous) before the
+QMP command that depends on it is sent. Past beliefs only: what is so now is asked of QEMU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from blockferry import errors
+from blockferry.journal.schema import MIGRATIONS
+from blockferry.model.operation import ENDED, OPEN, OperationState, StepState, Stretch
+from blockferry.model.snapshot import Mirror, Snapshot
+from blockferry.model.view import Event
+from blockferry.plan.plan import Plan, Record
+
+# Called before and after every durable write with ("before"|"after", what): for tests that die there.
+Witness = Callable[[str, str], None]
+
+
+class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An attached domain: its socket, its QEMU process when it was last seen, its targets (qdev -> name)."""
+
+    name: str
+    qmp: str
+    pid: int | None = None
+    born: int | None = None
+    targets: dict[str, str] = {}
+
+
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A step as it was done: times in seconds since 1970, `outcome` what undo and recovery need of it."""
+
+    index: int
+    stretch: Stretch
+    text: str
+    state: StepState
+    started: float
+    ended: float | None = None
+    error: str | None = None
+    outcome: dict[str, Any] = {}
+
+
+class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An operation: its plan, where it stands, and why it failed when it did."""
+
+    id: int
+    domain: str
+    plan: Plan
+    state: OperationState
+    started: float
+    ended: float | None = None
+    error: str | None = None
+    row: str | None = None
+    pause_ms: float | None = None
+
+
+def _nobody(_when: str, _what: str) -> None:
+    pass
+
+
+class Journal:
+    """The tables of one state directory.
+
+    Args:
+        path: the database's file; created 0600.
+        witness: told of every write.
+
+    Raises:
+        StateDirUnusable: it is no journal of ours, or of a newer version.
+    """
+
+    def __init__(self, path: Path, witness: Witness = _nobody) -> None:
+        self._witness = witness
+        path.touch(mode=0o600)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA foreign_keys=ON")
+            self._migrate()
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise errors.StateDirUnusable(state_dir=str(path.parent), reason=f"{path.name}: {error}") from error
+        self.tag: str = self._one("SELECT value FROM meta WHERE key = 'tag'")[0]
+
+    def _migrate(self) -> None:
+        (version,) = self._one("PRAGMA user_version")
+        if version > len(MIGRATIONS):
+            raise sqlite3.DatabaseError(f"its version is {version}, and this blockferry knows {len(MIGRATIONS)}")
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            with self._write(f"migration {number}"):
+                for statement in statements:
+                    self._db.execute(statement)
+                if number == 1:
+                    # Two state directories on one guest must not give the same node names.
+                    self._db.execute("INSERT INTO meta VALUES ('tag', ?)", (secrets.token_hex(2),))
+                self._db.execute(f"PRAGMA user_version = {number:d}")
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _write(self, what: str) -> Iterator[None]:
+        self._witness("before", what)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise errors.JournalUnwritable(reason=str(error)) from error
+        self._witness("after", what)
+
+    def _one(self, statement: str, values: tuple[Any, ...] = ()) -> tuple[Any, ...]:
+        row: tuple[Any, ...] = self._db.execute(statement, values).fetchone()
+        return row
+
+    def _all(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        return self._db.execute(statement, values).fetchall()
+
+    # --- domains ----------------------------------------------------------------------------------------------
+
+    def domains(self) -> tuple[DomainRecord, ...]:
+        """All attached domains, by name."""
+        rows = self._all("SELECT record FROM domain ORDER BY name")
+        return tuple(msgspec.json.decode(row[0], type=DomainRecord) for row in rows)
+
+    def domain(self, name: str) -> DomainRecord | None:
+        """The domain of that name."""
+        rows = self._all("SELECT record FROM domain WHERE name = ?", (name,))
+        return msgspec.json.decode(rows[0][0], type=DomainRecord) if rows else None
+
+    def put_domain(self, record: DomainRecord) -> None:
+        """Remember a domain, or what changed of it."""
+        if self.domain(record.name) == record:
+            return
+        with self._write(f"domain {record.name}"):
+            self._db.execute("INSERT OR REPLACE INTO domain VALUES (?, ?)", (record.name, msgspec.json.encode(record)))
+
+    def forget_domain(self, name: str) -> None:
+        """Forget a domain; its operations, snapshots and events stay."""
+        with self._write(f"forget domain {name}"):
+            self._db.execute("DELETE FROM domain WHERE name = ?", (name,))
+
+    # --- operations -------------------------------------------------------------------------------------------
+
+    def next_operation(self) -> int:
+        """The number that the next operation will have."""
+        (newest,) = self._one("SELECT COALESCE(MAX(id), 0) FROM operation")
+        return int(newest) + 1
+
+    def begin(self, operation: int, domain: str, plan: Plan) -> None:
+        """Write a plan down, before its first step."""
+        with self._write(f"plan {plan.what}"):
+            self._db.execute(
+                "INSERT INTO operation (id, domain, plan, state, started) VALUES (?, ?, ?, 'planned', ?)",
+                (operation, domain, msgspec.json.encode(plan), time.time()),
+            )
+
+    def note(self, operation: int, *, error: str | None = None, row: str | None = None) -> None:
+        """Remember why an operation stands still, or the row of the recovery table that it fell into."""
+        with self._write("note"):
+            self._db.execute(
+                "UPDATE operation SET error = COALESCE(?, error), row = COALESCE(?, row) WHERE id = ?",
+                (error, row, operation),
+            )
+
+    def step(self, operation: int, *records: StepRecord, state: OperationState | None = None) -> None:
+        """Write an outcome, the next intent, or both; and with them, when told, the operation's new state."""
+        what = " ".join(f"{record.state} {record.index}" for record in records)
+        with self._write(f"step {what}" if records else f"operation {state}"):
+            for record in records:
+                self._put_step(operation, record)
+            if state is not None:
+                self._db.execute("UPDATE operation SET state = ? WHERE id = ?", (state, operation))
+
+    def _put_step(self, operation: int, record: StepRecord) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO step VALUES (?, ?, ?, ?)",
+            (operation, record.stretch, record.index, msgspec.json.encode(record)),
+        )
+
+    def record(
+        self,
+        operation: int,
+        domain: str,
+        record: Record,
+        *,
+        state: OperationState = "recorded",
+        steps: tuple[StepRecord, ...] = (),
+        events: tuple[Event, ...] = (),
+    ) -> tuple[Event, ...]:
+        """Write the point of no return: in one transaction, everything that is true from then on.
+
+        Returns:
+            The events with their numbers.
+        """
+        with self._write("record"):
+            if record.forget_snapshot is not None:
+                self._db.execute("DELETE FROM snapshot WHERE domain = ? AND name = ?", (domain, record.forget_snapshot))
+            if record.snapshot is not None:
+                self._put_snapshot(record.snapshot)
+            for target, end in record.ended.items():
+                self._end_mirror(domain, target, end, record.reason)
+            for mirror in record.mirrors:
+                self._put_mirror(mirror)
+            for step in steps:
+                self._put_step(operation, step)
+            numbered = tuple(self._put_event(event) for event in events)
+            self._db.execute("UPDATE operation SET state = ? WHERE id = ?", (state, operation))
+            self._close_copies(domain)
+        return numbered
+
+    def finish(
+        self,
+        operation: int,
+        state: OperationState,
+        steps: tuple[StepRecord, ...] = (),
+        *,
+        error: str | None = None,
+        row: str | None = None,
+        pause_ms: float | None = None,
+        events: tuple[Event, ...] = (),
+    ) -> tuple[Event, ...]:
+        """Write an operation's end, with the outcomes of its last stretch; the events get their numbers."""
+        with self._write(f"operation {state}"):
+            for step in steps:
+                self._put_step(operation, step)
+            self._db.execute(
+                "UPDATE operation SET state = ?, ended = ?, error = COALESCE(?, error), row = COALESCE(?, row),"
+                " pause_ms = COALESCE(?, pause_ms) WHERE id = ?",
+                (state, time.time() if state in ENDED else None, error, row, pause_ms, operation),
+            )
+            return tuple(self._put_event(event) for event in events)
+
+    def operations(self, domain: str | None = None) -> tuple[OperationRecord, ...]:
+        """Operations, oldest first, of one domain or of all."""
+        rows = self._all(
+            "SELECT id, domain, plan, state, started, ended, error, row, pause_ms FROM operation"
+            " WHERE ?1 IS NULL OR domain = ?1 ORDER BY id",
+            (domain,),
+        )
+        return tuple(_operation(row) for row in rows)
+
+    def operation(self, number: int) -> OperationRecord | None:
+        """The operation of that number."""
+        rows = self._all(
+            "SELECT id, domain, plan, state, started, ended, error, row, pause_ms FROM operation WHERE id = ?",
+            (number,),
+        )
+        return _operation(rows[0]) if rows else None
+
+    def open_operations(self, domain: str | None = None) -> tuple[OperationRecord, ...]:
+        """Those that recovery has something to do with."""
+        return tuple(each for each in self.operations(domain) if each.state in OPEN)
+
+    def steps(self, operation: int) -> tuple[StepRecord, ...]:
+        """An operation's steps, in the order in which they were begun."""
+        rows = self._all("SELECT record FROM step WHERE operation = ?", (operation,))
+        records = [msgspec.json.decode(row[0], type=StepRecord) for row in rows]
+        return tuple(sorted(records, key=lambda record: (record.started, record.index)))
+
+    # --- snapshots and mirrors --------------------------------------------------------------------------------
+
+    def _put_snapshot(self, snapshot: Snapshot) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO snapshot VALUES (?, ?, ?, ?)",
+            (snapshot.domain, snapshot.name, snapshot.created, msgspec.json.encode(snapshot)),
+        )
+
+    def snapshots(self, domain: str) -> tuple[Snapshot, ...]:
+        """A domain's snapshots, oldest first."""
+        rows = self._all("SELECT record FROM snapshot WHERE domain = ? ORDER BY created, name", (domain,))
+        return tuple(msgspec.json.decode(row[0], type=Snapshot) for row in rows)
+
+    def _put_mirror(self, mirror: Mirror) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO mirror VALUES (?, ?, ?)",
+            (mirror.domain, mirror.target, msgspec.json.encode(mirror)),
+        )
+
+    def _end_mirror(self, domain: str, target: str, end: str, reason: str | None) -> None:
+        for mirror in self.mirrors(domain):
+            if mirror.target == target:
+                self._put_mirror(msgspec.structs.replace(mirror, state=end, reason=reason))
+
+    def _close_copies(self, domain: str) -> None:
+        """An operation in progress ends with its last mirror."""
+        working = {mirror.operation for mirror in self.mirrors(domain) if mirror.state == "active"}
+        for (number,) in self._all("SELECT id FROM operation WHERE domain = ? AND state = 'in-progress'", (domain,)):
+            if number not in working:
+                self._db.execute("UPDATE operation SET state = 'done', ended = ? WHERE id = ?", (time.time(), number))
+
+    def mirrors(self, domain: str) -> tuple[Mirror, ...]:
+        """The newest mirror of each disk, by target: those that work, and how the others ended."""
+        rows = self._all("SELECT record FROM mirror WHERE domain = ? ORDER BY target", (domain,))
+        return tuple(msgspec.json.decode(row[0], type=Mirror) for row in rows)
+
+    def lose_mirrors(self, domain: str, lost: dict[str, str], kept: tuple[Mirror, ...] = ()) -> tuple[Event, ...]:
+        """Write down in one transaction which mirrors were lost, why, and how the others are now.
+
+        Returns:
+            An event for each that was lost.
+        """
+        with self._write("mirrors"):
+            for target, reason in lost.items():
+                self._end_mirror(domain, target, "lost", reason)
+            for mirror in kept:
+                self._put_mirror(mirror)
+            self._close_copies(domain)
+            return tuple(
+                self._put_event(
+                    Event(
+                        seq=0, time=time.time(), type="mirror-dropped", domain=domain, disk=target, data={"reason": why}
+                    )
+                )
+                for target, why in lost.items()
+            )
+
+    # --- events -----------------------------------------------------------------------------------------------
+
+    def _put_event(self, event: Event) -> Event:
+        cursor = self._db.execute("INSERT INTO event (domain, record) VALUES (?, ?)", (event.domain, b""))
+        numbered = msgspec.structs.replace(event, seq=int(cursor.lastrowid or 0))
+        self._db.execute("UPDATE event SET record = ? WHERE seq = ?", (msgspec.json.encode(numbered), numbered.seq))
+        return numbered
+
+    def put_event(self, event: Event) -> Event:
+        """Record an event; it gets its number."""
+        with self._write(f"event {event.type}"):
+            return self._put_event(event)
+
+    def events(self, domain: str | None, since: int) -> tuple[Event, ...]:
+        """Events after number `since`, oldest first."""
+        rows = self._all(
+            "SELECT record FROM event WHERE seq > ?1 AND (?2 IS NULL OR domain = ?2) ORDER BY seq", (since, domain)
+        )
+        return tuple(msgspec.json.decode(row[0], type=Event) for row in rows)
+
+    def last_event(self) -> int:
+        """The newest event's number, 0 when there is none."""
+        return int(self._one("SELECT COALESCE(MAX(seq), 0) FROM event")[0])
+
+
+def _operation(row: tuple[Any, ...]) -> OperationRecord:
+    number, domain, plan, state, started, ended, error, table_row, pause_ms = row
+    return OperationRecord(
+        id=number,
+        domain=domain,
+        plan=msgspec.json.decode(plan, type=Plan),
+        state=state,
+        started=started,
+        ended=ended,
+        error=error,
+        row=table_row,
+        pause_ms=pause_ms,
+    )

@@ -1,0 +1,31 @@
+"""The tables, as numbered migrations: the n-th tuple takes a journal from version n to n + 1. Never edit one."""
+
+from __future__ import annotations
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+        "CREATE TABLE domain (name TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT",
+        (
+            "CREATE TABLE operation ("
+            " id INTEGER PRIMARY KEY, domain TEXT NOT NULL, plan BLOB NOT NULL, state TEXT NOT NULL,"
+            " started REAL NOT NULL, ended REAL, error TEXT, row TEXT, pause_ms REAL) STRICT"
+        ),
+        (
+            "CREATE TABLE step ("
+            " operation INTEGER NOT NULL REFERENCES operation (id), stretch TEXT NOT NULL, number INTEGER NOT NULL,"
+            " record BLOB NOT NULL, PRIMARY KEY (operation, stretch, number)) STRICT"
+        ),
+        (
+            "CREATE TABLE snapshot ("
+            " domain TEXT NOT NULL, name TEXT NOT NULL, created REAL NOT NULL, record BLOB NOT NULL,"
+            " PRIMARY KEY (domain, name)) STRICT"
+        ),
+        (
+            "CREATE TABLE mirror ("
+            " domain TEXT NOT NULL, target TEXT NOT NULL, record BLOB NOT NULL, PRIMARY KEY (domain, target)) STRICT"
+        ),
+        "CREATE TABLE event (seq INTEGER PRIMARY KEY AUTOINCREMENT, domain TEXT NOT NULL, record BLOB NOT NULL) STRICT",
+        "CREATE INDEX operation_by_domain ON operation (domain, state)",
+    ),
+)

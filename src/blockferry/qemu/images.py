@@ -1,0 +1,252 @@
+"""Image files: looking at them, claiming, creating, removing. Formats are never probed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blockferry.model.files import FileFact, ImageFact, Kind
+
+# A chain longer than libvirt's own limit (virstoragefile, 200) is a loop or an attack.
+CHAIN_MAX = 200
+
+
+class ImageError(Exception):
+    """A file operation failed, in the system's or qemu-img's own words."""
+
+
+class Images:
+    """Image files on this host.
+
+    Args:
+        qemu_img: the qemu-img to run; None finds it beside the QEMU that is used, or on PATH.
+    """
+
+    def __init__(self, qemu_img: str | None = None) -> None:
+        self._qemu_img = qemu_img or os.path.join(os.environ.get("BLOCKFERRY_QEMU_DIR", ""), "qemu-img")
+
+    async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
+        """What each of these paths is; nothing is opened."""
+        return {path: await asyncio.to_thread(_fact, path) for path in paths}
+
+    async def chain(self, path: str, image_format: str) -> tuple[ImageFact, ...]:
+        """A closed chain's images as their headers say, top first, from `path`, whose format the caller knows.
+
+        A problem ends the chain in a fact that says so; nothing is raised.
+        """
+        facts: list[ImageFact] = []
+        next_path: str | None = path
+        next_format: str | None = image_format
+        seen: set[str] = set()
+        while next_path is not None:
+            fact = await self._image(next_path, next_format, seen)
+            facts.append(fact)
+            if fact.problem:
+                break
+            next_path, next_format = fact.backing, fact.backing_format
+        return tuple(facts)
+
+    async def _image(self, path: str, image_format: str | None, seen: set[str]) -> ImageFact:
+        real = os.path.realpath(path)
+        problem = _follow_problem(path, image_format, real in seen or len(seen) >= CHAIN_MAX)
+        seen.add(real)
+        if problem or image_format is None:
+            return ImageFact(path=path, format=image_format or "", problem=problem or "its format is not known")
+        try:
+            # -U: it may be open in QEMU for reading, or be written by the caller still; the header is all we read.
+            out = await self._run("info", "-U", "--output=json", "-f", image_format, path)
+        except ImageError as error:
+            return ImageFact(path=path, format=image_format, problem=str(error))
+        info: dict[str, Any] = json.loads(out)
+        name = info.get("backing-filename")
+        backing = info.get("full-backing-filename") or name
+        if name is not None and ":" in str(name).split("/", 1)[0]:
+            return ImageFact(path=path, format=image_format, problem=f"its backing {name!r} is no plain file name")
+        if backing is not None and not str(backing).startswith("/"):
+            backing = str(Path(path).parent / str(backing))
+        return ImageFact(
+            path=path,
+            format=image_format,
+            virtual_size=info["virtual-size"],
+            backing=backing,
+            backing_format=info.get("backing-filename-format"),
+        )
+
+    async def holds_data(self, path: str) -> bool:
+        """Whether a closed qcow2 overlay has any data of its own."""
+        alone = {"driver": "qcow2", "file": {"driver": "file", "filename": path}, "backing": None}
+        out = await self._run("map", "-U", "--output=json", f"json:{json.dumps(alone)}")
+        return any(extent.get("present", extent["data"]) for extent in json.loads(out))
+
+    async def claim(self, path: str, like: str | None) -> dict[str, Any]:
+        """Create an empty file exclusively, with owner and mode of `like` (0600 without); what it is, to be kept.
+
+        Raises:
+            ImageError: it exists, or can't be created.
+        """
+        return await asyncio.to_thread(_claim, path, like)
+
+    async def create(
+        self, path: str, image_format: str, size: int, backing: str | None, backing_format: str | None
+    ) -> None:
+        """Write an empty image of `size` bytes into a claimed file.
+
+        Raises:
+            ImageError: in qemu-img's words.
+        """
+        onto = ["-u", "-b", backing, "-F", str(backing_format)] if backing else []
+        await self._run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
+        await asyncio.to_thread(_sync, (path,))
+
+    async def remove(self, path: str, identity: Mapping[str, Any] | None) -> bool:
+        """Remove the file if it is the one that we claimed; whether it was.
+
+        Args:
+            path: the file.
+            identity: what `claim` answered; None when we died before it could be kept. Then only an empty file goes:
+                we write nothing into a file before its identity is in the journal.
+
+        Raises:
+            ImageError: it can't be removed.
+        """
+        return await asyncio.to_thread(_remove, path, identity)
+
+    async def sync(self, paths: tuple[str, ...]) -> None:
+        """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
+        await asyncio.to_thread(_sync, paths)
+
+    async def _run(self, *arguments: str) -> str:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                self._qemu_img,
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except OSError as error:
+            raise ImageError(f"{self._qemu_img} can't be run ({error.strerror}): install qemu-utils") from error
+        out, words = await process.communicate()
+        if process.returncode != 0:
+            raise ImageError(words.decode(errors="replace").strip().removeprefix("qemu-img: "))
+        return out.decode(errors="replace")
+
+
+def _follow_problem(path: str, image_format: str | None, looped: bool) -> str | None:
+    if looped:
+        return "its chain comes back to itself or is over 200 deep"
+    if image_format not in ("qcow2", "raw"):
+        return f"its format {image_format!r} is not qcow2 or raw" if image_format else "nothing says what format it has"
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else "it is neither a file nor a block device"
+
+
+def _fact(path: str) -> FileFact:
+    real = os.path.realpath(path)
+    folder = os.path.dirname(real)
+    kind: Kind = "absent"
+    allocated = 0
+    try:
+        found = os.lstat(path)
+        kind = _kind(found.st_mode)
+        allocated = os.stat(path).st_blocks * 512
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return FileFact(path=path, real=real, kind="other", problem=error.strerror)
+    if not path.startswith("/"):
+        return FileFact(path=path, real=real, kind=kind, problem="it is not an absolute path", allocated=allocated)
+    try:
+        room = os.statvfs(folder)
+        device = os.stat(folder).st_dev
+    except OSError as error:
+        return FileFact(path=path, real=real, kind=kind, problem=f"{folder}: {error.strerror}", allocated=allocated)
+    problem = None
+    if room.f_flag & os.ST_RDONLY:
+        problem = f"{folder} is mounted read-only"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = f"{folder}: permission denied"
+    free = room.f_bavail * room.f_frsize
+    return FileFact(path=path, real=real, kind=kind, problem=problem, device=device, free=free, allocated=allocated)
+
+
+def _kind(mode: int) -> Kind:
+    if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "block" if stat.S_ISBLK(mode) else "other"
+
+
+def _claim(path: str, like: str | None) -> dict[str, Any]:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileExistsError as error:
+        raise ImageError(f"{path} exists already") from error
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    try:
+        if like is not None:
+            # QEMU runs as whoever owns its images: a file of root's it could not open.
+            model = os.stat(like)
+            if os.geteuid() == 0:
+                os.fchown(descriptor, model.st_uid, model.st_gid)
+            os.fchmod(descriptor, stat.S_IMODE(model.st_mode))
+        made = os.fstat(descriptor)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    _sync_folder(path)
+    return {"device": made.st_dev, "inode": made.st_ino}
+
+
+def _remove(path: str, identity: Mapping[str, Any] | None) -> bool:
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return False
+        ours = (
+            found.st_size == 0
+            if identity is None
+            else (found.st_dev, found.st_ino) == (identity["device"], identity["inode"])
+        )
+        if ours:
+            os.unlink(path)
+            _sync_folder(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return ours
+
+
+def _sync(paths: tuple[str, ...]) -> None:
+    for path in paths:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            raise ImageError(f"{path}: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+
+
+def _sync_folder(path: str) -> None:
+    """A new or removed name reaches the disk with its directory, not with the file."""
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,270 @@
+"""Reading a domain from QEMU: graph, disks, jobs, run state. What is so now is said here and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from blockferry import errors
+from blockferry.model.domain import Capabilities, Observation, assign_targets
+from blockferry.model.graph import Disk, Edge, Graph, Node
+from blockferry.model.job import Job
+from blockferry.qemu.session import CommandRefused, Session
+
+# QEMU's answers to several commands are of several moments; while a job ends they may disagree. Look again.
+LOOKS = 20
+REQUIRED = ("x-debug-query-block-graph", "query-named-block-nodes", "blockdev-add", "blockdev-reopen", "query-jobs")
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """A guest's drive as a device: what does not change while it is plugged in.
+
+    Attributes:
+        bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`.
+        device: `disk` or `cdrom`.
+        order: its PCI and bus address, to be sorted by.
+        slot: the position on an IDE bus, which libvirt's name follows; None elsewhere.
+    """
+
+    bus: str
+    device: str
+    order: tuple[int, ...]
+    slot: int | None = None
+
+
+class Observer:
+    """Observes one domain; keeps only what can't change (capabilities, plugged devices).
+
+    Args:
+        session: to its QEMU.
+        targets: qdev -> target names given before; the caller keeps what `targets` grows to.
+    """
+
+    def __init__(self, session: Session, targets: Mapping[str, str]) -> None:
+        self._session = session
+        self.targets = dict(targets)
+        self._devices: dict[str, Device | None] = {}
+        self._fixed: dict[str, Any] = {}
+
+    async def capabilities(self, domain: str) -> Capabilities:
+        """What this QEMU can do, read once.
+
+        Raises:
+            MissingCapability: it lacks a command that everything here stands on.
+        """
+        if "capabilities" not in self._fixed:
+            answer = await self._session.execute("query-commands")
+            found = Capabilities(version=self._session.version, commands=frozenset(each["name"] for each in answer))
+            for command in REQUIRED:
+                if command not in found.commands:
+                    raise errors.MissingCapability(domain=domain, capability=command, version=found.version)
+            self._fixed["capabilities"] = found
+        capabilities: Capabilities = self._fixed["capabilities"]
+        return capabilities
+
+    async def observe(self, domain: str) -> Observation:
+        """Everything that a plan is made from.
+
+        Raises:
+            LostReply: the connection broke.
+            MissingCapability: see `capabilities`.
+        """
+        capabilities = await self.capabilities(domain)
+        ask = self._session.execute
+        graph, status, drives, jobs, block_jobs = await asyncio.gather(
+            self.graph(), ask("query-status"), ask("query-block"), ask("query-jobs"), ask("query-block-jobs")
+        )
+        about = await self._about()
+        return Observation(
+            status=status["status"],
+            running=status["running"],
+            graph=graph,
+            disks=await self._disks(graph, drives),
+            jobs=_jobs(jobs, block_jobs),
+            capabilities=capabilities,
+            pid=self._session.pid,
+            **about,
+        )
+
+    async def graph(self) -> Graph:
+        """Nodes and edges alone, as of one moment."""
+        ask = self._session.execute
+        for _look in range(LOOKS):
+            named, shape = await asyncio.gather(
+                ask("query-named-block-nodes", flat=True), ask("x-debug-query-block-graph")
+            )
+            graph = _graph(named, shape, self._folder())
+            shown = {node["name"] for node in shape["nodes"] if node["type"] == "block-driver"}
+            if shown == set(graph.nodes):
+                break
+        return graph
+
+    def _folder(self) -> Path | None:
+        """QEMU's working directory, which relative file names are relative to."""
+        if self._session.pid is None:
+            return None
+        try:
+            return Path(f"/proc/{self._session.pid}/cwd").readlink()
+        except OSError:
+            return None
+
+    async def _about(self) -> dict[str, Any]:
+        if "about" not in self._fixed:
+            uuid = await self._session.execute("query-uuid")
+            memory = await self._session.execute("query-memory-size-summary")
+            processors = await self._session.execute("query-cpus-fast")
+            size = memory["base-memory"] + memory.get("plugged-memory", 0)
+            self._fixed["about"] = {"uuid": uuid["UUID"], "memory": size, "vcpus": len(processors)}
+        about: dict[str, Any] = self._fixed["about"]
+        return about
+
+    async def _disks(self, graph: Graph, drives: list[dict[str, Any]]) -> tuple[Disk, ...]:
+        found: list[tuple[Device, str, dict[str, Any]]] = []
+        for drive in drives:
+            qdev = drive.get("qdev")
+            if not qdev:
+                continue
+            if qdev not in self._devices:
+                self._devices[qdev] = await self._device(qdev)
+            device = self._devices[qdev]
+            if device is not None:
+                found.append((device, qdev, drive))
+        found.sort(key=lambda each: (each[0].order, each[1]))
+        for device, qdev, _drive in found:
+            if device.slot is not None and qdev not in self.targets:
+                name = f"hd{chr(ord('a') + device.slot)}"
+                if name not in self.targets.values():
+                    self.targets[qdev] = name
+        given = assign_targets([(qdev, device.bus) for device, qdev, _drive in found], self.targets)
+        self.targets.update(given)
+        return tuple(_disk(graph, device, qdev, drive, given[qdev]) for device, qdev, drive in found)
+
+    async def _device(self, qdev: str) -> Device | None:
+        """Find out what a drive is plugged into; None for what is not a disk of a kind that libvirt names."""
+        path = qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+        kind = await self._property(path, "type")
+        if not isinstance(kind, str):
+            return None
+        place = path
+        bus: str | None = None
+        slot: int | None = None
+        order: tuple[int, ...] = ()
+        if kind.startswith("virtio-blk"):
+            bus = "virtio"
+        elif kind.startswith("nvme"):
+            bus = "nvme"
+        elif kind.startswith("scsi"):
+            place = str(await self._property(path, "parent_bus"))
+            bus = "usb" if await self._is_usb(place) else "scsi"
+            order = tuple([int(await self._property(path, each) or 0) for each in ("channel", "scsi-id", "lun")])
+        elif kind.startswith("ide"):
+            place = str(await self._property(path, "parent_bus"))
+            digits = re.search(r"\d+$", place)
+            number = int(digits[0]) if digits else 0
+            unit = int(await self._property(path, "unit") or 0)
+            order = (number, unit)
+            bus = "sata" if await self._is_ahci(place) else "ide"
+            slot = 2 * number + unit if bus == "ide" else None
+        if bus is None:
+            return None
+        cdrom = kind in ("scsi-cd", "ide-cd")
+        address = await self._pci_address(place)
+        return Device(bus=bus, device="cdrom" if cdrom else "disk", order=(*address, *order), slot=slot)
+
+    async def _property(self, path: str, name: str) -> Any:
+        try:
+            return await self._session.execute("qom-get", path=path, property=name)
+        except CommandRefused:
+            return None
+
+    async def _is_usb(self, place: str) -> bool:
+        return any([str(await self._property(each, "type")).startswith("usb") for each in _ancestors(place)])
+
+    async def _is_ahci(self, place: str) -> bool:
+        return any(["ahci" in str(await self._property(each, "type")) for each in _ancestors(place)])
+
+    async def _pci_address(self, place: str) -> tuple[int, ...]:
+        """Slot and function of the nearest device on a PCI bus at or above `place`, bridges' first."""
+        for each in _ancestors(place):
+            address = await self._property(each, "addr")
+            bus = await self._property(each, "parent_bus")
+            if isinstance(address, int) and isinstance(bus, str):
+                bridge = bus.rpartition("/")[0]
+                above = await self._pci_address(bridge) if await self._property(bridge, "addr") is not None else ()
+                return (*above, address)
+        return ()
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split("/")
+    return ["/".join(parts[:count]) for count in range(len(parts), 2, -1)]
+
+
+def _graph(named: list[dict[str, Any]], shape: dict[str, Any], folder: Path | None) -> Graph:
+    nodes = {each["node-name"]: _node(each, folder) for each in named}
+    names = {each["id"]: each["name"] for each in shape["nodes"]}
+    edges = frozenset(
+        Edge(parent=names[each["parent"]], role=each["name"], child=names[each["child"]])
+        for each in shape["edges"]
+        if each["parent"] in names and each["child"] in names
+    )
+    return Graph(nodes=nodes, edges=edges)
+
+
+def _node(answer: dict[str, Any], folder: Path | None) -> Node:
+    filename = answer.get("file", "")
+    if answer["drv"] == "file" and filename and not filename.startswith("/") and folder is not None:
+        filename = str(folder / filename)
+    # The bitmap that nobody named is a job's own: what a mirror has left is in there, and nowhere else.
+    bitmaps = answer.get("dirty-bitmaps", [])
+    cache = answer.get("cache", {})
+    return Node(
+        name=answer["node-name"],
+        driver=answer["drv"],
+        filename=filename,
+        virtual_size=answer.get("image", {}).get("virtual-size", 0),
+        read_only=answer["ro"],
+        dirty=sum(each["count"] for each in bitmaps if not each.get("name")),
+        direct=cache.get("direct", False),
+        no_flush=cache.get("no-flush", False),
+        detect_zeroes=answer.get("detect_zeroes", "off"),
+    )
+
+
+def _disk(graph: Graph, device: Device, qdev: str, drive: dict[str, Any], target: str) -> Disk:
+    backend = drive["device"] or qdev
+    root = graph.child(backend, "root") or (drive.get("inserted") or {}).get("node-name")
+    node = graph.nodes.get(root) if root is not None else None
+    return Disk(
+        target=target,
+        backend=backend,
+        qdev=qdev,
+        bus=device.bus,
+        device=device.device,
+        root=root if node is not None else None,
+        chain=graph.chain(root) if root is not None and node is not None else (),
+        read_only=bool((drive.get("inserted") or {}).get("ro", False)),
+    )
+
+
+def _jobs(jobs: list[dict[str, Any]], block_jobs: list[dict[str, Any]]) -> dict[str, Job]:
+    more = {each["device"]: each for each in block_jobs}
+    return {
+        each["id"]: Job(
+            id=each["id"],
+            type=each["type"],
+            status=each["status"],
+            current=each["current-progress"],
+            total=each["total-progress"],
+            error=each.get("error"),
+            ready=more.get(each["id"], {}).get("ready", False),
+            speed=more.get(each["id"], {}).get("speed", 0),
+            io_status=more.get(each["id"], {}).get("io-status", "ok"),
+        )
+        for each in jobs
+    }

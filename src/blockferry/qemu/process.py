@@ -1,0 +1,24 @@
+"""Telling one QEMU process from another: a pid alone may be somebody else's by now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def born(pid: int | None) -> int | None:
+    """When the process was started, in clock ticks since boot (proc_pid_stat(5), field 22); None when it is gone."""
+    if pid is None:
+        return None
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The second field is the program's name in parentheses and may hold anything, spaces and parentheses too.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def lives(pid: int, started: int | None) -> bool:
+    """Whether that very process still runs; a zombie does not."""
+    now = born(pid)
+    return now is not None and (started is None or now == started)

@@ -1,0 +1,224 @@
+"""One QMP connection to one QEMU: the only importer of qemu.qmp.
+
+A reply that never came is `LostReply`: nobody knows whether the command was carried out. Only QEMU's own "no" is
+`CommandRefused`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import StateError as QmpStateError
+
+from blockferry import errors
+from blockferry.hostprocess import connect_unix
+
+# QEMU answers in milliseconds; `stop` waits for the host's fsync, which was seen to take 200 ms. A command that has
+# not been answered after this long is given up as unknown, and the connection with it.
+COMMAND_SECONDS = 30.0
+
+# Called before and after every command with ("before"|"after", command): for logs, and for tests that die there.
+Witness = Callable[[str, str], None]
+
+
+class CommandRefused(Exception):
+    """QEMU said no, in its own words."""
+
+    def __init__(self, command: str, words: str) -> None:
+        super().__init__(f"{command}: {words}")
+        self.command = command
+        self.words = words
+
+
+class LostReply(Exception):
+    """The connection broke or the time was up before a reply came: whether it was carried out is unknown."""
+
+    def __init__(self, command: str, reason: str) -> None:
+        super().__init__(f"{command}: {reason}")
+        self.command = command
+        self.reason = reason
+
+
+def _nobody(_when: str, _command: str) -> None:
+    pass
+
+
+class Session:
+    """A connection to one QEMU, from greeting to end.
+
+    Args:
+        client: connected.
+        pid: QEMU's process, as the socket's peer.
+        version: such as `7.2.22`.
+        witness: told of every command.
+    """
+
+    def __init__(self, client: QMPClient, pid: int | None, version: str, witness: Witness) -> None:
+        self._client = client
+        self.pid = pid
+        self.version = version
+        self._witness = witness
+
+    @classmethod
+    async def connect(cls, path: str, timeout: float, witness: Witness = _nobody) -> Session:
+        """Connect and negotiate, out-of-band commands included.
+
+        Args:
+            path: the QMP socket; may be longer than a socket address.
+            timeout: seconds for the greeting.
+            witness: told of every command.
+
+        Raises:
+            QmpUnreachable: nobody listens, or what listens does not speak QMP.
+            QmpBusy: it is accepted and not greeted: somebody else is being served.
+        """
+        client = QMPClient("blockferry")
+        client.logger.setLevel(logging.CRITICAL)  # what it would log is raised as well
+        try:
+            link = await asyncio.wait_for(asyncio.to_thread(connect_unix, Path(path)), timeout)
+        except TimeoutError as error:
+            raise errors.QmpBusy(qmp=path, seconds=timeout) from error
+        except OSError as error:
+            raise errors.QmpUnreachable(qmp=path, reason=error.strerror or str(error)) from error
+        pid = _peer(link)
+        try:
+            await asyncio.wait_for(client.connect(link), timeout)
+        except TimeoutError as error:
+            link.close()
+            raise errors.QmpBusy(qmp=path, seconds=timeout) from error
+        except ConnectError as error:
+            link.close()
+            raise errors.QmpUnreachable(qmp=path, reason=f"{error}") from error
+        greeting = client.greeting
+        version: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
+        words = f"{version.get('major', '?')}.{version.get('minor', '?')}.{version.get('micro', '?')}"
+        return cls(client, pid, words, witness)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection stands."""
+        return self._client.runstate is Runstate.RUNNING
+
+    async def close(self) -> None:
+        """End the connection; the guest and its jobs go on."""
+        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
+            await self._client.disconnect()
+
+    async def ended(self) -> str:
+        """Wait until the connection ends, and say why, in the system's words."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        try:
+            await self._client.disconnect()
+        except (QMPError, OSError, EOFError) as error:
+            return str(error) or "QEMU closed the connection"
+        return "the connection was closed"
+
+    async def execute(self, command: str, *, seconds: float = COMMAND_SECONDS, **arguments: Any) -> Any:
+        """Execute a command; in argument names `_` stands for `-`.
+
+        Args:
+            command: a QMP command.
+            seconds: the bound of the wait.
+            arguments: its arguments; None is sent as null.
+
+        Raises:
+            CommandRefused: QEMU's error.
+            LostReply: no reply; the connection is given up, so that a late one can't be taken for another's.
+        """
+        sent = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._witness("before", command)
+        try:
+            reply = await asyncio.wait_for(self._client.execute(command, sent or None), seconds)
+        except ExecuteError as error:
+            raise CommandRefused(command, str(error)) from error
+        except TimeoutError as error:
+            await self.close()
+            raise LostReply(command, f"no answer within {seconds:g} s") from error
+        except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
+            raise LostReply(command, str(error) or "the connection broke") from error
+        self._witness("after", command)
+        return reply
+
+    @contextlib.contextmanager
+    def _listening(self, names: Iterable[str]) -> Iterator[EventListener]:
+        with self._client.listener(tuple(names)) as listener:
+            yield listener
+
+    async def events(self, names: Iterable[str]) -> AsyncIterator[dict[str, Any]]:
+        """Events as they come, until the connection ends; the subscription is open from the first wait."""
+        listener = EventListener(tuple(names))
+        self._client.register_listener(listener)
+        gone = asyncio.ensure_future(self.ended())
+        try:
+            while True:
+                event = asyncio.ensure_future(listener.get())
+                await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not event.done():
+                    event.cancel()
+                    return
+                yield dict(event.result())
+        finally:
+            gone.cancel()
+            self._client.remove_listener(listener)
+
+    @contextlib.contextmanager
+    def stopwatch(self) -> Iterator[Callable[[], float | None]]:
+        """Measure how long the guest stands still: gives a function that says it, in milliseconds, by QEMU's clock.
+
+        It says None when the guest was not stopped and let run in the block.
+        """
+        with self._listening(("STOP", "RESUME")) as listener:
+
+            def milliseconds() -> float | None:
+                at = {}
+                for event in listener.clear():
+                    stamp: Any = event["timestamp"]
+                    at[str(event["event"])] = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
+                return at["RESUME"] - at["STOP"] if len(at) == 2 else None
+
+            yield milliseconds
+
+    async def wait_until(
+        self, met: Callable[[], Awaitable[bool]], names: Iterable[str], *, what: str, seconds: float
+    ) -> None:
+        """Look, then look again at every event of these names, until `met` says so.
+
+        Args:
+            met: looks at QEMU and says whether it is so.
+            names: events after which it may be.
+            what: for the error's text.
+            seconds: the bound of the wait.
+
+        Raises:
+            LostReply: not within the bound, or the connection broke.
+        """
+        with self._listening(names) as listener:
+            deadline = asyncio.get_running_loop().time() + seconds
+            while not await met():
+                left = deadline - asyncio.get_running_loop().time()
+                gone = asyncio.ensure_future(self.ended())
+                event = asyncio.ensure_future(listener.get())
+                try:
+                    await asyncio.wait({event, gone}, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
+                    if not event.done():
+                        reason = gone.result() if gone.done() else f"not within {seconds:g} s"
+                        raise LostReply(what, reason)
+                finally:
+                    gone.cancel()
+                    event.cancel()
+
+
+def _peer(link: socket.socket) -> int | None:
+    """The process that listens (SO_PEERCRED: who called listen), or None when another namespace hides it."""
+    size = struct.calcsize("3i")
+    pid: int = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0]
+    return pid or None
