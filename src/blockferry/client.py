@@ -370,7 +370,8 @@ class CopyJob:
 
     def _over(self, progress: Progress) -> bool:
         if progress.state in LOST:
-            reason = progress.reason or f"it was {progress.state}"
+            words = [] if progress.state == "lost" else [f"it was {progress.state}"]
+            reason = ", ".join([*words, *([progress.reason] if progress.reason else [])]) or "no reason is known"
             raise JobLost(domain=self._domain.name, disk=self.disk, reason=reason)
         return progress.state in CAUGHT_UP
 

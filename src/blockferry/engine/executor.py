@@ -11,6 +11,7 @@ from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
 from blockferry.plan import steps
 from blockferry.qemu.images import Images
+from blockferry.qemu.nbd import reachable
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.session import CommandRefused, Session
 
@@ -20,6 +21,8 @@ WINDOW_SECONDS = 10.0
 COMMIT_SECONDS = 300.0
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
+# A destination that has not answered a read of one sector by then is not one to leave a guest on.
+READ_BACK_SECONDS = 2.0
 JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
@@ -84,6 +87,11 @@ class Executor:
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():
                 await self._images.sync(step.paths)
+            case steps.CheckServers():
+                for target, uri in step.uris.items():
+                    words = await reachable(uri)
+                    if words:
+                        raise StepFailed(f"the server of {target}'s destination does not answer: {words}")
             case steps.Stop():
                 await self._session.execute("stop")
             case steps.Resume():
@@ -112,8 +120,9 @@ class Executor:
                 await self._session.execute("transaction", actions=actions)
             case steps.RequireRoots():
                 await self._require_roots(step)
-            case steps.Probe():
-                await self._probe(step)
+            case steps.ReadBack():
+                for target, words in (await self.read_back(step.disks)).items():
+                    raise StepFailed(f"the destination of {target} does not answer: {words}")
             case _:
                 await self._do_job(step)
 
@@ -189,27 +198,36 @@ class Executor:
             if root is None or graph.below_filters(root) != node:
                 raise StepFailed(f"the graph shows {backend} on {root}, not on {node}")
 
-    async def _probe(self, step: steps.Probe) -> None:
-        for target, words in (await self.probe(step.nodes)).items():
-            raise StepFailed(f"the destination of {target} does not answer: {words}")
+    async def read_back(self, disks: Mapping[str, str]) -> dict[str, str]:
+        """Read a sector of each disk (target -> qdev) as its device; those that do not answer, with the reason.
 
-    async def probe(self, nodes: Mapping[str, str]) -> dict[str, str]:
-        """Read a sector of each node (target -> node); those that do not answer, with QEMU's words.
-
-        There is no QMP command that reads; HMP's `qemu-io` does, on both versions.
+        QMP has no command that reads. HMP's `qemu-io -d` does, on the device's own backend, whose counters say how it
+        went; never its `aio_flush`: that hangs QEMU 7.2 when the disk has an iothread. The guest stands still, so that
+        nothing else moves the counters.
         """
+        before = await self._reads()
+        for qdev in disks.values():
+            await self._session.execute("human-monitor-command", command_line=f'qemu-io -d {qdev} "aio_read -q 0 512"')
+        waiting: dict[str, str] = dict(disks)
         dead: dict[str, str] = {}
-        known = (await self.graph()).nodes
-        for target, node in nodes.items():
-            if node not in known:
-                dead[target] = f"QEMU has no node {node}"
-                continue
-            answer = await self._session.execute(
-                "human-monitor-command", command_line=f'qemu-io {node} "read 0 512"', seconds=WINDOW_SECONDS
-            )
-            if "read 512/512" not in answer:
-                dead[target] = " ".join(answer.split()) or "no answer"
-        return dead
+        deadline = asyncio.get_running_loop().time() + READ_BACK_SECONDS
+        while waiting and asyncio.get_running_loop().time() < deadline:
+            now = await self._reads()
+            for target, qdev in list(waiting.items()):
+                if now.get(qdev) != before.get(qdev):
+                    failed = now[qdev][1] > before[qdev][1]
+                    dead |= {target: "a read fails"} if failed else {}
+                    del waiting[target]
+        return dead | dict.fromkeys(waiting, f"a read is not answered within {READ_BACK_SECONDS:g} s")
+
+    async def _reads(self) -> dict[str, tuple[int, int]]:
+        """Reads that were answered and reads that failed, by qdev."""
+        answer = await self._session.execute("query-blockstats")
+        return {
+            each["qdev"]: (each["stats"]["rd_operations"], each["stats"]["failed_rd_operations"])
+            for each in answer
+            if "qdev" in each
+        }
 
     # --- jobs -------------------------------------------------------------------------------------------------
 

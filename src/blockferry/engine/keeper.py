@@ -57,6 +57,7 @@ class Keeper:
         self._observer: Observer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampler = Sampler(name)
+        self._said_ready: set[str] = set()
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -300,6 +301,9 @@ class Keeper:
     async def _heard(self, event: dict[str, Any]) -> None:
         data = event.get("data", {})
         match event["event"]:
+            # A window of ours says itself how long it was; and a durable write now would lengthen it.
+            case "STOP" | "RESUME" if self.runner.in_window:
+                pass
             case "STOP":
                 self._say("domain-paused", None)
             case "RESUME":
@@ -308,7 +312,9 @@ class Keeper:
                 self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
             case "JOB_STATUS_CHANGE" if str(data.get("id", "")).startswith(f"{Names.PREFIX}{self._journal.tag}-"):
                 mirror = next((each for each in self.active() if each.job == data["id"]), None)
-                if mirror is not None and data["status"] == "ready":
+                # A mirror goes to standby and back whenever the guest is paused: ready is said once.
+                if mirror is not None and data["status"] == "ready" and mirror.job not in self._said_ready:
+                    self._said_ready.add(mirror.job)
                     self._say("mirror-ready", mirror.target, file=mirror.file)
                 if mirror is not None and data["status"] in ("concluded", "null", "aborting"):
                     self._spawn(self._check_soon())

@@ -22,7 +22,7 @@ from blockferry.model.view import Event
 from blockferry.plan import steps
 from blockferry.plan.plan import Plan, Record, Window
 from blockferry.plan.recover import Decision, Evidence, Interrupted, decide
-from blockferry.plan.window import as_it_is, leave
+from blockferry.plan.window import as_it_is, leave, stands_on
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.session import CommandRefused, LostReply
 
@@ -68,6 +68,7 @@ class Runner:
         self._journal = journal
         self._images = images
         self._publish = publish
+        self.in_window = False
 
     async def run(self, operation: int, plan: Plan) -> OperationRecord:
         """Run a plan that was just made.
@@ -80,6 +81,7 @@ class Runner:
             OperationUnsettled: it could be neither done nor undone now.
         """
         self._journal.begin(operation, self._link.name, plan)
+        self.in_window = plan.window is not None
         try:
             with self._link.stopwatch() as milliseconds:
                 await self._forwards(operation, plan)
@@ -91,6 +93,8 @@ class Runner:
                 (error.step, error.reason) if isinstance(error, Failure) else ("write the journal", str(error))
             )
             await self._interrupted(operation, step, reason)
+        finally:
+            self.in_window = False
         return self._get(operation)
 
     async def _interrupted(self, operation: int, step: str, reason: str) -> None:
@@ -221,10 +225,11 @@ class Runner:
         try:
             executor = await self._link.executor()
             seen = await executor.observe()
-            dead = {}
-            if record.state == "window" and record.plan.window is not None:
-                dead = await executor.probe({disk.target: disk.mirror.file_node for disk in record.plan.window.disks})
-                seen = await executor.observe()
+            window = record.plan.window
+            dead: dict[str, str] = {}
+            if record.state == "window" and window is not None and not seen.running:
+                switched = {d.target: d.qdev for d in window.disks if stands_on(d, seen) == d.mirror.node}
+                dead = await executor.read_back(switched)
             return Evidence(seen=seen, dead=dead), executor
         except (errors.BlockferryError, LostReply, CommandRefused):
             if not await self._link.is_gone():

@@ -303,15 +303,29 @@ class RequireRoots(_Step, frozen=True, kw_only=True, tag="require-roots"):
         return "the graph shows " + ", ".join(f"{backend} on {node}" for backend, node in self.roots.items())
 
 
-class Probe(_Step, frozen=True, kw_only=True, tag="probe"):
-    """Read a sector of each of these nodes, within a bound: what is behind them answers. target -> node."""
+class CheckServers(_Step, frozen=True, kw_only=True, tag="check-servers"):
+    """Fail unless the server of each of these NBD URIs accepts a connection from us. target -> URI."""
 
-    nodes: dict[str, str]
+    uris: dict[str, str]
 
     @property
     def text(self) -> str:
         """A line for people."""
-        return "the destinations answer: " + ", ".join(self.nodes)
+        return "the servers of the destinations accept: " + ", ".join(self.uris)
+
+
+class ReadBack(_Step, frozen=True, kw_only=True, tag="read-back"):
+    """Read a sector of each disk as the guest would, and fail unless what is behind it answers. target -> qdev.
+
+    A server that died after the drain leaves a switched disk on a dead destination, without a job's error.
+    """
+
+    disks: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "what the disks now stand on answers: " + ", ".join(self.disks)
 
 
 Step = (
@@ -335,5 +349,6 @@ Step = (
     | Stop
     | Resume
     | RequireRoots
-    | Probe
+    | CheckServers
+    | ReadBack
 )

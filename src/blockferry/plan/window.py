@@ -17,16 +17,18 @@ from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk, Image
 from blockferry.model.job import ENDED, Job
 from blockferry.model.snapshot import Mirror
+from blockferry.plan.copy import is_uri
 from blockferry.plan.disks import source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
     AddNode,
     AwaitReady,
     CancelJob,
+    CheckServers,
     CompleteJobs,
     DismissJobs,
     FinalizeJobs,
-    Probe,
+    ReadBack,
     RemoveNode,
     RequireReady,
     RequireRoots,
@@ -76,8 +78,8 @@ def plan_window(
             prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
     jobs = tuple(mirror.job for mirror in mirrors)
     files = tuple(file for mirror in mirrors for file in (mirror.source, mirror.file) if file.startswith("/"))
-    probe = Probe(nodes={mirror.target: mirror.file_node for mirror in mirrors})
-    prepare += [SyncFiles(paths=files), probe]
+    servers = {mirror.target: mirror.file for mirror in mirrors if is_uri(mirror.file)}
+    prepare += [*([CheckServers(uris=servers)] if servers else []), SyncFiles(paths=files)]
     window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
     roots = {
         disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
@@ -87,11 +89,9 @@ def plan_window(
         *([Stop()] if seen.running else []),
         RequireReady(jobs=jobs),
         CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
-        probe,
         FinalizeJobs(jobs=jobs),
         RequireRoots(roots=roots),
-        # Again: a server that died between the drain and the switch leaves a switched disk on a dead destination.
-        probe,
+        *([ReadBack(disks={disk.target: disk.qdev for disk in disks})] if ends_on == "destination" else []),
     )
     targets = ", ".join(mirror.target for mirror in mirrors)
     return Plan(
@@ -179,6 +179,7 @@ def _window_disk(seen: Observation, disk: Disk, mirror: Mirror, names: Names) ->
     return WindowDisk(
         target=disk.target,
         backend=disk.backend,
+        qdev=disk.qdev,
         source_node=mirror.source_node,
         source_options=source_options(seen.graph, mirror.source_node),
         back_node=names.of(disk.target, "r"),

@@ -92,10 +92,7 @@ def wait_for(session: Session, job: Json) -> None:
             show(event)
             data = event["data"]
             if data["state"] in LOST:
-                from blockferry.errors import JobLost
-
-                reason = data.get("reason") or f"it was {data['state']}"
-                raise wire.Told(JobLost(domain=job["domain"], disk=job["disk"], reason=reason).to_dict())
+                raise _lost(job, data)
             if data["state"] in CAUGHT_UP:
                 return
 
@@ -119,6 +116,14 @@ def _look(session: Session, job: Json) -> Json:
     data = {name: now[name] for name in ("domain", "disk", "state", "current", "total", "reason")}
     head = {"version": 1, "kind": "event", "seq": 0, "time": time.time(), "type": "progress"}
     return {**head, "domain": job["domain"], "disk": job["disk"], "data": data}
+
+
+def _lost(job: Json, data: Json) -> wire.Told:
+    from blockferry.errors import JobLost
+
+    words = [] if data["state"] == "lost" else [f"it was {data['state']}"]
+    reason = ", ".join([*words, *([data["reason"]] if data["reason"] else [])]) or "no reason is known"
+    return wire.Told(JobLost(domain=job["domain"], disk=job["disk"], reason=reason).to_dict())
 
 
 def _goes_on(job: Json) -> str:

@@ -1,0 +1,285 @@
+"""The command from end to end: its own process, the host process that it starts, a real QEMU."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import signal
+import termios
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import DISK_MIB, MIB, Command, Result, owner, stop
+
+from blockferry.model.view import Event, View
+from blockferry.testing import TestQemu
+
+SLOW = "2M"  # a copy that takes as long as a test needs, and is let go with `job speed`
+
+
+@pytest.fixture
+async def vm1(command: Command, guest: TestQemu) -> TestQemu:
+    await command("attach", "vm1", "--qmp", str(guest.qmp))
+    return guest
+
+
+async def line_with(stream: asyncio.StreamReader | None, word: str) -> str:
+    """Read on to the line that has the word."""
+    assert stream is not None
+    while line := (await asyncio.wait_for(stream.readline(), 60)).decode():
+        if word in line:
+            return line
+    raise AssertionError(f"it ended without {word!r}")
+
+
+async def test_attach_list_show_detach(command: Command, guest: TestQemu) -> None:
+    assert "no domain is attached" in (await command("list")).stdout
+    await command("attach", "vm1", "--qmp", str(guest.qmp))
+    assert str(guest.pid) in (await command("list")).stdout
+    shown = (await command("show", "vm1")).stdout
+    assert f"{guest.directory}/a.qcow2  qcow2" in shown
+    assert "vdb" in shown
+    assert (await command("show", "vm1", "--xml")).stdout.startswith("<domain")
+    assert (await command("detach", "vm1")).stdout == "vm1 is detached; the guest runs on\n"
+    assert guest.alive
+
+
+async def test_relative_paths_are_the_callers(command: Command, guest: TestQemu) -> None:
+    await command("attach", "vm1", "--qmp", guest.qmp.name, cwd=guest.directory)
+    await command("snapshot", "create", "vm1", "s1", "--disk", "vda=over.qcow2", cwd=guest.directory)
+    view = await command.json("show", "vm1")
+    assert view["disks"][0]["source"] == str(guest.directory / "over.qcow2")
+
+
+async def test_every_answer_is_a_documented_view(command: Command, guest: TestQemu) -> None:
+    kinds = [
+        (await command.json(*arguments.split()))["kind"]
+        for arguments in [
+            f"attach vm1 --qmp {guest.qmp}",
+            "list",
+            "show vm1",
+            "snapshot create vm1 s1 --atomic --dry-run",
+            f"snapshot create vm1 s1 --atomic --mirror vda={guest.directory}/m.qcow2",
+            "snapshot list vm1",
+            "snapshot show vm1 s1",
+            "job list vm1",
+            "snapshot delete vm1 s1 --reopen-mirror",
+            f"copy vm1 vdb {guest.directory}/c.raw --dry-run",
+            f"copy vm1 vdb {guest.directory}/c.raw",
+            "job speed vm1 vdb 0",
+            "job finish vm1 vdb",
+            "operations",
+            "operations vm1",
+            "operations show 1",
+            "recover",
+        ]
+    ]
+    assert kinds == ["domain", "domains", "domain", "plan", "snapshot", "snapshots", "snapshot", "jobs", "done", "plan"] + [
+        "job",
+        "done",
+        "done",
+        "operations",
+        "operations",
+        "operation",
+        "recovery",
+    ]
+    for event in (await command("events", "--json")).lines:
+        assert isinstance(msgspec.convert(event, View), Event)
+    assert (await command.json("detach", "vm1"))["kind"] == "done"
+
+
+async def test_an_error_is_a_sentence_a_status_and_with_json_an_object(command: Command) -> None:
+    plain = await command("show", "vm1", status=20)
+    assert plain.stdout == ""
+    assert plain.stderr.startswith("blockferry: no domain 'vm1' is attached.")
+    told = await command("show", "vm1", "--json", status=20)
+    (line,) = told.lines
+    assert line["kind"] == "error"
+    assert line["error"]["code"] == "no-such-domain"
+    assert line["error"]["fields"] == {"domain": "vm1"}
+
+
+async def test_a_socket_that_something_else_holds(command: Command, guest: TestQemu) -> None:
+    _reader, writer = await asyncio.open_unix_connection(guest.qmp)
+    result = await command("attach", "vm1", "--qmp", str(guest.qmp), "--timeout", "0.5", status=24)
+    assert "something else (libvirtd, a script) holds it" in result.stderr
+    assert "-qmp unix:" in result.stderr, "it says how to add a second one"
+    writer.close()
+    await writer.wait_closed()
+    assert (await command.json("list"))["domains"] == []
+
+
+async def test_speed_and_events_while_a_copy_is_waited_for(command: Command, vm1: TestQemu) -> None:
+    dest = vm1.directory / "copy.raw"
+    following = await command.start("events", "vm1", "--since", "0", "--follow", "--json")
+    await line_with(following.stdout, "domain-attached")
+    waiting = await command.start(
+        *["copy", "vm1", "vda", str(dest), "--format", "raw", "--bandwidth", SLOW, "--pivot", "--json"]
+    )
+    started = json.loads(await line_with(waiting.stdout, '"kind"'))
+    assert (started["kind"], started["disk"], started["speed"]) == ("job", "vda", 2 * MIB)
+    await line_with(waiting.stdout, '"copying"')
+    await line_with(following.stdout, '"progress"')
+    assert "copying" in (await command("job", "list", "vm1")).stdout
+    await command("job", "speed", "vm1", "vda", "0")
+    ended = await command.ends(waiting)
+    assert ended.status == 0, ended
+    *progress, done = ended.lines
+    assert progress[-1]["data"]["state"] == "ready"
+    assert done["kind"] == "done"
+    assert done["pause_ms"] is not None
+    await line_with(following.stdout, "mirror-ready")
+    await line_with(following.stdout, "mirror-pivoted")
+    following.send_signal(signal.SIGINT)
+    assert (await command.ends(following)).status == 130
+    assert (await command.json("show", "vm1"))["disks"][0]["source"] == str(dest)
+    assert dest.read_bytes() == b"\x5a" * DISK_MIB * MIB
+
+
+async def test_ctrl_c_leaves_the_copy_running(command: Command, vm1: TestQemu) -> None:
+    dest = vm1.directory / "copy.qcow2"
+    waiting = await command.start("copy", "vm1", "vda", str(dest), "--bandwidth", SLOW, "--wait")
+    await line_with(waiting.stdout, "vda  copying")
+    waiting.send_signal(signal.SIGINT)
+    ended = await command.ends(waiting)
+    assert ended.status == 130
+    assert "goes on" in ended.stderr
+    assert "blockferry job cancel vm1 vda" in ended.stderr
+    (job,) = (await command.json("job", "list", "vm1"))["jobs"]
+    assert job["state"] == "copying"
+    await command("job", "cancel", "vm1", "vda")
+    (job,) = (await command.json("job", "list", "vm1"))["jobs"]
+    assert job["state"] == "cancelled"
+
+
+async def test_a_cancelled_copy_is_an_error_for_who_waits(command: Command, vm1: TestQemu) -> None:
+    dest = vm1.directory / "copy.qcow2"
+    waiting = await command.start("copy", "vm1", "vda", str(dest), "--bandwidth", SLOW, "--wait")
+    await line_with(waiting.stdout, "vda  copying")
+    await command("job", "cancel", "vm1", "vda")
+    ended = await command.ends(waiting)
+    assert ended.status == 52
+    assert "cancelled" in ended.stderr
+
+
+async def test_waiting_goes_on_through_a_kill_of_the_host_process(command: Command, vm1: TestQemu) -> None:
+    dest = vm1.directory / "copy.qcow2"
+    waiting = await command.start("copy", "vm1", "vda", str(dest), "--bandwidth", SLOW, "--finish")
+    await line_with(waiting.stdout, "vda  copying")
+    first = owner(command.state_dir)
+    await asyncio.to_thread(stop, command.state_dir, signal.SIGKILL)
+    await command("job", "speed", "vm1", "vda", "0")
+    assert owner(command.state_dir) != first
+    ended = await command.ends(waiting)
+    assert ended.status == 0, ended
+    assert "as of one instant" in ended.stdout
+
+
+async def test_a_pivot_of_several_disks(command: Command, vm1: TestQemu) -> None:
+    for disk in ("vda", "vdb"):
+        started = await command("copy", "vm1", disk, str(vm1.directory / f"{disk}.qcow2"), "--format", "qcow2")
+        assert f"blockferry job pivot vm1 {disk}" in started.stdout, "it says what can be done next"
+    said = (await command("job", "pivot", "vm1", "vda", str(vm1.directory / "b.raw"))).stdout
+    assert "The guest stood still for" in said
+    disks = (await command.json("show", "vm1"))["disks"]
+    assert [Path(disk["source"]).name for disk in disks] == ["vda.qcow2", "vdb.qcow2"]
+    steps = (await command("operations", "show", "3")).stdout
+    assert "pivot" in steps
+    assert "the guest stood still for" in steps
+
+
+async def test_the_bar_on_a_terminal(command: Command, vm1: TestQemu) -> None:
+    """rich draws with bytes, rate and time left; ends where the copy is ready."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    process = await asyncio.create_subprocess_exec(
+        *await command_line(command, "copy", "vm1", "vda", str(vm1.directory / "c.qcow2"), "--bandwidth", "20M", "--wait"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    drawn = await asyncio.to_thread(_read_all, ours)
+    assert await process.wait() == 0, drawn
+    assert "━" in drawn
+    assert "MiB/s" in drawn
+    assert "left" in drawn
+    assert "vda ready" in drawn
+
+
+async def command_line(command: Command, *arguments: str) -> list[str]:
+    from conftest import BLOCKFERRY
+
+    return [str(BLOCKFERRY), "--state-dir", str(command.state_dir), *arguments]
+
+
+def _read_all(terminal: int) -> str:
+    said = b""
+    with open(terminal, "rb", buffering=0) as stream:
+        while True:
+            try:
+                chunk = stream.read(65536)
+            except OSError:  # the other side is closed: a terminal's end of file
+                break
+            if not chunk:
+                break
+            said += chunk
+    return said.decode()
+
+
+async def test_completion_asks_a_running_host_process_and_starts_none(command: Command, guest: TestQemu) -> None:
+    async def complete(words: str) -> list[str]:
+        environment = {**os.environ, "_BLOCKFERRY_COMPLETE": "bash_complete", "COMP_WORDS": words}
+        environment |= {"COMP_CWORD": str(len(words.split()) - (not words.endswith(" "))), "NO_COLOR": "1"}
+        process = await asyncio.create_subprocess_exec(
+            (await command_line(command))[0], env=environment, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        said = (await process.stdout.read()).decode()
+        await process.wait()
+        return [line.split(",", 1)[1] for line in said.split()]
+
+    base = f"blockferry --state-dir {command.state_dir}"
+    assert await complete(f"{base} show ") == []
+    assert not command.state_dir.exists()
+    await command("attach", "vm1", "--qmp", str(guest.qmp))
+    await command("snapshot", "create", "vm1", "s1")
+    assert await complete(f"{base} show ") == ["vm1"]
+    assert await complete(f"{base} copy vm1 vd") == ["vda", "vdb"]
+    assert await complete(f"{base} job pivot vm1 vda vd") == ["vda", "vdb"]
+    assert await complete(f"{base} snapshot delete vm1 ") == ["s1"]
+    assert "attach" in await complete("blockferry a")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+async def test_completion_scripts(command: Command, shell: str) -> None:
+    result = await command("completion", shell)
+    assert "_BLOCKFERRY_COMPLETE" in result.stdout
+    (view,) = (await command("completion", shell, "--json")).lines
+    assert view["script"] in result.stdout
+
+
+async def test_no_colour_where_no_terminal_is(command: Command, vm1: TestQemu) -> None:
+    assert "\x1b" not in (await command("list")).stdout
+
+
+async def test_version_and_help_start_nothing(command: Command) -> None:
+    assert (await command("--version")).stdout.startswith("blockferry 0.")
+    assert "Example:" in (await command("--help")).stdout
+    assert not command.state_dir.exists()
+
+
+async def test_a_pipe_that_closes_early(command: Command, vm1: TestQemu) -> None:
+    script = f"{' '.join(await command_line(command, 'events', '--follow', '--since', '0'))} | head -n 1"
+    process = await asyncio.create_subprocess_shell(
+        script, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert b"domain-attached" in await asyncio.wait_for(process.stdout.readline(), 30)
+    await command("detach", "vm1")  # the next event finds the pipe closed
+    _stdout, stderr = await asyncio.wait_for(process.communicate(), 30)
+    assert b"Traceback" not in stderr
