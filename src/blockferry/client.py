@@ -343,25 +343,29 @@ class CopyJob:
         # From here on recorded events are numbered after `since`: none is missed, whenever the watching begins.
         request = requests.ListEvents(domain=self._domain.name, since=NEWEST)
         since = (await self._ferry.ask(request, views.EventList)).last
+        cut_off = False
         while True:
-            progress = _progress(await self.info())
-            yield progress
-            if self._over(progress):
-                return
-            events = self._domain.watch(since)
             try:
-                async for event in events:
-                    since = max(since, event.seq)
-                    if event.disk != self.disk:
-                        continue
-                    progress = await self._seen(event)
-                    yield progress
-                    if self._over(progress):
-                        return
+                progress = _progress(await self.info())
+                yield progress
+                if self._over(progress):
+                    return
+                cut_off = False
+                async with _closing(self._domain.watch(since)) as events:
+                    async for event in events:
+                        since = max(since, event.seq)
+                        if event.disk != self.disk:
+                            continue
+                        progress = await self._seen(event)
+                        yield progress
+                        if self._over(progress):
+                            return
             except HostProcessUnreachable:
-                pass  # it was killed; the copy is QEMU's and goes on, and the next question starts another
-            finally:
-                await _aclose(events)
+                # It was killed. The copy is QEMU's and goes on, only questions were cut off, and the next one starts
+                # another host process, unless that can't be: then it is cut off twice without an answer between.
+                if cut_off:
+                    raise
+                cut_off = True
 
     async def _seen(self, event: views.Event) -> Progress:
         if event.type == "progress":
@@ -409,11 +413,15 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return text if "://" in text else os.path.abspath(text)
 
 
-async def _aclose(events: AsyncIterator[views.Event]) -> None:
-    """End a subscription now rather than when it is collected."""
-    aclose = getattr(events, "aclose", None)
-    if aclose is not None:
-        await aclose()
+@contextlib.asynccontextmanager
+async def _closing(events: AsyncIterator[views.Event]) -> AsyncIterator[AsyncIterator[views.Event]]:
+    """End a subscription with the block, not when it is collected."""
+    try:
+        yield events
+    finally:
+        aclose = getattr(events, "aclose", None)
+        if aclose is not None:
+            await aclose()
 
 
 # --- over HTTP ------------------------------------------------------------------------------------------------
@@ -461,9 +469,13 @@ class HttpTransport:
         params = {name: value for name, value in wanted.items() if value is not None}
         message = self._http.build_request("GET", "/v1/events", params=params)
         async with self._sent(message) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    yield self._event(line.removeprefix("data: "))
+            rest = b""
+            # Not httpx's aiter_lines: JSON may hold characters that count as line ends elsewhere.
+            async for chunk in response.aiter_bytes():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: "):
+                        yield _event(line.removeprefix(b"data: "))
 
     async def close(self) -> None:
         """End it; the host process stays."""
@@ -490,16 +502,16 @@ class HttpTransport:
             reason = str(error) or type(error).__name__
             raise HostProcessUnreachable(state_dir=str(self._state), reason=reason) from error
 
-    @staticmethod
-    def _event(data: str) -> views.Event:
-        event = msgspec.json.decode(data, type=views.Event | _ErrorBody)
-        if isinstance(event, _ErrorBody):
-            raise from_dict(event.error)
-        return event
-
 
 class _ErrorBody(msgspec.Struct, tag_field="kind", tag="error"):
     error: dict[str, object]
+
+
+def _event(data: bytes) -> views.Event:
+    event = msgspec.json.decode(data, type=views.Event | _ErrorBody)
+    if isinstance(event, _ErrorBody):
+        raise from_dict(event.error)
+    return event
 
 
 def _told(body: bytes) -> BlockferryError:

@@ -277,10 +277,11 @@ def connect(state: StateDir) -> socket.socket | None:
     """Connect to the host process; None when none listens. Starts and makes nothing.
 
     Raises:
-        StateDirUnusable: the directory is not ours, or its socket may not be used.
+        StateDirUnusable: the directory is not ours alone, or its socket may not be used.
     """
     try:
-        _check_ours(state, state.path)
+        if _check_ours(state, state.path) & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _unusable(state, f"others may write to it; `chmod 700 {state}` if it is ours")
         return connect_unix(state.socket)
     except (FileNotFoundError, ConnectionRefusedError):
         return None

@@ -229,6 +229,7 @@ class Service:
             return await keeper.runner.run(operation, plan)
         finally:
             self._in_flight.discard(operation)
+            keeper.sample()
 
     def _names(self) -> tuple[int, Names]:
         operation = self._journal.next_operation()

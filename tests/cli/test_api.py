@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from blockferry import errors
-from blockferry.hostprocess import listen_unix
+from blockferry.client import HttpTransport
+from blockferry.hostprocess import StateDir, listen_unix
 from blockferry.interfaces.api import Api
 from blockferry.interfaces.api.app import BODY_MAX
 from blockferry.interfaces.api.server import ApiServer
@@ -27,6 +28,8 @@ class Door:
     def __init__(self) -> None:
         self.began = asyncio.Event()
         self.go_on = asyncio.Event()
+        self.done = asyncio.Event()
+        self.left = asyncio.Event()
         self.carried_out: list[requests.Request] = []
         self.queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self.watchers = 0
@@ -39,6 +42,7 @@ class Door:
             raise ZeroDivisionError("a bug")
         await self.go_on.wait()
         self.carried_out.append(request)
+        self.done.set()
         return Done(text="done")
 
     async def watch(self, _domain: str | None, _since: int | None) -> AsyncIterator[Event]:
@@ -50,6 +54,7 @@ class Door:
                 yield event
         finally:
             self.watchers -= 1
+            self.left.set()
 
 
 @pytest.fixture
@@ -61,7 +66,8 @@ async def door() -> Door:
 async def server(door: Door, tmp_path: Path) -> AsyncIterator[ApiServer]:
     api: Any = Api(door)  # type: ignore[arg-type]
     server = ApiServer(api, before_end=lambda: None)
-    with listen_unix(tmp_path / "api.sock") as listener:
+    (tmp_path / "run").mkdir()
+    with listen_unix(StateDir(tmp_path).socket) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         yield server
         door.go_on.set()
@@ -71,7 +77,7 @@ async def server(door: Door, tmp_path: Path) -> AsyncIterator[ApiServer]:
 
 @pytest.fixture
 async def http(server: ApiServer, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "api.sock"))
+    transport = httpx.AsyncHTTPTransport(uds=str(StateDir(tmp_path).socket))
     async with httpx.AsyncClient(transport=transport, base_url="http://blockferry") as client:
         yield client
 
@@ -96,8 +102,17 @@ async def test_errors_have_their_status(http: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b'{"request": "no-such"}', b'{"request": "list", "more": 1}', b'{"request": "show"}', b"\xff"]
-    + [b'{"request": "show", "domain": 1}', b"x" * (BODY_MAX + 1)],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"request": "no-such"}',
+        b'{"request": "list", "more": 1}',
+        b'{"request": "show"}',
+        b'{"request": "show", "domain": 1}',
+        b"x" * (BODY_MAX + 1),
+    ],
 )
 async def test_what_can_not_be_understood(http: httpx.AsyncClient, body: bytes) -> None:
     assert error_of(await http.post("/v1/request", content=body)) == (400, "bad-request")
@@ -122,14 +137,12 @@ async def test_a_client_that_leaves_cancels_nothing(
     caplog.set_level("INFO")
     body = b'{"request": "detach", "domain": "vm1"}'
     with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(tmp_path / "api.sock"))
+        client.connect(str(StateDir(tmp_path).socket))
         client.sendall(b"POST /v1/request HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         await asyncio.wait_for(door.began.wait(), 10)
     assert not server.idle
     door.go_on.set()
-    server.end()  # waits for what was submitted
-    while not server.idle:
-        await asyncio.sleep(0)
+    await asyncio.wait_for(door.done.wait(), 10)
     assert door.carried_out == [requests.Detach(domain="vm1")]
     assert [line.split()[:2] for line in caplog.messages if "detach" in line] == [
         ["begin", 'request="detach"'],
@@ -153,13 +166,12 @@ async def test_the_subscription_is_open_when_the_stream_begins(door: Door, http:
         assert await anext(lines) == "event: progress", "which has no number to resume from"
 
 
-async def test_a_watcher_that_leaves_is_forgotten(door: Door, server: ApiServer, http: httpx.AsyncClient) -> None:
+async def test_a_watcher_that_leaves_is_forgotten(door: Door, http: httpx.AsyncClient) -> None:
     async with http.stream("GET", "/v1/events") as stream:
         await anext(stream.aiter_lines())
         assert door.watchers == 1
-    async with asyncio.timeout(10):
-        while door.watchers or not server.idle:
-            await asyncio.sleep(0)
+    await asyncio.wait_for(door.left.wait(), 10)
+    assert door.watchers == 0
 
 
 async def test_an_error_ends_a_stream(door: Door, http: httpx.AsyncClient) -> None:
@@ -168,6 +180,29 @@ async def test_an_error_ends_a_stream(door: Door, http: httpx.AsyncClient) -> No
     text = (await http.get("/v1/events")).text
     assert "event: error\n" in text
     assert "no-such-domain" in text
+
+
+@pytest.mark.usefixtures("server")
+async def test_the_library_reads_any_text(door: Door, tmp_path: Path) -> None:
+    data = {"reason": "line\n separators \u2028 \x85 \r and \x1c"}
+    door.queue.put_nowait(Event(seq=1, time=0.0, type="mirror-dropped", domain="vm1", data=data))
+    door.queue.put_nowait(errors.NoSuchDomain(domain="vm1"))
+    transport = HttpTransport(StateDir(tmp_path))
+    events = transport.watch(None, None)
+    assert (await anext(events)).data == data
+    with pytest.raises(errors.NoSuchDomain):
+        await anext(events)
+    await transport.close()
+
+
+@pytest.mark.usefixtures("server")
+async def test_a_large_answer_comes_in_pieces(door: Door, tmp_path: Path) -> None:
+    for number in range(1, 40):
+        door.queue.put_nowait(Event(seq=number, time=0.0, type="t", domain="vm1", data={"x": "y" * 50_000}))
+    door.queue.put_nowait(None)
+    transport = HttpTransport(StateDir(tmp_path))
+    assert [event.seq async for event in transport.watch(None, None)] == list(range(1, 40))
+    await transport.close()
 
 
 def test_every_error_has_a_status() -> None:

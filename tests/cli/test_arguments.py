@@ -49,8 +49,10 @@ def invoke(*arguments: str, stdin: str | None = None) -> Result:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("0", 0), ("1", 1), ("1048576", 1 << 20), ("50M", 50 << 20), ("50m", 50 << 20), ("1G", 1 << 30)]
-    + [("1.5K", 1536), ("2T", 2 << 40), ("50MiB", 50 << 20), ("50MB/s", 50 << 20), (".5K", 512), (" 7k ", 7168)],
+    [
+        *[("0", 0), ("1", 1), ("1048576", 1 << 20), ("50M", 50 << 20), ("50m", 50 << 20), ("1G", 1 << 30)],
+        *[("1.5K", 1536), ("2T", 2 << 40), ("50MiB", 50 << 20), ("50MB/s", 50 << 20), (".5K", 512), (" 7k ", 7168)],
+    ],
 )
 def test_rates(written: str, value: int) -> None:
     assert Rate().convert(written, None, None) == value
@@ -95,9 +97,7 @@ def test_snapshot_with_disks_and_mirrors(asked: Run, tmp_path: Path) -> None:
         DiskWish(name=f"{tmp_path}/b/base.img", mirror=MirrorWish(file=f"{tmp_path}/c=d")),
     )
     wish = SnapshotWish(name="s1", description="why", disks=disks, only_these=True)
-    assert request == requests.CreateSnapshot(
-        domain="vm1", wish=wish, flags=int(SnapshotCreate.ATOMIC), dry_run=True
-    )
+    assert request == requests.CreateSnapshot(domain="vm1", wish=wish, flags=int(SnapshotCreate.ATOMIC), dry_run=True)
 
 
 def test_snapshot_from_xml(asked: Run, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The library: the same calls in this process and over the host process, on a real QEMU."""
 
 import asyncio
-import contextlib
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import MIB, stop
+from commandkit import MIB, stop
 
 import blockferry
 from blockferry import errors
@@ -99,10 +98,16 @@ async def test_a_copy_is_iterated_to_ready(vm: blockferry.Domain, guest: TestQem
 
 async def test_a_cancelled_copy_ends_the_iteration(vm: blockferry.Domain, guest: TestQemu) -> None:
     job = await vm.block_copy("vda", guest.directory / "copy.qcow2", bandwidth=SLOW)
+    progress = aiter(job)
+    assert (await anext(progress)).state == "copying"
+    await vm.cancel(["vda"])
+
+    async def rest() -> None:
+        async for _ in progress:
+            pass
+
     with pytest.raises(errors.JobLost, match="it was cancelled"):
-        async for _progress in job:
-            with contextlib.suppress(errors.NoSuchJob):
-                await vm.cancel(["vda"])
+        await rest()
     with pytest.raises(errors.NoSuchJob):
         await job.pivot()
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Command, owner, stop
+from commandkit import Command, owner, stop
 
 import blockferry
 from blockferry import errors
@@ -110,6 +110,12 @@ def test_one_that_others_may_enter_is_closed_only_when_empty(tmp_path: Path) -> 
     with pytest.raises(errors.StateDirUnusable, match="chmod 700"):
         prepare_state_dir(StateDir(tmp_path))
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_nobody_connects_where_others_may_write(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(errors.StateDirUnusable, match="others may write"):
+        connect(StateDir(tmp_path))
 
 
 def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:

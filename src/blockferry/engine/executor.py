@@ -135,11 +135,8 @@ class Executor:
             case steps.CancelJob():
                 await self._cancel(step.job)
             case steps.RequireReady():
-                jobs = await self.jobs()
-                for name in step.jobs:
-                    job = jobs.get(name)
-                    if job is None or job.status != "ready" or job.error is not None:
-                        raise StepFailed(_words(name, job))
+                # `stop` drains: a ready job is on standby for a moment.
+                await self.wait_jobs(step.jobs, frozenset({"ready"}), WINDOW_SECONDS)
             case steps.AwaitReady():
                 await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)
             case steps.CompleteJobs():
@@ -276,6 +273,7 @@ class Executor:
         )
 
     async def _complete(self, step: steps.CompleteJobs) -> None:
+        await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)
         for name, job in (await self.jobs()).items():
             if name in step.jobs and job.status == "ready":
                 if step.soft_cancel:

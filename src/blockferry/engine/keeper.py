@@ -99,14 +99,20 @@ class Keeper:
                 raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
             self._guest_gone("another QEMU process answers on its socket now")
         self._session, self._observer, self.problem = session, observer, None
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started))
+        self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._spawn(self._watch(session))
+        self.sample()
         return session
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def sample(self) -> None:
+        """See to it that progress is read while a mirror works; to be called when one may have begun."""
+        if self._session is not None and self.active() and not self._sampler.running:
+            self._spawn(self._sampler.run(self._session, self.active, self._bus))
 
     async def executor(self) -> Executor:
         """See runner.Link."""
@@ -125,7 +131,7 @@ class Keeper:
     async def is_gone(self) -> bool:
         """Whether the QEMU that we were attached to has ended."""
         record = self.record
-        return record.pid is not None and not lives(record.pid, record.born)
+        return record.gone or (record.pid is not None and not lives(record.pid, record.born))
 
     async def observe(self) -> Observation:
         """The domain now; its targets are kept from here on.
@@ -216,7 +222,7 @@ class Keeper:
                 if job is None or job.error is not None or job.status in ENDED or mirror.state != "active":
                     reason = mirror.reason or (job.error if job else None) or "its job has ended"
                     raise errors.JobLost(domain=self.name, disk=mirror.target, reason=reason)
-                if job.status != "ready":
+                if not job.caught_up:
                     pending = f"{mirror.target}: {state_of(mirror, job)}, {job.current} of {job.total} bytes"
                     return False
             return True
@@ -273,12 +279,14 @@ class Keeper:
                     await executor.do(step, {})
 
     def _guest_gone(self, reason: str) -> None:
-        """The QEMU that we were attached to has ended: its mirrors with it."""
+        """The QEMU that we were attached to has ended, its mirrors with it: said once."""
+        if self.record.gone:
+            return
         lost = {mirror.target: f"{GONE}: {reason}" for mirror in self.active()}
         if lost:
             self._bus.publish(self._journal.lose_mirrors(self.name, lost))
         self._say("domain-gone", None, reason=reason)
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=None, born=None))
+        self._journal.put_domain(msgspec.structs.replace(self.record, gone=True))
 
     def _say(self, kind: str, disk: str | None, **data: Any) -> None:
         event = Event(seq=0, time=time.time(), type=kind, domain=self.name, disk=disk, data=data)
@@ -288,13 +296,8 @@ class Keeper:
 
     async def _watch(self, session: Session) -> None:
         """Follow one connection's events to its end."""
-        sampling = asyncio.ensure_future(self._sampler.run(session, self._journal, self._bus))
-        try:
-            async for event in session.events(WATCHED):
-                await self._heard(event)
-        finally:
-            sampling.cancel()
-            await asyncio.gather(sampling, return_exceptions=True)
+        async for event in session.events(WATCHED):
+            await self._heard(event)
         if self._session is session:
             await self._lost_connection()
 

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
 from blockferry.engine.bus import Bus
-from blockferry.journal.journal import Journal
 from blockferry.model.job import Job, Progress
 from blockferry.model.snapshot import Mirror
 from blockferry.model.view import Event
@@ -39,19 +39,29 @@ class Sampler:
 
     def __init__(self, domain: str) -> None:
         self._domain = domain
+        self.running = False
         self._samples: dict[str, deque[tuple[float, int]]] = {}
 
-    async def run(self, session: Session, journal: Journal, bus: Bus) -> None:
-        """Publish progress once a second while a mirror works and somebody listens, until cancelled."""
-        while session.alive:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            working = [mirror for mirror in journal.mirrors(self._domain) if mirror.state == "active"]
-            self._samples = {m.job: self._samples.get(m.job, deque(maxlen=SAMPLES)) for m in working}
-            if working and bus.listeners:
-                with contextlib.suppress(LostReply, CommandRefused):
-                    bus.publish(await self._sample(session, working))
+    async def run(self, session: Session, active: Callable[[], tuple[Mirror, ...]], bus: Bus) -> None:
+        """Publish progress once a second until no mirror works any more or the connection ends.
 
-    async def _sample(self, session: Session, working: list[Mirror]) -> tuple[Event, ...]:
+        Args:
+            session: to the domain's QEMU.
+            active: says which mirrors work.
+            bus: where progress goes; when nobody listens, QEMU is not asked.
+        """
+        self.running = True
+        try:
+            while session.alive and (working := active()):
+                self._samples = {m.job: self._samples.get(m.job, deque(maxlen=SAMPLES)) for m in working}
+                if bus.listeners:
+                    with contextlib.suppress(LostReply, CommandRefused):
+                        bus.publish(await self._sample(session, working))
+                await asyncio.sleep(SAMPLE_SECONDS)
+        finally:
+            self.running = False
+
+    async def _sample(self, session: Session, working: tuple[Mirror, ...]) -> tuple[Event, ...]:
         answer = {each["device"]: each for each in await session.execute("query-block-jobs")}
         now = time.monotonic()
         events = []

@@ -28,12 +28,22 @@ Witness = Callable[[str, str], None]
 
 
 class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An attached domain: its socket, its QEMU process when it was last seen, its targets (qdev -> name)."""
+    """An attached domain.
+
+    Attributes:
+        name: its name.
+        qmp: its QMP socket.
+        pid: its QEMU process when it was last seen.
+        born: when that process was started (qemu.process.born), to tell it from another of that number.
+        gone: whether that process is known, and has been said, to have ended.
+        targets: qdev -> target, kept once given.
+    """
 
     name: str
     qmp: str
     pid: int | None = None
     born: int | None = None
+    gone: bool = False
     targets: dict[str, str] = {}
 
 

@@ -30,9 +30,9 @@ VERBS: dict[str, frozenset[str]] = {
     "dismiss": frozenset({"concluded"}),
     "set-speed": frozenset({"created", "running", "paused", "ready", "standby"}),
 }
+# A ready mirror is on standby while the guest is drained: both have caught up.
+CAUGHT_UP = frozenset({"ready", "standby"})
 ENDED = frozenset({"concluded", "null"})
-# Up to and including these a job has not begun to end.
-BEFORE_WINDOW = frozenset({"created", "running", "paused", "ready", "standby"})
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,9 +65,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.status in VERBS[verb]
 
     @property
-    def healthy(self) -> bool:
-        """Whether it still works and nothing went wrong."""
-        return self.status in BEFORE_WINDOW and self.error is None
+    def caught_up(self) -> bool:
+        """Whether it is ready, or on standby for a moment, and nothing went wrong."""
+        return self.status in CAUGHT_UP and self.error is None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

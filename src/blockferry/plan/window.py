@@ -131,7 +131,7 @@ def _require_ready(domain: str, mirror: Mirror, job: Job | None) -> None:
         raise errors.JobLost(domain=domain, disk=mirror.target, reason="QEMU has no such job any more")
     if job.error is not None or job.status in ENDED:
         raise errors.JobLost(domain=domain, disk=mirror.target, reason=job.error or f"its job is {job.status}")
-    if job.status != "ready":
+    if not job.caught_up:
         raise errors.JobNotReady(domain=domain, disk=mirror.target, seconds=0.0, state=job.status)
 
 
@@ -234,7 +234,7 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
         error = dead.get(disk.target) or (job.error if job is not None else None)
         back, source = _bring_back(disk, seen)
         kept = msgspec.structs.replace(disk.mirror, source_node=source)
-        if job is not None and job.status == "ready" and error is None:
+        if job is not None and job.caught_up and error is None:
             mirrors.append(kept)
             continue
         steps += back

@@ -99,14 +99,25 @@ def wait_for(session: Session, job: Json) -> None:
 
 def follow(session: Session, job: Json) -> Iterator[Json]:
     """Give progress events of a copy, at least one; they go on through a restart of the host process."""
+    from blockferry.errors import HostProcessUnreachable
+
     # From here on recorded events are numbered after `since`: none is missed, whenever the watching begins.
     since = session.ask("events", domain=job["domain"], since=NEWEST)["last"]
+    cut_off = False
     while True:
-        yield _look(session, job)
-        for event in wire.events(session.state, job["domain"], since):
-            since = max(since, event["seq"])
-            if event["disk"] == job["disk"]:
-                yield event if event["type"] == "progress" else _look(session, job)
+        try:
+            yield _look(session, job)
+            cut_off = False
+            for event in wire.events(session.state, job["domain"], since):
+                since = max(since, event["seq"])
+                if event["disk"] == job["disk"]:
+                    yield event if event["type"] == "progress" else _look(session, job)
+        except HostProcessUnreachable:
+            # It was killed. The copy is QEMU's and goes on, only questions were cut off, and the next one starts
+            # another host process, unless that can't be: then it is cut off twice without an answer between.
+            if cut_off:
+                raise
+            cut_off = True
 
 
 def _look(session: Session, job: Json) -> Json:

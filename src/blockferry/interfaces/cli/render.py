@@ -184,6 +184,10 @@ def _took(row: Json) -> str:
     return "-" if row["ended"] is None else f"{row['ended'] - row['started']:.2f} s"
 
 
+def _step_took(step: Json) -> str:
+    return "-" if step["ended"] is None else f"{1000 * (step['ended'] - step['started']):.1f} ms"
+
+
 def operation(view: Json) -> str:
     """`operations show`: the steps with their times, from the operation's beginning."""
     head = [f"operation {view['id']}", view["domain"], view["what"], paint(view["state"])]
@@ -197,7 +201,7 @@ def operation(view: Json) -> str:
             step["stretch"],
             paint(step["state"]),
             f"+{step['started'] - view['started']:.3f} s",
-            _took(step),
+            _step_took(step),
             step["text"] + (f": {step['error']}" if step["error"] else ""),
         ]
         for step in view["steps"]

@@ -1,0 +1,42 @@
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from blockferry.testing import QemuBinaries, find_qemu
+
+# Test folders are not packages; what tests/qemu and tests/faults share lies in tests/qemu/rig.py.
+sys.path.insert(0, str(Path(__file__).parent / "qemu"))
+from rig import Rig, open_rig  # noqa: E402  # found by the line before
+
+# A loaded two-core machine is slow now and then; that is no failure of what is tested.
+settings.register_profile("blockferry", deadline=None)
+settings.load_profile("blockferry")
+
+
+@pytest.fixture(params=["distribution", "qemu10"])
+def qemu(request: pytest.FixtureRequest) -> QemuBinaries:
+    return find_qemu(request.param)
+
+
+@pytest.fixture
+async def rig(qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Rig]:
+    """A guest that runs, with three disks of different kinds, attached as vm1."""
+    async with open_rig(qemu, tmp_path) as rig:
+        yield rig
+
+
+@pytest.fixture(params=["running", "paused"])
+async def either(request: pytest.FixtureRequest, qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Rig]:
+    """As `rig`, with a guest that runs, and with one that was never started."""
+    async with open_rig(qemu, tmp_path, paused=request.param == "paused") as rig:
+        yield rig
+
+
+@pytest.fixture
+async def faulty(qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Rig]:
+    """As `rig`, with a fault-injecting proxy between the service and QEMU."""
+    async with open_rig(qemu, tmp_path, proxy=True) as rig:
+        yield rig
