@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -53,6 +54,7 @@ class Service:
         self._bus = Bus()
         self._keepers: dict[str, Keeper] = {}
         self._in_flight: set[int] = set()
+        self._numbers = itertools.count(journal.next_operation())
 
     @classmethod
     async def open(cls, state_dir: Path, *, witness: Witness = _nobody) -> Service:
@@ -232,7 +234,8 @@ class Service:
             keeper.sample()
 
     def _names(self) -> tuple[int, Names]:
-        operation = self._journal.next_operation()
+        # Reserved at once: another domain's request may be between its plan and its journal entry.
+        operation = next(self._numbers)
         return operation, Names(self._journal.tag, operation)
 
     # --- snapshots --------------------------------------------------------------------------------------------

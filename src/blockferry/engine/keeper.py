@@ -12,7 +12,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.bus import Bus
-from blockferry.engine.executor import Executor
+from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import Runner
 from blockferry.journal.journal import DomainRecord, Journal
@@ -91,6 +91,9 @@ class Keeper:
         except errors.BlockferryError as problem:
             self.problem = problem
             raise
+        except (LostReply, CommandRefused) as error:
+            self.problem = errors.QmpUnreachable(qmp=record.qmp, reason=str(error))
+            raise self.problem from error
         started = born(session.pid)
         if record.pid is not None and (record.pid, record.born) != (session.pid, started):
             if self._journal.open_operations(self.name):
@@ -275,7 +278,8 @@ class Keeper:
             if mirror.node in roots:
                 continue
             for step in close_mirror(mirror):
-                with contextlib.suppress(CommandRefused):
+                # What is left open stays ours by name; the next look finds nothing lost and leaves it.
+                with contextlib.suppress(CommandRefused, StepFailed, LostReply):
                     await executor.do(step, {})
 
     def _guest_gone(self, reason: str) -> None:

@@ -99,9 +99,16 @@ class Runner:
 
     async def _interrupted(self, operation: int, step: str, reason: str) -> None:
         """Settle an operation of which a step failed; return only if it turns out to have been done all the same."""
+        # A journal that can't be written must not keep us from leaving a window.
         with contextlib.suppress(errors.JournalUnwritable):
             self._journal.note(operation, error=f"{step}: {reason}")
-        decision = await self.resolve(operation)
+        try:
+            decision = await self.resolve(operation)
+        except errors.JournalUnwritable as full:
+            # Leaving a window comes before its writes: the guest runs. The rest waits for a journal that can be written.
+            raise errors.OperationUnsettled(
+                domain=self._link.name, operation=operation, step=step, reason=f"{reason}; {full.reason}"
+            ) from full
         after = self._get(operation)
         if after.state == "undone":
             raise errors.OperationFailed(domain=self._link.name, operation=operation, step=step, reason=reason)
@@ -109,11 +116,13 @@ class Runner:
             raise errors.OperationUnsettled(domain=self._link.name, operation=operation, step=step, reason=reason)
 
     async def _forwards(self, operation: int, plan: Plan) -> None:
-        executor = await self._executor("begin")
-        await self._prepare(operation, plan, executor)
         outcomes: tuple[StepRecord, ...] = ()
-        if plan.window is not None:
-            outcomes = await self._pass_window(operation, plan.window, executor)
+        # A plan that only forgets needs no QEMU: the guest may be gone.
+        if plan.prepare or plan.window is not None:
+            executor = await self._executor("begin")
+            await self._prepare(operation, plan, executor)
+            if plan.window is not None:
+                outcomes = await self._pass_window(operation, plan.window, executor)
         self._record(operation, plan.record, outcomes)
 
     async def _prepare(self, operation: int, plan: Plan, executor: Executor) -> None:
@@ -158,6 +167,8 @@ class Runner:
         self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events))
 
     async def _settle(self, plan: Plan) -> tuple[StepRecord, ...]:
+        if not plan.settle:
+            return ()
         executor = await self._executor("settle")
         outcomes = []
         for index, step in enumerate(plan.settle):
