@@ -22,7 +22,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileFact, ImageFact
-from blockferry.model.flags import BlockCopy, SnapshotCreate, SnapshotDelete
+from blockferry.model.flags import BlockCopy, SnapshotCreate, SnapshotDelete, require_flags
 from blockferry.model.snapshot import Mirror, Snapshot, SnapshotWish
 from blockferry.plan import copy as copying
 from blockferry.plan.disks import find_disk
@@ -267,10 +267,9 @@ class Service:
             return msgspec.structs.replace(answer, left_out=plan.left_out)
 
     def _wish(self, request: ask.CreateSnapshot) -> SnapshotWish:
-        for flag in SnapshotCreate(request.flags):
-            # External snapshots of a running guest's disks, all at one instant, are the only ones that we take.
-            if flag not in (SnapshotCreate.ATOMIC, SnapshotCreate.DISK_ONLY):
-                raise errors.UnsupportedFlag(call="snapshot_create_xml", flag=str(flag.name or flag.value))
+        # External snapshots of a running guest's disks, all at one instant, are the only ones that are taken.
+        carried_out = SnapshotCreate.ATOMIC | SnapshotCreate.DISK_ONLY
+        require_flags("snapshot_create_xml", SnapshotCreate(request.flags), carried_out)
         if (request.xml is None) == (request.wish is None):
             raise errors.BadRequest(reason="a snapshot is asked for by XML or by a wish, one of them")
         wish = request.wish if request.xml is None else parse_snapshot(request.xml)
@@ -319,9 +318,8 @@ class Service:
 
     async def _delete_snapshot(self, request: ask.DeleteSnapshot) -> view.Done:
         flags = SnapshotDelete(request.flags)
-        for flag in flags:
-            if flag in (SnapshotDelete.CHILDREN, SnapshotDelete.CHILDREN_ONLY):
-                raise errors.UnsupportedFlag(call="snapshot_delete", flag=str(flag.name))
+        carried_out = SnapshotDelete.METADATA_ONLY | SnapshotDelete.REOPEN_MIRROR | SnapshotDelete.REMOVE_MIRROR
+        require_flags("snapshot_delete", flags, carried_out)
         if len(list(flags)) > 1:
             raise errors.BadRequest(reason=f"{flags!r} contradict each other: say one")
         snapshot = self._snapshot(request.domain, request.snapshot)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from enum import IntFlag
 
+from blockferry import errors
+
 
 class SnapshotCreate(IntFlag):
     """virDomainSnapshotCreateFlags."""
@@ -41,3 +43,15 @@ class BlockCopy(IntFlag):
     TRANSIENT_JOB = 1 << 2
     SYNCHRONOUS_WRITES = 1 << 3
     CREATE_RAW = 1 << 24
+
+
+def require_flags(call: str, flags: IntFlag, carried_out: IntFlag) -> None:
+    """Refuse every flag that the call does not carry out, those that nobody has named included.
+
+    Raises:
+        UnsupportedFlag: with the first of them.
+    """
+    rest = int(flags) & ~int(carried_out)
+    if rest:
+        lowest = rest & -rest
+        raise errors.UnsupportedFlag(call=call, flag=type(flags)(lowest).name or hex(lowest))

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from blockferry import errors
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileFact
-from blockferry.model.flags import BlockCopy
+from blockferry.model.flags import BlockCopy, require_flags
 from blockferry.model.graph import Disk
 from blockferry.model.snapshot import Mirror, MirrorEnd
 from blockferry.plan.disks import find_disk, require_new_file, require_suitable
@@ -55,9 +55,7 @@ def destination_format(domain: str, disk: Disk, dest: str, wanted: str | None, f
         BadRequest: contradictory wishes.
         UnsupportedFlag: a flag that is not carried out.
     """
-    for flag in BlockCopy:
-        if flags & flag and flag is not BlockCopy.CREATE_RAW:
-            raise errors.UnsupportedFlag(call="block_copy", flag=flag.name or str(flag.value))
+    require_flags("block_copy", flags, BlockCopy.CREATE_RAW)
     if flags & BlockCopy.CREATE_RAW:
         if wanted not in (None, "raw"):
             raise errors.BadRequest(reason=f"CREATE_RAW and format {wanted} contradict each other")
@@ -126,19 +124,10 @@ def plan_copy(
     else:
         _check_room(disk, facts, dest)
         steps = _create_file(mirror, disk, seen)
-    start = StartMirror(
-        target=disk.target,
-        job=mirror.job,
-        device=mirror.source_node,
-        node=mirror.node,
-        filter_node=mirror.filter_node,
-        sync="full",
-        speed=bandwidth,
-    )
     return Plan(
         what="copy",
         text=f"copy {disk.target} to {dest} ({image_format})",
-        prepare=(*steps, start),
+        prepare=(*steps, StartMirror.of(mirror, "full", bandwidth)),
         record=Record(authoritative={disk.target: disk.active.file}, mirrors=(mirror,)),
     )
 

@@ -112,28 +112,9 @@ def plan_snapshot(
     steps: list[Step] = []
     for choice in choices:
         steps += _overlay(choice, names, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
-    pairs = tuple(
-        Pair(
-            target=choice.disk.target,
-            node=choice.disk.active.node,
-            overlay=names.of(choice.disk.target, "s"),
-            job=names.of(choice.disk.target, "u"),
-        )
-        for choice in choices
-    )
-    steps.append(TakeSnapshots(pairs=pairs))
+    steps.append(TakeSnapshots(pairs=tuple(_pair(choice.disk, names) for choice in choices)))
     mirrors = tuple(_mirror(domain, choice, names, operation, name) for choice in choices if choice.mirror)
-    steps += [
-        StartMirror(
-            target=mirror.target,
-            job=mirror.job,
-            device=mirror.source_node,
-            node=mirror.node,
-            filter_node=mirror.filter_node,
-            sync="top",
-        )
-        for mirror in mirrors
-    ]
+    steps += [StartMirror.of(mirror, "top") for mirror in mirrors]
     snapshot = Snapshot(
         domain=domain,
         name=name,
@@ -155,6 +136,11 @@ def plan_snapshot(
         ),
         left_out=left_out,
     )
+
+
+def _pair(disk: Disk, names: Names) -> Pair:
+    target = disk.target
+    return Pair(target=target, node=disk.active.node, overlay=names.of(target, "s"), job=names.of(target, "u"))
 
 
 def _check_files(choices: tuple[Choice, ...], facts: dict[str, FileFact]) -> None:

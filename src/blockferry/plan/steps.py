@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from blockferry.model.snapshot import Mirror
+
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
     def undo(self) -> tuple[Step, ...]:
@@ -193,6 +195,19 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
     filter_node: str
     sync: str
     speed: int = 0
+
+    @classmethod
+    def of(cls, mirror: Mirror, sync: str, speed: int = 0) -> StartMirror:
+        """The step that starts this mirror."""
+        return cls(
+            target=mirror.target,
+            job=mirror.job,
+            device=mirror.source_node,
+            node=mirror.node,
+            filter_node=mirror.filter_node,
+            sync=sync,
+            speed=speed,
+        )
 
     def undo(self) -> tuple[Step, ...]:
         """Cancel it."""

@@ -244,7 +244,7 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
             lost[disk.target] = error
             steps += [RemoveNode(node=kept.node), RemoveNode(node=kept.file_node)]
         else:
-            steps += [_again(kept), AwaitReady(jobs=(kept.job,))]
+            steps += [StartMirror.of(kept, "none"), AwaitReady(jobs=(kept.job,))]
             mirrors.append(kept)
     if window.resume:
         steps.append(Resume())
@@ -268,17 +268,6 @@ def stands_on(disk: WindowDisk, seen: Observation) -> str | None:
     """The node under the device now, filters of jobs left aside."""
     root = seen.graph.child(disk.backend, "root")
     return None if root is None else seen.graph.below_filters(root)
-
-
-def _again(mirror: Mirror) -> Step:
-    return StartMirror(
-        target=mirror.target,
-        job=mirror.job,
-        device=mirror.source_node,
-        node=mirror.node,
-        filter_node=mirror.filter_node,
-        sync="none",
-    )
 
 
 def _bring_back(disk: WindowDisk, seen: Observation) -> tuple[list[Step], str]:

@@ -1,0 +1,219 @@
+"""A snapshot that fails anywhere leaves the graph, the XML and the files as they were, and the guest untouched."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from rig import ALL, MIB, Rig, open_rig, wish_xml
+
+from blockferry import errors
+from blockferry.model import request as ask
+from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image
+
+# A snapshot of three disks, each mirrored, sends these: four nodes a disk, one transaction, a mirror a disk.
+COMMANDS = [
+    *[("blockdev-add", number) for number in range(1, 13)],
+    ("transaction", 1),
+    *[("blockdev-mirror", number) for number in range(1, 4)],
+]
+
+
+async def fails(rig: Rig, kind: type[errors.BlockferryError], match: str, **more: object) -> None:
+    """It fails, and everything is as before: chains, node names, XML, jobs, files."""
+    before, nodes = await rig.state(), set(await rig.nodes())
+    with pytest.raises(kind, match=match):
+        await rig.snapshot(mirrors=ALL, **more)
+    after = await rig.state()
+    assert after == before
+    assert set(await rig.nodes()) == nodes
+    assert await rig.qemu_jobs() == {}
+    assert await rig.pauses_heard() == []
+    assert (await rig.ask(ask.ListSnapshots(domain="vm1"))).snapshots == ()
+    assert (await rig.jobs()) == {}
+
+
+async def works_now(rig: Rig) -> None:
+    """Nothing is left in the way of the same request."""
+    await rig.snapshot(mirrors=ALL)
+    await rig.ready(*ALL)
+    for target in ALL:
+        assert (await rig.chain(target))[0] == f"{rig.path}/{target}.s1"
+
+
+@pytest.mark.parametrize(("command", "nth"), COMMANDS)
+async def test_error_at_any_command(faulty: Rig, command: str, nth: int) -> None:
+    fault = Fault(command, FaultKind.ERROR, nth=nth, error_desc="no luck today")
+    faulty.proxy.inject(fault)
+    await fails(faulty, errors.OperationFailed, "no luck today")
+    assert faulty.proxy.fired == [fault]
+    assert await faulty.operations() == [("snapshot", "undone")]
+    await works_now(faulty)
+
+
+@pytest.mark.parametrize(("command", "nth"), [("blockdev-add", 6), ("transaction", 1), ("blockdev-mirror", 2)])
+async def test_error_that_lies(faulty: Rig, command: str, nth: int) -> None:
+    """It was carried out and answered with an error: what is there is looked at, not believed."""
+    faulty.proxy.inject(Fault(command, FaultKind.ERROR_AFTER, nth=nth))
+    await fails(faulty, errors.OperationFailed, "injected")
+
+
+@pytest.mark.parametrize("kind", [FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER])
+@pytest.mark.parametrize(
+    ("command", "nth"), [("blockdev-add", 1), ("blockdev-add", 8), ("transaction", 1), ("blockdev-mirror", 2)]
+)
+async def test_connection_cut(faulty: Rig, command: str, nth: int, kind: FaultKind) -> None:
+    faulty.proxy.inject(Fault(command, kind, nth=nth))
+    await fails(faulty, errors.OperationFailed, "no reply")
+    await works_now(faulty)
+
+
+async def test_cut_after_the_last_mirror_started_is_done(faulty: Rig) -> None:
+    """Everything shows in the graph: the record was all that was missing."""
+    faulty.proxy.inject(Fault("blockdev-mirror", FaultKind.CUT_AFTER, nth=3))
+    made = await faulty.snapshot(mirrors=ALL)
+    assert made.current
+    assert await faulty.operations() == [("snapshot", "done")]
+    await faulty.ready(*ALL)
+    await faulty.delete("s1", 1 << 24)
+
+
+async def test_what_the_guest_wrote_meanwhile_is_kept(faulty: Rig) -> None:
+    """Written between the transaction and the mirror that does not start: into overlays that go away again."""
+    gate = faulty.proxy.pause_before("blockdev-mirror", 3)
+    faulty.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR, nth=3))
+    snapshot = asyncio.create_task(faulty.snapshot(mirrors=ALL))
+    await gate.reached()
+    for number, target in enumerate(ALL):
+        await faulty.write(target, 0x71 + number, number * MIB)
+    gate.release()
+    with pytest.raises(errors.OperationFailed):
+        await snapshot
+    for target in ALL:
+        assert await faulty.chain(target) == [str(faulty.source(target))]
+        await faulty.write(target, 0x79, 7 * MIB)
+    assert await faulty.pauses_heard() == []
+    await faulty.guest.stop()
+    for target, fmt in (("vda", "qcow2"), ("vdb", "raw"), ("sda", "qcow2")):
+        assert faulty.holds(target, faulty.source(target), fmt)
+        check_image(faulty.qemu, faulty.source(target), fmt)
+
+
+async def test_mirror_that_does_not_start_on_a_paused_guest(qemu: QemuBinaries, tmp_path: Path) -> None:
+    async with open_rig(qemu, tmp_path, paused=True, proxy=True) as rig:
+        rig.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR, nth=2))
+        await fails(rig, errors.OperationFailed, "injected")
+        assert await rig.status() == "prelaunch"
+
+
+def wished(rig: Rig, **files: tuple[str, str]) -> SnapshotWish:
+    """Disks with (overlay, mirror), under the test's folder."""
+    return SnapshotWish(
+        name="s1",
+        only_these=True,
+        disks=tuple(
+            DiskWish(name=target, file=f"{rig.path}/{file}", mirror=MirrorWish(file=f"{rig.path}/{mirror}"))
+            for target, (file, mirror) in files.items()
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("second", "kind", "match"),
+    [
+        (("missing/s", "dst/m2"), errors.DestinationUnusable, "missing/s.*No such file"),
+        (("s2", "missing/m"), errors.DestinationUnusable, "missing/m.*No such file"),
+        (("vda.img", "dst/m2"), errors.DestinationExists, "vda.img exists"),
+        (("s2", "there"), errors.DestinationExists, "there exists"),
+        (("s2", "dst"), errors.DestinationExists, "dst exists"),
+        (("s2", "dangling"), errors.DestinationExists, "dangling exists"),
+        (("s2", "dst/m1"), errors.DuplicateFile, "dst/m1"),
+        (("s2", "s2"), errors.DuplicateFile, "s2"),
+        (("s2", "here/s1"), errors.DuplicateFile, "here/s1"),
+    ],
+)
+async def test_bad_destination_of_the_second_disk(
+    rig: Rig, second: tuple[str, str], kind: type[errors.BlockferryError], match: str
+) -> None:
+    (rig.path / "there").write_text("somebody's")
+    (rig.path / "dangling").symlink_to(rig.path / "nothing")
+    (rig.path / "here").symlink_to(rig.path)
+    before, nodes = await rig.state(), set(await rig.nodes())
+    wish = wished(rig, vda=("s1", "dst/m1"), vdb=second, sda=("s3", "dst/m3"))
+    with pytest.raises(kind, match=match) as caught:
+        await rig.ask(ask.CreateSnapshot(domain="vm1", wish=wish))
+    assert caught.value.outcome == "refused"
+    assert await rig.state() == before
+    assert set(await rig.nodes()) == nodes
+    assert (rig.path / "there").read_text() == "somebody's"
+    assert await rig.operations() == []
+
+
+async def test_file_that_appears_after_the_look(faulty: Rig) -> None:
+    """Created by somebody else between our look and our claim: theirs stays, ours go."""
+    gate = faulty.proxy.pause_before("blockdev-add", 1)
+    before = await faulty.state()
+    task = asyncio.create_task(faulty.snapshot(mirrors=ALL))
+    await gate.reached()
+    theirs = faulty.dst / "sda.s1"
+    theirs.write_text("somebody's")
+    gate.release()
+    with pytest.raises(errors.OperationFailed, match="sda.s1 exists already"):
+        await task
+    assert theirs.read_text() == "somebody's"
+    theirs.unlink()
+    assert await faulty.state() == before
+    await works_now(faulty)
+
+
+async def test_our_file_that_was_replaced_meanwhile_is_left_alone(faulty: Rig) -> None:
+    gate = faulty.proxy.pause_before("transaction")
+    faulty.proxy.inject(Fault("transaction", FaultKind.ERROR))
+    task = asyncio.create_task(faulty.snapshot(mirrors=ALL))
+    await gate.reached()
+    theirs = faulty.path / "vda.s1"
+    theirs.unlink()
+    theirs.write_text("somebody's")
+    gate.release()
+    with pytest.raises(errors.OperationFailed):
+        await task
+    assert theirs.read_text() == "somebody's"
+    assert not (faulty.path / "vdb.s1").exists()
+
+
+async def test_mirror_ready_is_said_for_each_disk(faulty: Rig) -> None:
+    """Also for those that got ready before the snapshot was recorded."""
+    gate = faulty.proxy.pause_after("blockdev-mirror", 3)
+    task = asyncio.create_task(faulty.snapshot(mirrors=ALL))
+    await gate.reached()
+    await faulty.ready(*ALL)
+    gate.release()
+    await task
+    for target in ALL:
+        await faulty.heard("mirror-ready", target)
+
+
+@pytest.mark.parametrize(
+    ("disks", "kind"),
+    [
+        ("<disk name='vdx'/>", errors.NoSuchDisk),
+        ("<disk name='vda'/><disk name='/DIR/vda.img'/>", errors.BadRequest),
+        ("<disk name='vda' snapshot='internal'/>", errors.InvalidXml),
+        ("<disk name='vda'><source file='relative'/></disk>", errors.InvalidXml),
+        ("<disk name='vda'><driver type='raw'/></disk>", errors.InvalidXml),
+        ("".join(f"<disk name='{target}' snapshot='no'/>" for target in ALL), errors.BadRequest),
+    ],
+)
+async def test_xml_that_is_refused(rig: Rig, disks: str, kind: type[errors.BlockferryError]) -> None:
+    before = await rig.state()
+    xml = wish_xml("s1", disks.replace("/DIR", str(rig.path)))
+    with pytest.raises(kind):
+        await rig.ask(ask.CreateSnapshot(domain="vm1", xml=xml))
+    assert await rig.state() == before
+
+
+@pytest.mark.parametrize("flag", [1 << 0, 1 << 2, 1 << 3, 1 << 5, 1 << 6, 1 << 8])
+async def test_flags_that_are_not_carried_out_are_refused(rig: Rig, flag: int) -> None:
+    with pytest.raises(errors.UnsupportedFlag):
+        await rig.ask(ask.CreateSnapshot(domain="vm1", xml=wish_xml("s1"), flags=flag))
+    assert await rig.operations() == []
