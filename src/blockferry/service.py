@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -54,7 +53,7 @@ class Service:
         self._bus = Bus()
         self._keepers: dict[str, Keeper] = {}
         self._in_flight: set[int] = set()
-        self._numbers = itertools.count(journal.next_operation())
+        self._next_operation = journal.next_operation()
 
     @classmethod
     async def open(cls, state_dir: Path, *, witness: Witness = _nobody) -> Service:
@@ -233,9 +232,11 @@ class Service:
             self._in_flight.discard(operation)
             keeper.sample()
 
-    def _names(self) -> tuple[int, Names]:
-        # Reserved at once: another domain's request may be between its plan and its journal entry.
-        operation = next(self._numbers)
+    def _names(self, *, dry_run: bool = False) -> tuple[int, Names]:
+        """The next operation's number and names; reserved at once, for another domain's request may come in between."""
+        operation = self._next_operation
+        if not dry_run:
+            self._next_operation += 1
         return operation, Names(self._journal.tag, operation)
 
     # --- snapshots --------------------------------------------------------------------------------------------
@@ -248,7 +249,7 @@ class Service:
             if any(snapshot.name == name for snapshot in snapshots):
                 raise errors.SnapshotExists(domain=request.domain, snapshot=name)
             choices, _left_out = choose(request.domain, seen, wish, name)
-            operation, names = self._names()
+            operation, names = self._names(dry_run=request.dry_run)
             plan = plan_snapshot(
                 request.domain,
                 seen,
@@ -275,6 +276,11 @@ class Service:
         wish = request.wish if request.xml is None else parse_snapshot(request.xml)
         if wish is None:
             raise AssertionError(request)
+        for field in ("name", "description"):
+            said, inside = getattr(request, field), getattr(wish, field)
+            if said is not None and inside not in (None, said):
+                raise errors.BadRequest(reason=f"the XML's {field} is {inside!r}, and the request says {said!r}")
+            wish = msgspec.structs.replace(wish, **{field: said if said is not None else inside})
         if wish.name is not None and not valid_name(wish.name):
             raise errors.InvalidName(name=wish.name)
         for disk in wish.disks:
@@ -396,7 +402,7 @@ class Service:
         if flaw:
             raise errors.DestinationUnusable(path=request.dest[:200], reason=f"it {flaw}")
         async with self._writing(request.domain) as (keeper, seen):
-            operation, names = self._names()
+            operation, names = self._names(dry_run=request.dry_run)
             plan = copying.plan_copy(
                 request.domain,
                 seen,

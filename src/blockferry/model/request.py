@@ -39,10 +39,15 @@ class ShowDomain(_Request, frozen=True, kw_only=True, tag="show"):
 
 
 class CreateSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-create"):
-    """Take a snapshot, from XML or from a wish. `flags` are SnapshotCreate's."""
+    """Take a snapshot, from XML or from a wish. `flags` are SnapshotCreate's.
+
+    `name` and `description` fill in what the XML leaves out.
+    """
 
     domain: str
     xml: str | None = None
+    name: str | None = None
+    description: str | None = None
     wish: SnapshotWish | None = None
     flags: int = 0
     dry_run: bool = False

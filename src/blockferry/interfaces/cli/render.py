@@ -116,15 +116,21 @@ def started(view: Json) -> str:
     )
 
 
+def _amounts(job: Json) -> tuple[str, str, str]:
+    """How far a job is; of one that has ended QEMU tells nothing any more."""
+    if job["state"] not in ("copying", "ready"):
+        return "-", "-", "-"
+    limit = rate(job["speed"]) if job["speed"] else "no limit"
+    return percent(job["current"], job["total"]), f"{size(job['current'])} of {size(job['total'])}", limit
+
+
 def jobs(view: Json) -> str:
     """`job list`."""
     rows = [
         [
             job["disk"],
             paint(job["state"]),
-            percent(job["current"], job["total"]),
-            f"{size(job['current'])} of {size(job['total'])}",
-            rate(job["speed"]) if job["speed"] else "no limit",
+            *_amounts(job),
             job["dest"],
             job["reason"] or (f"snapshot {job['snapshot']}" if job["snapshot"] else f"operation {job['operation']}"),
         ]

@@ -55,9 +55,11 @@ def create(
     With --disk or --mirror only those disks take part, else all that the guest can write to. With --mirror the guest
     writes to the snapshot's image and to FILE from then on, until `snapshot delete`.
     """
-    if xml is not None and (snap or named or mirrors or description):
-        raise click.UsageError("--xml says everything itself: leave out SNAP, --disk, --mirror and --description.")
-    what: Json = {"xml": xml.read()} if xml is not None else {"wish": _wish(snap, description, named, mirrors)}
+    if xml is not None and (named or mirrors):
+        raise click.UsageError("--xml says itself which disks take part: leave out --disk and --mirror.")
+    what: Json = {"wish": _wish(snap, description, named, mirrors)}
+    if xml is not None:
+        what = {"xml": xml.read(), "name": snap, "description": description}
     flags = int(SnapshotCreate.ATOMIC) if atomic else 0
     render_it = render.plan if dry_run else render.snapshot
     session.answer(render_it, "snapshot-create", domain=name, flags=flags, dry_run=dry_run, **what)
