@@ -9,7 +9,7 @@ from blockferry.testing import QemuBinaries, find_qemu
 
 # Test folders are not packages; what tests/qemu and tests/faults share lies in tests/qemu/rig.py.
 sys.path.insert(0, str(Path(__file__).parent / "qemu"))
-from rig import Rig, open_rig  # noqa: E402  # found by the line before
+from rig import Rig, open_rig  # found by the line before
 
 # A loaded two-core machine is slow now and then; that is no failure of what is tested.
 settings.register_profile("blockferry", deadline=None)

@@ -26,6 +26,7 @@ from blockferry.model import request as requests
 from blockferry.model import view as views
 from blockferry.model.job import Progress
 from blockferry.model.snapshot import SnapshotWish
+from blockferry.sockets import short_path
 
 if TYPE_CHECKING:
     import httpx
@@ -439,7 +440,7 @@ class HttpTransport:
 
         self._state = state
         with contextlib.ExitStack() as stack:
-            address = stack.enter_context(hostprocess.short_path(state.socket))
+            address = stack.enter_context(short_path(state.socket))
             # No kept connections: one more costs nothing here, and none is found closed by the other side.
             limits = httpx.Limits(max_keepalive_connections=0)
             transport = httpx.AsyncHTTPTransport(uds=address, limits=limits)

@@ -11,7 +11,6 @@ Only the standard library, and the error tree only when something is wrong: the 
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -20,16 +19,17 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from blockferry.sockets import connect_unix, listen_unix
 
 if TYPE_CHECKING:
     from blockferry.errors import HostProcessUnreachable, StateDirUnusable
 
 READY_SECONDS = 30.0  # recovery asks every attached guest once, 5 s for a greeting, all at the same time
 IDLE_EXIT_SECONDS = 30.0
-SUN_PATH_MAX = 107  # sockaddr_un.sun_path is 108 bytes with the zero at its end
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -105,54 +105,6 @@ def _unusable(state: StateDir, reason: str) -> StateDirUnusable:
 
 def _words(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
-
-
-# --- sockets --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def short_path(path: Path) -> Iterator[str]:
-    """Give a path for `path` that fits into a socket address, as long as the block lasts.
-
-    A long one goes through its directory, opened: /proc/self/fd/N/name.
-    """
-    if len(os.fsencode(path)) <= SUN_PATH_MAX:
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
-
-
-def connect_unix(path: Path) -> socket.socket:
-    """Connect to a Unix socket, however long its path is."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with short_path(path) as address:
-            connection.connect(address)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def listen_unix(path: Path) -> socket.socket:
-    """Listen on a Unix socket, 0600 from its first moment, however long its path is. One that is there is replaced."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        with short_path(path) as address:
-            listener.bind(address)
-        listener.listen()
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
-    return listener
 
 
 # --- owning a state directory ---------------------------------------------------------------------------------

@@ -13,13 +13,14 @@ import pytest
 
 from blockferry import errors
 from blockferry.client import HttpTransport
-from blockferry.hostprocess import StateDir, listen_unix
+from blockferry.hostprocess import StateDir
 from blockferry.interfaces.api import Api
 from blockferry.interfaces.api.app import BODY_MAX
 from blockferry.interfaces.api.server import ApiServer
 from blockferry.interfaces.api.status import http_status
 from blockferry.model import request as requests
 from blockferry.model.view import Done, Event, View
+from blockferry.sockets import listen_unix
 
 
 class Door:

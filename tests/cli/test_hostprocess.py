@@ -23,12 +23,11 @@ from blockferry.hostprocess import (
     Ownership,
     StateDir,
     connect,
-    connect_unix,
     default_state_dir,
     ensure_running,
-    listen_unix,
     prepare_state_dir,
 )
+from blockferry.sockets import connect_unix, listen_unix
 
 
 def ask(connection: socket.socket, path: str = "/v1/health") -> dict[str, object]:

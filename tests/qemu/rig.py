@@ -32,7 +32,7 @@ from blockferry.testing import (
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
-EVENT_TIMEOUT_S = 20.0  # what is waited for comes within milliseconds
+EVENT_TIMEOUT_S = 10.0  # what is waited for comes within milliseconds
 ALL = ("vda", "vdb", "sda")
 FORMATS = {"vda": "qcow2", "vdb": "raw", "sda": "qcow2"}
 OURS = re.compile(r"bf[0-9a-f]{4}-")
@@ -216,7 +216,9 @@ class Rig:
 
     async def _are_ready(self, targets: Sequence[str]) -> bool:
         jobs = await self.qemu_jobs()
-        return all(any(f"-{target}-m" in name and job["status"] == "ready" for name, job in jobs.items()) for target in targets)
+        return all(
+            any(f"-{target}-m" in name and job["status"] == "ready" for name, job in jobs.items()) for target in targets
+        )
 
     async def qemu_jobs(self) -> dict[str, dict[str, Any]]:
         return {each["id"]: each for each in await self.guest.command("query-jobs")}

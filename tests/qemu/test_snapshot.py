@@ -48,7 +48,9 @@ async def test_all_disks_switch_to_overlays(either: Rig) -> None:
 async def test_mirrors_get_every_write_and_the_guest_never_pauses(either: Rig) -> None:
     before = await either.status()
     made = await either.snapshot(mirrors=ALL)
-    assert {disk.target: disk.mirror.file for disk in made.disks if disk.mirror} == {t: f"{either.dst}/{t}.s1" for t in ALL}
+    assert {disk.target: disk.mirror.file for disk in made.disks if disk.mirror} == {
+        t: f"{either.dst}/{t}.s1" for t in ALL
+    }
     for number, target in enumerate(ALL):
         await either.write(target, 0x41 + number, 3 * MIB, MIB)
         await either.write(target, 0x51 + number, 0)
@@ -129,9 +131,14 @@ async def test_proposal_as_written(rig: Rig) -> None:
 
 
 async def test_disks_that_xml_does_not_mention_get_generated_names(rig: Rig) -> None:
-    xml = wish_xml("tuesday", f"<disk name='vda'><source file='{rig.path}/mine'/></disk>", "<disk name='sda' snapshot='no'/>")
+    xml = wish_xml(
+        "tuesday", f"<disk name='vda'><source file='{rig.path}/mine'/></disk>", "<disk name='sda' snapshot='no'/>"
+    )
     made = await rig.ask(ask.CreateSnapshot(domain="vm1", xml=xml))
-    assert {disk.target: disk.source for disk in made.disks} == {"vda": f"{rig.path}/mine", "vdb": f"{rig.path}/vdb.tuesday"}
+    assert {disk.target: disk.source for disk in made.disks} == {
+        "vda": f"{rig.path}/mine",
+        "vdb": f"{rig.path}/vdb.tuesday",
+    }
     assert made.left_out == {"sda": "as asked"}
     assert await rig.chain("sda") == [f"{rig.path}/sda.img"]
     assert '<disk name="sda" snapshot="no"' in made.xml

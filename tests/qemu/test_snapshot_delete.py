@@ -33,7 +33,11 @@ async def test_reopen_on_the_shared_base(either: Rig) -> None:
     assert await either.states() == dict.fromkeys(ALL, "pivoted")
     assert await either.qemu_jobs() == {}
     # The images that the guest has left are closed: somebody else can open them for writing.
-    assert not [name for name, node in (await either.nodes()).items() if node["file"].endswith(".s1") and "/dst/" not in node["file"]]
+    assert not [
+        name
+        for name, node in (await either.nodes()).items()
+        if node["file"].endswith(".s1") and "/dst/" not in node["file"]
+    ]
     await either.guest.stop()
     for target in ALL:
         assert either.holds(target, either.dst / f"{target}.s1", "qcow2")
@@ -81,7 +85,9 @@ def rebase(rig: Rig, image: Path, onto: Path) -> None:
     subprocess.run(command, check=True, timeout=20)
 
 
-async def refused(rig: Rig, kind: type[errors.BlockferryError], match: str, flags: int = REOPEN, timeout: float = 5) -> None:
+async def refused(
+    rig: Rig, kind: type[errors.BlockferryError], match: str, flags: int = REOPEN, timeout: float = 5
+) -> None:
     """Refused: the same chains, XML, jobs and files as before, and the mirrors work on."""
     before = await rig.state()
     with pytest.raises(kind, match=match) as caught:

@@ -19,7 +19,7 @@ from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteE
 from qemu.qmp import StateError as QmpStateError
 
 from blockferry import errors
-from blockferry.hostprocess import connect_unix
+from blockferry.sockets import connect_unix
 
 # QEMU answers in milliseconds; `stop` waits for the host's fsync, which was seen to take 200 ms. A command that has
 # not been answered after this long is given up as unknown, and the connection with it.

@@ -1,0 +1,50 @@
+# make demo     the main job, to watch (installs what is missing)
+# make test     everything, on real QEMU 7.2 and 10
+# make check    ruff, mypy --strict, import-linter, the house tests
+# make setup    .venv and the system's packages
+# make bench    benchmarks/
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.blockferry-stamp
+WORKERS ?= 2
+
+.PHONY: demo test check setup bench packages test-tools clean
+
+setup: packages $(STAMP)
+
+packages:
+	@scripts/system-packages.sh demo
+	@scripts/guest-kernel.sh >/dev/null
+
+# After a change of dependencies in pyproject.toml:
+#   uv pip compile --extra dev --generate-hashes --no-emit-index-url --no-header --no-annotate \
+#       --python-version 3.11 pyproject.toml -o requirements.txt
+$(STAMP): requirements.txt pyproject.toml | packages
+	python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# What only the tests need: QEMU 10 beside the distribution's.
+test-tools: setup
+	@scripts/system-packages.sh tests
+	@scripts/qemu10.sh >/dev/null
+
+demo: setup
+	@$(BIN)/python -m blockferry.testing.demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest tests/house
+
+test: test-tools
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15
+
+bench: setup
+	$(BIN)/python benchmarks/startup.py
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache
