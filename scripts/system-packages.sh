@@ -7,7 +7,8 @@ set -euo pipefail
 
 what=${1:-demo}
 packages=(python3-venv qemu-system-x86 qemu-utils busybox-static kmod util-linux)
-[ "$what" = tests ] && packages+=(git)
+# libvirt0 has the schemas that our XML is validated against.
+[ "$what" = tests ] && packages+=(git libvirt0)
 
 missing=()
 for package in "${packages[@]}"; do

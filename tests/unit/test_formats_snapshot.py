@@ -337,7 +337,6 @@ def test_any_document_is_a_wish_or_refused(xml: str) -> None:
     assert parse_snapshot(wish_xml(wish)) == wish
 
 
-@pytest.mark.skipif(not SCHEMAS.is_dir(), reason="libvirt's schemas are not installed: apt-get install libvirt0")
 @given(description=XML_TEXT, current=st.booleans())
 def test_a_dump_without_mirrors_is_valid_to_libvirt(description: str, current: bool) -> None:
     xml = snapshot_xml(taken(description=description, parent="p"), {}, current=current)

@@ -95,3 +95,20 @@ class ChildProcess:
     def start_error(self) -> StartError:
         """Return the error that says why the process is not up."""
         return StartError(f"{' '.join(self._argv)}\ndid not come up; its stderr:\n{self.stderr_text}")
+
+
+async def wait_gone(pid: int) -> None:
+    """Wait until a process has ended, a child of ours or not; returns at once when there is none."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    # A pidfd becomes readable when its process ends (pidfd_open(2)).
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
