@@ -3,10 +3,9 @@
 A message says what happened, what state things are in now, and what to type next. `code` and `exit_status` are
 stable and unique (docs/errors.md lists them; a test holds both). The three branches are the three outcomes:
 
-    BlockferryError
-    ├── Refused   nothing was done
-    ├── Failed    it was tried and undone: things are as they were before
-    └── Unknown   nobody can say yet: recovery must look
+    Refused   nothing was done
+    Failed    it was tried and undone: things are as they were before
+    Unknown   nobody can say yet: recovery must look
 """
 
 from __future__ import annotations
@@ -63,9 +62,6 @@ class Unknown(BlockferryError):
     """What became of it can't be said yet; recovery looks and settles it."""
 
     outcome = "unknown"
-
-
-# --- the state directory and the host process -----------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -549,6 +545,23 @@ class OperationUnsettled(Unknown):
     template = (
         "{domain}: operation {operation} stopped at «{step}»: {reason}. It is neither done nor undone; `blockferry "
         "recover` looks and settles it, `blockferry operations show {operation}` has the steps."
+    )
+
+
+@dataclass(eq=False)
+class OperationAsItIs(Unknown):
+    """A window failed and could not be left by bringing the disks back: each stays where it is."""
+
+    domain: str
+    operation: int
+    step: str
+    reason: str
+    code = "operation-as-it-is"
+    exit_status = 64
+    template = (
+        "{domain}: operation {operation} failed at «{step}»: {reason}. The disks could not be brought back (somebody let "
+        "the guest run, or QEMU refused), so each stays on the image that it is on now, which holds its data: "
+        "`blockferry show {domain}` names them."
     )
 
 

@@ -231,6 +231,10 @@ class Service:
         finally:
             self._in_flight.discard(operation)
             keeper.sample()
+            # A mirror may have caught up before it was recorded, when its event said nothing to us yet.
+            with contextlib.suppress(errors.BlockferryError):
+                if plan.record.mirrors and not self._journal.open_operations(keeper.name):
+                    await keeper.check_mirrors()
 
     def _names(self, *, dry_run: bool = False) -> tuple[int, Names]:
         """The next operation's number and names; reserved at once, for another domain's request may come in between."""

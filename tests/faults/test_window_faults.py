@@ -112,7 +112,7 @@ async def test_reply_to_finalize_never_comes(faulty: Rig, monkeypatch: pytest.Mo
     monkeypatch.setattr("blockferry.qemu.session.Session.execute.__kwdefaults__", {"seconds": 0.5})
     await started(faulty)
     faulty.proxy.inject(Fault("job-finalize", FaultKind.DROP_REPLY, nth=2))
-    with pytest.raises(errors.OperationFailed, match="no answer within 0.5 s"):
+    with pytest.raises(errors.OperationFailed, match=r"no answer within 0\.5 s"):
         await faulty.pivot(*ALL)
     await on_sources(faulty)
     await second_pivot(faulty)
@@ -386,8 +386,7 @@ async def test_guest_that_somebody_lets_run_in_the_window(faulty: Rig) -> None:
     await faulty.write(switched, 0x99, 5 * MIB)
     faulty.proxy.inject(Fault("job-finalize", FaultKind.ERROR))
     gate.release()
-    with pytest.raises(errors.BlockferryError):
-        await pivot
+    said = (await asyncio.gather(pivot, return_exceptions=True))[0]
     await faulty.settled()
     assert await faulty.status() == "running"
     assert await faulty.chain(switched) == [str(faulty.dest(switched))]
@@ -396,6 +395,8 @@ async def test_guest_that_somebody_lets_run_in_the_window(faulty: Rig) -> None:
     await faulty.guest.stop()
     for target, image in images.items():
         assert faulty.holds(target, Path(image.file), image.format)
+    # Some are on their destinations, others are not: whatever is said, it is not that the pivot went through.
+    assert isinstance(said, errors.BlockferryError), said
 
 
 async def test_compare_after_everything(faulty: Rig) -> None:

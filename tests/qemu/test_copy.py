@@ -139,7 +139,7 @@ async def test_nbd_destination_that_does_not_fit(rig: Rig) -> None:
             await rig.copy("vda", server.uri)
         with pytest.raises(errors.DestinationUnusable, match="can't grow"):
             await rig.copy("vda", server.uri, format="qcow2")
-    with pytest.raises(errors.OperationFailed, match="(?i)connect"):
+    with pytest.raises(errors.OperationFailed, match=r"(?i)connect"):
         await rig.copy("vda", server.uri)
     assert await rig.state() == before
     assert await rig.our_nodes() == set()
@@ -188,7 +188,7 @@ async def test_one_job_a_disk(rig: Rig) -> None:
 async def test_not_ready_in_time_goes_on(rig: Rig) -> None:
     await rig.write("vda", 0x60, 0, SIZE)
     await rig.copy("vda", bandwidth=SLOW)
-    with pytest.raises(errors.JobNotReady, match="vda is not ready after 0.1 s .*copying, [0-9]+ of [0-9]+ bytes"):
+    with pytest.raises(errors.JobNotReady, match=r"vda is not ready after 0\.1 s .*copying, [0-9]+ of [0-9]+ bytes"):
         await rig.pivot("vda", timeout=0.1)
     job = (await rig.jobs())["vda"]
     assert (job.state, job.speed) == ("copying", SLOW)

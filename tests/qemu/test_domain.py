@@ -290,7 +290,9 @@ async def test_two_state_directories_on_one_guest(qemu: QemuBinaries, tmp_path: 
         assert len(await rig.qemu_jobs()) == 1
 
 
-async def test_relative_image_names_are_found(qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_relative_image_names_are_found(
+    qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """QEMU says the name that it was given: what it is relative to is QEMU's folder, not ours."""
     make_image(qemu, tmp_path / "rel.img", "raw", MIB)
     monkeypatch.chdir(tmp_path)

@@ -253,9 +253,7 @@ async def started_again(rig: Rig) -> TestQemu:
 async def test_somebody_elses_jobs_are_left_alone(rig: Rig) -> None:
     node = {"driver": "null-co", "node-name": "sink", "size": SIZE}
     await rig.guest.command("blockdev-add", node)
-    await rig.guest.command(
-        "blockdev-mirror", {"job-id": "theirs", "device": "d0", "target": "sink", "sync": "full"}
-    )
+    await rig.guest.command("blockdev-mirror", {"job-id": "theirs", "device": "d0", "target": "sink", "sync": "full"})
     with pytest.raises(errors.DiskBusy):
         await rig.copy("vda")
     await rig.copy("vdb")

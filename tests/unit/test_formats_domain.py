@@ -40,7 +40,14 @@ def disk(*files: tuple[str, str], **changes: object) -> Disk:
     chain = tuple(
         Image(node=f"#block{n}", file=file, format=fmt, virtual_size=1) for n, (file, fmt) in enumerate(files)
     )
-    values: dict[str, object] = {"target": "vda", "backend": "d0", "qdev": "d0", "bus": "virtio", "chain": chain}
+    values: dict[str, object] = {
+        "target": "vda",
+        "backend": "d0",
+        "qdev": "d0",
+        "drive": "d0",
+        "bus": "virtio",
+        "chain": chain,
+    }
     return Disk(**(values | changes))  # type: ignore[arg-type]
 
 

@@ -17,6 +17,8 @@ from blockferry.qemu.session import CommandRefused, Session
 
 # Draining and switching took 83 ms for 8 disks; a window that takes this long has gone wrong and is left.
 WINDOW_SECONDS = 10.0
+# A ready job is on standby while the guest is drained; one that somebody has paused stays there, and so would the guest.
+READY_SECONDS = 1.0
 # Commits that undo a snapshot copy what the guest wrote in between, which was milliseconds.
 COMMIT_SECONDS = 300.0
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
@@ -136,7 +138,7 @@ class Executor:
                 await self._cancel(step.job)
             case steps.RequireReady():
                 # `stop` drains: a ready job is on standby for a moment.
-                await self.wait_jobs(step.jobs, frozenset({"ready"}), WINDOW_SECONDS)
+                await self.wait_jobs(step.jobs, frozenset({"ready"}), READY_SECONDS)
             case steps.AwaitReady():
                 await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)
             case steps.CompleteJobs():
@@ -196,7 +198,7 @@ class Executor:
                 raise StepFailed(f"the graph shows {backend} on {root}, not on {node}")
 
     async def read_back(self, disks: Mapping[str, str]) -> dict[str, str]:
-        """Read a sector of each disk (target -> qdev) as its device; those that do not answer, with the reason.
+        """Read a sector of each disk (target -> drive) as its device; those that do not answer, with the reason.
 
         QMP has no command that reads. HMP's `qemu-io -d` does, on the device's own backend, whose counters say how it
         went; never its `aio_flush`: that hangs QEMU 7.2 when the disk has an iothread. The guest stands still, so that

@@ -225,7 +225,8 @@ class Keeper:
                 if job is None or job.error is not None or job.status in ENDED or mirror.state != "active":
                     reason = mirror.reason or (job.error if job else None) or "its job has ended"
                     raise errors.JobLost(domain=self.name, disk=mirror.target, reason=reason)
-                if not job.caught_up:
+                # Not on standby: that is a moment, after which there is an event, or somebody has paused the job.
+                if job.status != "ready":
                     pending = f"{mirror.target}: {state_of(mirror, job)}, {job.current} of {job.total} bytes"
                     return False
             return True
@@ -263,6 +264,8 @@ class Keeper:
         lost: dict[str, str] = {}
         for mirror in self.active():
             job = seen.jobs.get(mirror.job)
+            if job is not None and job.caught_up:
+                self._say_ready(mirror)
             if job is None:
                 lost[mirror.target] = "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
             elif job.error is not None or job.status in ENDED:
@@ -296,6 +299,15 @@ class Keeper:
         event = Event(seq=0, time=time.time(), type=kind, domain=self.name, disk=disk, data=data)
         self._bus.publish((self._journal.put_event(event),))
 
+    def _say_ready(self, mirror: Mirror) -> None:
+        """Say that a mirror has caught up, once: it goes to standby and back whenever the guest is drained."""
+        if mirror.job in self._said_ready:
+            return
+        self._said_ready.add(mirror.job)
+        recorded = self._journal.events(self.name, 0)
+        if not any(each.type == "mirror-ready" and each.data.get("job") == mirror.job for each in recorded):
+            self._say("mirror-ready", mirror.target, file=mirror.file, job=mirror.job)
+
     # --- what happens while nobody asks -----------------------------------------------------------------------
 
     async def _watch(self, session: Session) -> None:
@@ -319,10 +331,8 @@ class Keeper:
                 self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
             case "JOB_STATUS_CHANGE" if str(data.get("id", "")).startswith(f"{Names.PREFIX}{self._journal.tag}-"):
                 mirror = next((each for each in self.active() if each.job == data["id"]), None)
-                # A mirror goes to standby and back whenever the guest is paused: ready is said once.
-                if mirror is not None and data["status"] == "ready" and mirror.job not in self._said_ready:
-                    self._said_ready.add(mirror.job)
-                    self._say("mirror-ready", mirror.target, file=mirror.file)
+                if mirror is not None and data["status"] == "ready":
+                    self._say_ready(mirror)
                 if mirror is not None and data["status"] in ("concluded", "null", "aborting"):
                     self._spawn(self._check_soon())
 

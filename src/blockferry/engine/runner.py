@@ -22,7 +22,7 @@ from blockferry.model.view import Event
 from blockferry.plan import steps
 from blockferry.plan.plan import Plan, Record, Window
 from blockferry.plan.recover import Decision, Evidence, Interrupted, decide
-from blockferry.plan.window import as_it_is, leave, stands_on
+from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.session import CommandRefused, LostReply
 
@@ -30,12 +30,13 @@ Publish = Callable[[tuple[Event, ...]], None]
 
 
 class Failure(Exception):
-    """A step that did not do what it should: its text and the reason."""
+    """A step that did not do what it should: its text and the reason; `unknown` when nobody knows whether it did."""
 
-    def __init__(self, step: str, reason: str) -> None:
+    def __init__(self, step: str, reason: str, *, unknown: bool = False) -> None:
         super().__init__(f"{step}: {reason}")
         self.step = step
         self.reason = reason
+        self.unknown = unknown
 
 
 class Link(Protocol):
@@ -85,7 +86,7 @@ class Runner:
         try:
             with self._link.stopwatch() as milliseconds:
                 await self._forwards(operation, plan)
-                settled = await self._settle(plan)
+                settled = await self._settle(plan.settle)
                 pause = milliseconds()
             self._finish(operation, plan, settled, pause_ms=pause)
         except (Failure, errors.JournalUnwritable) as error:
@@ -112,7 +113,9 @@ class Runner:
         after = self._get(operation)
         if after.state == "undone":
             raise errors.OperationFailed(domain=self._link.name, operation=operation, step=step, reason=reason)
-        if after.state not in ("done", "in-progress") or decision.action == "leave-window":
+        if after.state == "done" and decision.action in ("leave-window", "record-as-is"):
+            raise errors.OperationAsItIs(domain=self._link.name, operation=operation, step=step, reason=reason)
+        if after.state not in ("done", "in-progress"):
             raise errors.OperationUnsettled(domain=self._link.name, operation=operation, step=step, reason=reason)
 
     async def _forwards(self, operation: int, plan: Plan) -> None:
@@ -135,7 +138,9 @@ class Runner:
             try:
                 outcome = await _do(executor, step, claims)
             except Failure as failure:
-                self._journal.step(operation, _outcome(intent, "failed", error=failure.reason))
+                # No reply is no failure: the step stays an intent, and whoever looks decides.
+                if not failure.unknown:
+                    self._journal.step(operation, _outcome(intent, "failed", error=failure.reason))
                 raise
             if isinstance(step, steps.ClaimFile):
                 claims[step.path] = outcome
@@ -166,12 +171,12 @@ class Runner:
         events = _events(self._link.name, operation, record)
         self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events))
 
-    async def _settle(self, plan: Plan) -> tuple[StepRecord, ...]:
-        if not plan.settle:
+    async def _settle(self, settle: tuple[steps.Step, ...]) -> tuple[StepRecord, ...]:
+        if not settle:
             return ()
         executor = await self._executor("settle")
         outcomes = []
-        for index, step in enumerate(plan.settle):
+        for index, step in enumerate(settle):
             intent = _intent(index, "settle", step)
             await _do(executor, step, {})
             outcomes.append(_outcome(intent, "done"))
@@ -239,7 +244,7 @@ class Runner:
             window = record.plan.window
             dead: dict[str, str] = {}
             if record.state == "window" and window is not None and not seen.running:
-                switched = {d.target: d.qdev for d in window.disks if stands_on(d, seen) == d.mirror.node}
+                switched = {d.target: d.drive for d in window.disks if stands_on(d, seen) == d.mirror.node}
                 dead = await executor.read_back(switched)
             return Evidence(seen=seen, dead=dead), executor
         except (errors.BlockferryError, LostReply, CommandRefused):
@@ -270,16 +275,15 @@ class Runner:
                 if await self._leave_window(record, evidence, executor):
                     await self._undo(record, executor, gone=False)
                     self._undone(record, row)
-            case "record" | "record-as-is":
-                window = record.plan.window
-                truth = record.plan.record
-                if decision.action == "record-as-is" and window is not None and evidence.seen is not None:
-                    truth = as_it_is(window, evidence.seen)
-                self._record(record.id, truth)
-                settled = () if evidence.gone else await self._settle(record.plan)
-                self._finish(record.id, record.plan, settled, row=row)
-            case "settle":
-                settled = () if evidence.gone else await self._settle(record.plan)
+            case "record-as-is":
+                window, seen = record.plan.window, evidence.seen
+                if window is None or seen is None:
+                    raise AssertionError(record.id)
+                await self._take_as_it_is(record, window, seen, decision.row)
+            case "record" | "settle":
+                if decision.action == "record":
+                    self._record(record.id, record.plan.record)
+                settled = () if evidence.gone else await self._settle(record.plan.settle)
                 self._finish(record.id, record.plan, settled, row=row)
             case "wait":
                 pass
@@ -328,11 +332,14 @@ class Runner:
             else:
                 self._publish(self._journal.lose_mirrors(self._link.name, way.lost, way.mirrors))
                 return True
-        self._record(record.id, as_it_is(window, seen))
-        if window.resume:
-            await _do(executor, steps.Resume(), {})
-        self._journal.finish(record.id, "done", row="L")
+        await self._take_as_it_is(record, window, seen, "L")
         return False
+
+    async def _take_as_it_is(self, record: OperationRecord, window: Window, seen: Observation, row: str | None) -> None:
+        """Record where every disk is, then settle that."""
+        self._record(record.id, as_it_is(window, seen))
+        outcomes = await self._settle(settle_as_it_is(window, seen, record.plan.settle))
+        self._finish(record.id, record.plan, outcomes, row=row)
 
     async def _look(self, executor: Executor) -> Observation:
         try:
@@ -347,7 +354,7 @@ async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, 
     except CommandRefused as refusal:
         raise Failure(step.text, refusal.words) from refusal
     except LostReply as lost:
-        raise Failure(step.text, f"no reply ({lost.reason})") from lost
+        raise Failure(step.text, f"no reply ({lost.reason})", unknown=True) from lost
     except (ImageError, StepFailed) as error:
         raise Failure(step.text, str(error)) from error
 

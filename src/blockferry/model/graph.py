@@ -111,6 +111,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
         target: libvirt's name for it, `vda`.
         backend: what QEMU's graph calls the device: its id, or the qdev's id or path.
         qdev: the qdev id, or the QOM path where it has no id.
+        drive: what query-block calls its qdev: the id, or a path inside the device; other commands want that.
         bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`.
         device: `disk` or `cdrom`.
         root: the node that the device itself uses; None when the drive is empty.
@@ -121,6 +122,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     backend: str
     qdev: str
+    drive: str
     bus: str
     device: str = "disk"
     root: str | None = None
@@ -134,7 +136,9 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
 
     def answers_to(self, name: str) -> bool:
         """Whether `name` is this disk's target, qdev id or path, device id, or an image in its chain."""
-        return name in (self.target, self.qdev, self.backend) or any(image.file == name for image in self.chain)
+        return name in (self.target, self.qdev, self.drive, self.backend) or any(
+            image.file == name for image in self.chain
+        )
 
 
 def images_of(disks: tuple[Disk, ...]) -> dict[str, tuple[tuple[str, str], ...]]:

@@ -17,7 +17,7 @@ def find_disk(domain: str, seen: Observation, name: str) -> Disk:
         NoSuchDisk: nothing answers to the name.
         AmbiguousDisk: an image that several disks share.
     """
-    exact = [disk for disk in seen.disks if name in (disk.target, disk.qdev, disk.backend)]
+    exact = [disk for disk in seen.disks if name in (disk.target, disk.qdev, disk.drive, disk.backend)]
     found = exact or [disk for disk in seen.disks if disk.answers_to(name)]
     if not found:
         known = ", ".join(disk.target for disk in seen.disks) or "no disks"

@@ -16,7 +16,7 @@ class WindowDisk(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         target: the disk's.
         backend: what the graph calls the device.
-        qdev: its qdev id or path.
+        drive: what query-block calls its qdev.
         source_node: the node under the device before.
         source_options: how to open the source again, layer by layer, when QEMU has freed that node (a node that
             nobody named goes when its last user does); AddNode's options without node names.
@@ -27,7 +27,7 @@ class WindowDisk(msgspec.Struct, frozen=True, kw_only=True):
 
     target: str
     backend: str
-    qdev: str
+    drive: str
     source_node: str
     source_options: dict[str, Any]
     back_node: str

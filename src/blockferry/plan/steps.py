@@ -330,7 +330,7 @@ class CheckServers(_Step, frozen=True, kw_only=True, tag="check-servers"):
 
 
 class ReadBack(_Step, frozen=True, kw_only=True, tag="read-back"):
-    """Read a sector of each disk as the guest would, and fail unless what is behind it answers. target -> qdev.
+    """Read a sector of each disk as the guest would, and fail unless what is behind it answers. target -> drive.
 
     A server that died after the drain leaves a switched disk on a dead destination, without a job's error.
     """

@@ -17,7 +17,7 @@ from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk, Image
 from blockferry.model.job import ENDED, Job
 from blockferry.model.snapshot import Mirror
-from blockferry.plan.copy import is_uri
+from blockferry.plan.copy import close_mirror, is_uri
 from blockferry.plan.disks import source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
@@ -91,7 +91,7 @@ def plan_window(
         CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
         FinalizeJobs(jobs=jobs),
         RequireRoots(roots=roots),
-        *([ReadBack(disks={disk.target: disk.qdev for disk in disks})] if ends_on == "destination" else []),
+        *([ReadBack(disks={disk.target: disk.drive for disk in disks})] if ends_on == "destination" else []),
     )
     targets = ", ".join(mirror.target for mirror in mirrors)
     return Plan(
@@ -179,7 +179,7 @@ def _window_disk(seen: Observation, disk: Disk, mirror: Mirror, names: Names) ->
     return WindowDisk(
         target=disk.target,
         backend=disk.backend,
-        qdev=disk.qdev,
+        drive=disk.drive,
         source_node=mirror.source_node,
         source_options=source_options(seen.graph, mirror.source_node),
         back_node=names.of(disk.target, "r"),
@@ -262,6 +262,18 @@ def as_it_is(window: Window, seen: Observation) -> Record:
         ended={disk.target: "pivoted" if on_destination[disk.target] else "lost" for disk in window.disks},
         reason="the guest was let run in the middle of the window",
     )
+
+
+def settle_as_it_is(window: Window, seen: Observation, settle: tuple[Step, ...]) -> tuple[Step, ...]:
+    """What settles `as_it_is`: the mirrors of disks that did not go over end, and what nothing uses is closed.
+
+    Args:
+        window: what was planned.
+        seen: the domain as observed now.
+        settle: the plan's own; it closes sources only where nothing uses them.
+    """
+    stayed = [disk.mirror for disk in window.disks if stands_on(disk, seen) != disk.mirror.node]
+    return (*(step for mirror in stayed for step in close_mirror(mirror)), *settle)
 
 
 def stands_on(disk: WindowDisk, seen: Observation) -> str | None:

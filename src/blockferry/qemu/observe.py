@@ -197,6 +197,9 @@ class Observer:
                 bridge = bus.rpartition("/")[0]
                 above = await self._pci_address(bridge) if await self._property(bridge, "addr") is not None else ()
                 return (*above, address)
+            if isinstance(bus, str) and bus and not place.startswith(bus):
+                # Plugged into a bus elsewhere in the tree, as a USB device is: on from there.
+                return await self._pci_address(bus)
         return ()
 
 
@@ -243,13 +246,20 @@ def _disk(graph: Graph, device: Device, qdev: str, drive: dict[str, Any], target
     return Disk(
         target=target,
         backend=backend,
-        qdev=qdev,
+        qdev=_id(qdev),
+        drive=qdev,
         bus=device.bus,
         device=device.device,
         root=root if node is not None else None,
         chain=graph.chain(root) if root is not None and node is not None else (),
         read_only=bool((drive.get("inserted") or {}).get("ro", False)),
     )
+
+
+def _id(qdev: str) -> str:
+    """The id in `/machine/peripheral/ID/virtio-backend`: virtio disks are shown by their inner half."""
+    parts = qdev.split("/")
+    return parts[3] if parts[:3] == ["", "machine", "peripheral"] and len(parts) > 3 else qdev
 
 
 def _jobs(jobs: list[dict[str, Any]], block_jobs: list[dict[str, Any]]) -> dict[str, Job]:

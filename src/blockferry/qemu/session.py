@@ -158,16 +158,17 @@ class Session:
         listener = EventListener(tuple(names))
         self._client.register_listener(listener)
         gone = asyncio.ensure_future(self.ended())
+        event = asyncio.ensure_future(listener.get())
         try:
             while True:
-                event = asyncio.ensure_future(listener.get())
                 await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if not event.done():
-                    event.cancel()
                     return
                 yield dict(event.result())
+                event = asyncio.ensure_future(listener.get())
         finally:
             gone.cancel()
+            event.cancel()
             self._client.remove_listener(listener)
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ Exit status: 0, 1 when a record is missing or something failed, 130 after Ctrl-C
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -276,15 +277,21 @@ def _pauses(guest: WritingGuest) -> str:
 def end_host_process(state_dir: Path) -> None:
     """End the host process of a state directory; it would go by itself, once it has been idle for a while."""
     try:
-        pid = int((state_dir / "lock").read_text())
-        process = os.pidfd_open(pid)
-    except (FileNotFoundError, ValueError, ProcessLookupError):
-        return  # none was started, or it let go of the lock
-    with contextlib.closing(os.fdopen(process, "rb", buffering=0)), contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, signal.SIGTERM)
-        ended, _, _ = select.select([process], [], [], HOST_PROCESS_END_S)
-        if not ended:
-            signal.pidfd_send_signal(process, signal.SIGKILL)
+        lock = (state_dir / "lock").open("r+")
+    except FileNotFoundError:
+        return  # none was started
+    with lock, contextlib.suppress(ProcessLookupError):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pidfd_open(int(lock.read()))
+        else:
+            return  # it has gone already
+        with os.fdopen(owner, "rb", buffering=0):
+            signal.pidfd_send_signal(owner, signal.SIGTERM)
+            ended, _, _ = select.select([owner], [], [], HOST_PROCESS_END_S)
+            if not ended:
+                signal.pidfd_send_signal(owner, signal.SIGKILL)
 
 
 async def demo() -> int:

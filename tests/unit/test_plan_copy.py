@@ -1,0 +1,137 @@
+"""Destinations of copies: formats, NBD URIs, room."""
+
+from typing import Any
+
+import pytest
+from test_plan_snapshot import GIB, SIZE, Plug, fact, observed
+
+from blockferry import errors
+from blockferry.model.files import FileFact
+from blockferry.model.flags import BlockCopy
+from blockferry.plan.copy import is_uri, nbd_options, plan_cancel, plan_copy
+from blockferry.plan.plan import Names, Plan
+from blockferry.plan.steps import AddNode, CancelJob, ClaimFile, CreateImage, RemoveNode, RequireSize, StartMirror
+
+SEEN = observed(Plug("vda"), Plug("vdb", fmt="raw", direct=True), Plug("vdc", filter="mirror_top"))
+
+
+def plan(disk: str = "vda", dest: str = "/d", *, facts: dict[str, FileFact] | None = None, **more: Any) -> Plan:
+    known = {path: fact(path, kind="file", allocated=SIZE) for path in ("/img/vda.img", "/img/vdb.img", "/img/vdc.img")}
+    known |= {dest: fact(dest)} | (facts or {})
+    asked = {"wanted": None, "bandwidth": 0, "flags": BlockCopy(0), **more}
+    return plan_copy("vm1", SEEN, disk_name=disk, dest=dest, names=Names("abcd", 3), operation=3, facts=known, **asked)
+
+
+@pytest.mark.parametrize(
+    ("uri", "server", "export"),
+    [
+        ("nbd://host/x", {"type": "inet", "host": "host", "port": "10809"}, "x"),
+        ("nbd://host:1234/", {"type": "inet", "host": "host", "port": "1234"}, ""),
+        ("nbd://[::1]:9/a/b", {"type": "inet", "host": "::1", "port": "9"}, "a/b"),
+        ("nbd://host/a%20b", {"type": "inet", "host": "host", "port": "10809"}, "a b"),
+        ("nbd+unix:///x?socket=/s", {"type": "unix", "path": "/s"}, "x"),
+        ("nbd+unix:///?socket=/s%2Ct", {"type": "unix", "path": "/s,t"}, ""),
+    ],
+)
+def test_nbd_options(uri: str, server: dict[str, str], export: str) -> None:
+    assert is_uri(uri)
+    assert nbd_options(uri) == {"driver": "nbd", "server": server, "export": export}
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "nbd://",
+        "nbd:///x",
+        "nbd://host:port/x",
+        "nbd://host:99999/x",
+        "nbd://host/x?socket=/s",
+        "nbd+unix:///x",
+        "nbd+unix:///x?socket=relative",
+        "nbd+unix://host/x?socket=/s",
+        "nbd+unix:///x?socket=/a&socket=/b",
+        "nbd://host/" + "x" * 4097,
+    ],
+)
+def test_nbd_that_is_none(uri: str) -> None:
+    with pytest.raises(errors.DestinationUnusable):
+        nbd_options(uri)
+
+
+def test_path_is_no_uri() -> None:
+    assert not is_uri("/nbd://x")
+    assert not is_uri("http://x")
+
+
+@pytest.mark.parametrize(
+    ("disk", "wanted", "flags", "made"),
+    [
+        ("vda", None, 0, "qcow2"),
+        ("vdb", None, 0, "raw"),
+        ("vda", "raw", 0, "raw"),
+        ("vdb", "qcow2", 0, "qcow2"),
+        ("vda", None, BlockCopy.CREATE_RAW, "raw"),
+        ("vda", "raw", BlockCopy.CREATE_RAW, "raw"),
+    ],
+)
+def test_format(disk: str, wanted: str | None, flags: int, made: str) -> None:
+    found = plan(disk, wanted=wanted, flags=BlockCopy(flags))
+    (created,) = [step for step in found.prepare if isinstance(step, CreateImage)]
+    assert (created.format, created.size, created.backing) == (made, SIZE, None)
+    (mirror,) = found.record.mirrors
+    assert (mirror.format, mirror.backing, mirror.source) == (made, None, f"/img/{disk}.img")
+
+
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        ({"wanted": "qcow2", "flags": BlockCopy.CREATE_RAW}, errors.BadRequest),
+        ({"wanted": "vmdk"}, errors.BadRequest),
+        ({"flags": BlockCopy.SHALLOW}, errors.UnsupportedFlag),
+        ({"flags": BlockCopy.TRANSIENT_JOB | BlockCopy.CREATE_RAW}, errors.UnsupportedFlag),
+        ({"dest": "nbd://h/x", "wanted": "qcow2"}, errors.DestinationUnusable),
+        ({"disk": "vdc"}, errors.DiskBusy),
+        ({"disk": "vdd"}, errors.NoSuchDisk),
+        ({"facts": {"/d": fact("/d", kind="file")}}, errors.DestinationExists),
+        ({"facts": {"/d": fact("/d", problem="no")}}, errors.DestinationUnusable),
+        ({"facts": {"/d": fact("/d", real="/img/vda.img")}}, errors.DestinationUnusable),
+        ({"facts": {"/d": fact("/d", free=SIZE - 1)}}, errors.NoRoom),
+    ],
+)
+def test_refused(more: dict[str, Any], kind: type[errors.Refused]) -> None:
+    with pytest.raises(kind):
+        plan(**more)
+
+
+def test_room_is_what_is_allocated_but_not_more_than_the_disk() -> None:
+    plan(facts={"/d": fact("/d", free=4096), "/img/vda.img": fact("/img/vda.img", kind="file", allocated=4096)})
+    plan(facts={"/d": fact("/d", free=SIZE), "/img/vda.img": fact("/img/vda.img", kind="file", allocated=GIB)})
+
+
+def test_steps_of_a_file() -> None:
+    made = plan("vdb", bandwidth=5)
+    assert [type(step) for step in made.prepare] == [ClaimFile, CreateImage, AddNode, AddNode, StartMirror]
+    nodes = [step.options for step in made.prepare if isinstance(step, AddNode)]
+    for options in nodes:  # holes are kept, the source's cache mode too
+        assert (options["discard"], options["cache"]["direct"]) == ("unmap", True)
+    start = made.prepare[-1]
+    assert isinstance(start, StartMirror)
+    assert (start.device, start.sync, start.speed) == ("vdb-n", "full", 5)
+    assert made.record.authoritative == {"vdb": "/img/vdb.img"}
+
+
+def test_steps_of_an_export() -> None:
+    made = plan(dest="nbd://h/x")
+    assert [type(step) for step in made.prepare] == [AddNode, AddNode, RequireSize, StartMirror]
+    (check,) = [step for step in made.prepare if isinstance(step, RequireSize)]
+    assert check.size == SIZE
+    assert made.record.mirrors[0].format == "raw"
+
+
+def test_cancel_records_before_it_closes() -> None:
+    """Once it is recorded that nobody wants it, it is taken away, in that order and as often as need be."""
+    (mirror,) = plan().record.mirrors
+    made = plan_cancel((mirror,), "cancel", "cancelled")
+    assert (made.prepare, made.window) == ((), None)
+    assert (made.record.ended, made.record.authoritative) == ({"vda": "cancelled"}, {"vda": "/img/vda.img"})
+    assert made.settle == (CancelJob(job=mirror.job), RemoveNode(node=mirror.node), RemoveNode(node=mirror.file_node))
