@@ -359,7 +359,8 @@ class Service:
         async with self._writing(request.domain) as (keeper, seen):
             mirrors = await self._check_reopen(keeper, snapshot)
             done = await self._window(keeper, seen, mirrors, ends_on="destination", what="reopen", forget=snapshot.name)
-        text = f"{', '.join(targets)} now on {', '.join(mirror.file for mirror in mirrors)}; snapshot {snapshot.name} is deleted"
+        files = ", ".join(f"{mirror.target} now on {mirror.file}" for mirror in mirrors)
+        text = f"{files}; snapshot {snapshot.name} is deleted"
         return view.Done(text=text, operation=done.id, pause_ms=done.pause_ms)
 
     async def _check_reopen(self, keeper: Keeper, snapshot: Snapshot) -> tuple[Mirror, ...]:
