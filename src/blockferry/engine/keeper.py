@@ -14,7 +14,7 @@ from blockferry import errors
 from blockferry.engine.bus import Bus
 from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.progress import Sampler, state_of
-from blockferry.engine.runner import Runner
+from blockferry.engine.runner import DYING_SECONDS, Runner
 from blockferry.journal.journal import DomainRecord, Journal
 from blockferry.model.domain import Observation
 from blockferry.model.job import ENDED
@@ -25,7 +25,7 @@ from blockferry.plan.plan import Names
 from blockferry.plan.recover import Decision
 from blockferry.qemu.images import Images
 from blockferry.qemu.observe import Observer
-from blockferry.qemu.process import born, lives
+from blockferry.qemu.process import born, ends
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
@@ -131,10 +131,10 @@ class Keeper:
         with self._session.stopwatch() as milliseconds:
             yield milliseconds
 
-    async def is_gone(self) -> bool:
-        """Whether the QEMU that we were attached to has ended."""
+    async def is_gone(self, seconds: float = 0.0) -> bool:
+        """Whether the QEMU that we were attached to has ended, or does within `seconds`."""
         record = self.record
-        return record.gone or (record.pid is not None and not lives(record.pid, record.born))
+        return record.gone or (record.pid is not None and await ends(record.pid, record.born, seconds))
 
     async def observe(self) -> Observation:
         """The domain now; its targets are kept from here on.
@@ -347,7 +347,7 @@ class Keeper:
             if self._session is not None and self._session.alive:
                 return
             self._session = None
-            if await self.is_gone():
+            if await self.is_gone(DYING_SECONDS):
                 self.problem = errors.GuestGone(domain=self.name, reason="its process has ended")
                 if not self._journal.open_operations(self.name):
                     self._guest_gone("its process has ended")

@@ -26,6 +26,9 @@ from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.session import CommandRefused, LostReply
 
+# A QEMU that was killed closes its sockets a moment before its process has ended.
+DYING_SECONDS = 2.0
+
 Publish = Callable[[tuple[Event, ...]], None]
 
 
@@ -50,8 +53,8 @@ class Link(Protocol):
     def stopwatch(self) -> Any:
         """Measure a pause; see qemu.session.Session.stopwatch."""
 
-    async def is_gone(self) -> bool:
-        """Whether QEMU's process is known to have ended."""
+    async def is_gone(self, seconds: float = 0.0) -> bool:
+        """Whether QEMU's process is known to have ended, or does within `seconds`."""
 
 
 class Runner:
@@ -248,7 +251,7 @@ class Runner:
                 dead = await executor.read_back(switched)
             return Evidence(seen=seen, dead=dead), executor
         except (errors.BlockferryError, LostReply, CommandRefused):
-            if not await self._link.is_gone():
+            if not await self._link.is_gone(DYING_SECONDS):
                 return Evidence(seen=None), nobody
         written = frozenset(
             [path for path in record.plan.record.authoritative.values() if await self._was_written(record, path)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from pathlib import Path
 
 
@@ -22,3 +24,26 @@ def lives(pid: int, started: int | None) -> bool:
     """Whether that very process still runs; a zombie does not."""
     now = born(pid)
     return now is not None and (started is None or now == started)
+
+
+async def ends(pid: int, started: int | None, seconds: float) -> bool:
+    """Whether that very process has ended, or does within `seconds`: its sockets close a moment before it is gone."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    # A pidfd becomes readable when its process ends (pidfd_open(2)).
+    loop.add_reader(descriptor, ended.set)
+    try:
+        if not lives(pid, started):
+            return True
+        async with asyncio.timeout(seconds):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return True
