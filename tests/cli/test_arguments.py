@@ -100,6 +100,12 @@ def test_snapshot_with_disks_and_mirrors(asked: Run, tmp_path: Path) -> None:
     assert request == requests.CreateSnapshot(domain="vm1", wish=wish, flags=int(SnapshotCreate.ATOMIC), dry_run=True)
 
 
+def test_a_mirror_alone_leaves_no_disk_out(asked: Run) -> None:
+    disks = (DiskWish(name="vda", mirror=MirrorWish(file="/dest/a.img")),)
+    request = asked("snapshot", "create", "vm1", "--mirror", "vda=/dest/a.img")
+    assert request == requests.CreateSnapshot(domain="vm1", wish=SnapshotWish(disks=disks, only_these=False))
+
+
 def test_snapshot_from_xml(asked: Run, tmp_path: Path) -> None:
     (tmp_path / "s.xml").write_text("<domainsnapshot/>")
     from_file = asked("snapshot", "create", "vm1", "--xml", "s.xml")

@@ -52,7 +52,7 @@ def create(
 ) -> None:
     """Take a snapshot, with mirrors if you like.
 
-    With --disk or --mirror only those disks take part, else all that the guest can write to. With --mirror the guest
+    With --disk only those disks (and mirrored ones) take part, else all that the guest can write to. With --mirror the guest
     writes to the snapshot's image and to FILE from then on, until `snapshot delete`.
     """
     if xml is not None and (named or mirrors):
@@ -79,7 +79,7 @@ def _wish(snap: str | None, description: str | None, named: tuple[str, ...], mir
         if not target or not file or "mirror" in disk:
             raise click.BadParameter(f"{text!r} is not TARGET=FILE, once a disk.", param_hint="--mirror")
         disk["mirror"] = {"file": absolute(file)}
-    return {"name": snap, "description": description, "disks": list(disks.values()), "only_these": bool(disks)}
+    return {"name": snap, "description": description, "disks": list(disks.values()), "only_these": bool(named)}
 
 
 @snapshot.command("list", epilog=examples("blockferry snapshot list vm1"))
