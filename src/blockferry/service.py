@@ -221,7 +221,7 @@ class Service:
             for operation in self._journal.open_operations(name):
                 raise errors.Unsettled(domain=name, operation=operation.id)
             seen = await keeper.observe()
-            await keeper.check_mirrors()
+            await keeper.check_mirrors(seen)
             yield keeper, seen
 
     async def _run(self, keeper: Keeper, operation: int, plan: Plan) -> OperationRecord:
@@ -234,7 +234,7 @@ class Service:
             # A mirror may have caught up before it was recorded, when its event said nothing to us yet.
             with contextlib.suppress(errors.BlockferryError):
                 if plan.record.mirrors and not self._journal.open_operations(keeper.name):
-                    await keeper.check_mirrors()
+                    await keeper.check_mirrors(await keeper.observe())
 
     def _names(self, *, dry_run: bool = False) -> tuple[int, Names]:
         """The next operation's number and names; reserved at once, for another domain's request may come in between."""

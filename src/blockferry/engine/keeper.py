@@ -17,7 +17,6 @@ from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
 from blockferry.journal.journal import DomainRecord, Journal
 from blockferry.model.domain import Observation
-from blockferry.model.job import ENDED
 from blockferry.model.snapshot import Mirror
 from blockferry.model.view import Event
 from blockferry.plan.copy import close_mirror
@@ -86,14 +85,10 @@ class Keeper:
         record = self.record
         try:
             session = await Session.connect(record.qmp, timeout, self._witness)
-            observer = Observer(session, record.targets)
-            await observer.capabilities(self.name)
+            observer = await self._observer_of(session, record)
         except errors.BlockferryError as problem:
             self.problem = problem
             raise
-        except (LostReply, CommandRefused) as error:
-            self.problem = errors.QmpUnreachable(qmp=record.qmp, reason=str(error))
-            raise self.problem from error
         started = born(session.pid)
         if record.pid is not None and (record.pid, record.born) != (session.pid, started):
             if self._journal.open_operations(self.name):
@@ -106,6 +101,19 @@ class Keeper:
         self._spawn(self._watch(session))
         self.sample()
         return session
+
+    async def _observer_of(self, session: Session, record: DomainRecord) -> Observer:
+        """Look at a new connection; one that is no use must not hold the socket, which serves one client."""
+        observer = Observer(session, record.targets)
+        try:
+            await observer.capabilities(self.name)
+        except errors.BlockferryError:
+            await session.close()
+            raise
+        except (LostReply, CommandRefused) as error:
+            await session.close()
+            raise errors.QmpUnreachable(qmp=record.qmp, reason=str(error)) from error
+        return observer
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
@@ -192,7 +200,7 @@ class Keeper:
         with contextlib.suppress(errors.BlockferryError):
             if await self.is_gone():
                 self._guest_gone("its process has ended")
-            await self.check_mirrors()
+            await self.check_mirrors(await self.observe())
         return found
 
     # --- mirrors ----------------------------------------------------------------------------------------------
@@ -222,7 +230,7 @@ class Keeper:
                 if mirror.target not in targets:
                     continue
                 job = seen.jobs.get(mirror.job)
-                if job is None or job.error is not None or job.status in ENDED or mirror.state != "active":
+                if job is None or job.over or mirror.state != "active":
                     reason = mirror.reason or (job.error if job else None) or "its job has ended"
                     raise errors.JobLost(domain=self.name, disk=mirror.target, reason=reason)
                 # Not on standby: that is a moment, after which there is an event, or somebody has paused the job.
@@ -255,12 +263,14 @@ class Keeper:
         except LostReply as lost:
             raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
 
-    async def check_mirrors(self) -> None:
+    async def check_mirrors(self, seen: Observation) -> None:
         """Find mirrors that have ended without us, say so once, and close what is left of them.
 
         The caller holds the lock, and no operation is open: what an operation does to its mirrors it records itself.
+
+        Args:
+            seen: the domain as observed under that lock.
         """
-        seen = await self.observe()
         lost: dict[str, str] = {}
         for mirror in self.active():
             job = seen.jobs.get(mirror.job)
@@ -268,7 +278,7 @@ class Keeper:
                 self._say_ready(mirror)
             if job is None:
                 lost[mirror.target] = "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
-            elif job.error is not None or job.status in ENDED:
+            elif job.over:
                 lost[mirror.target] = job.error or "somebody else ended its job"
         if not lost:
             return
@@ -340,7 +350,7 @@ class Keeper:
         async with self.lock:
             if not self._journal.open_operations(self.name):
                 with contextlib.suppress(errors.BlockferryError, LostReply):
-                    await self.check_mirrors()
+                    await self.check_mirrors(await self.observe())
 
     async def _lost_connection(self) -> None:
         async with self.lock:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from blockferry.engine.bus import Bus
-from blockferry.model.job import ENDED, Job, Progress
+from blockferry.model.job import Job, Progress
 from blockferry.model.snapshot import Mirror
 from blockferry.model.view import Event
 from blockferry.qemu.session import CommandRefused, LostReply, Session
@@ -25,7 +25,7 @@ def state_of(mirror: Mirror, job: Job | None) -> str:
     """A mirror's state in one word: copying or ready while it works, else how it ended."""
     if mirror.state != "active":
         return mirror.state
-    if job is None or job.error is not None or job.status in ENDED:
+    if job is None or job.over:
         return "lost"
     return "ready" if job.ready or job.status in ("ready", "standby", "pending") else "copying"
 

@@ -65,6 +65,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.status in VERBS[verb]
 
     @property
+    def over(self) -> bool:
+        """Whether it works no more: it has ended, or is ending with an error."""
+        return self.error is not None or self.status in ENDED
+
+    @property
     def caught_up(self) -> bool:
         """Whether it is ready, or on standby for a moment, and nothing went wrong."""
         return self.status in CAUGHT_UP and self.error is None

@@ -15,7 +15,7 @@ from blockferry import errors
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk, Image
-from blockferry.model.job import ENDED, Job
+from blockferry.model.job import Job
 from blockferry.model.snapshot import Mirror
 from blockferry.plan.copy import close_mirror, is_uri
 from blockferry.plan.disks import source_options
@@ -129,7 +129,7 @@ def _disk(domain: str, seen: Observation, mirror: Mirror) -> Disk:
 def _require_ready(domain: str, mirror: Mirror, job: Job | None) -> None:
     if job is None:
         raise errors.JobLost(domain=domain, disk=mirror.target, reason="QEMU has no such job any more")
-    if job.error is not None or job.status in ENDED:
+    if job.over:
         raise errors.JobLost(domain=domain, disk=mirror.target, reason=job.error or f"its job is {job.status}")
     if not job.caught_up:
         raise errors.JobNotReady(domain=domain, disk=mirror.target, seconds=0.0, state=job.status)
