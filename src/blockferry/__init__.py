@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockferry.client import CopyJob, Domain, DomainSnapshot, Ferry, connect
+    from blockferry.client import BlockJob, Domain, DomainSnapshot, Ferry, connect
     from blockferry.errors import BlockferryError, Failed, Refused, Unknown
     from blockferry.interfaces.daemon import open_ferry as open  # noqa: A004 (as in the issue: blockferry.open)
     from blockferry.model.flags import BlockCopy, SnapshotCreate, SnapshotDelete
@@ -28,7 +28,7 @@ __all__ = [  # noqa: RUF022 (the most important first)
     "Ferry",
     "Domain",
     "DomainSnapshot",
-    "CopyJob",
+    "BlockJob",
     "SnapshotCreate",
     "SnapshotDelete",
     "BlockCopy",
@@ -46,7 +46,7 @@ _WHERE = {
     "Ferry": ("blockferry.client", "Ferry"),
     "Domain": ("blockferry.client", "Domain"),
     "DomainSnapshot": ("blockferry.client", "DomainSnapshot"),
-    "CopyJob": ("blockferry.client", "CopyJob"),
+    "BlockJob": ("blockferry.client", "BlockJob"),
     "SnapshotCreate": ("blockferry.model.flags", "SnapshotCreate"),
     "SnapshotDelete": ("blockferry.model.flags", "SnapshotDelete"),
     "BlockCopy": ("blockferry.model.flags", "BlockCopy"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from blockferry.engine.progress import state_of
 from blockferry.formats.domain import domain_xml
 from blockferry.formats.snapshot import snapshot_xml
+from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.operation import ENDED
 from blockferry.model.view import (
     DiskView,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from blockferry.model.domain import Observation
     from blockferry.model.graph import Disk
     from blockferry.model.job import Job
-    from blockferry.model.snapshot import Mirror, Snapshot, SnapshotDisk
+    from blockferry.model.snapshot import Snapshot, SnapshotDisk
 
 
 def mirror_views(mirrors: tuple[Mirror, ...], seen: Observation | None) -> dict[str, MirrorView]:
@@ -105,7 +106,12 @@ def _disk(disk: Disk, mirror: MirrorView | None) -> DiskView:
 
 
 def snapshot_view(
-    snapshot: Snapshot, mirrors: Mapping[str, MirrorView], *, current: bool, operation: int | None = None
+    snapshot: Snapshot,
+    mirrors: Mapping[str, MirrorView],
+    *,
+    current: bool,
+    children: tuple[str, ...] = (),
+    operation: int | None = None,
 ) -> SnapshotView:
     """A snapshot, with the state of its mirrors."""
     own = {target: view for target, view in mirrors.items() if view.snapshot == snapshot.name}
@@ -119,6 +125,7 @@ def snapshot_view(
         description=snapshot.description,
         disks=tuple(_snapshot_disk(disk, own.get(disk.target)) for disk in snapshot.disks),
         xml=snapshot_xml(snapshot, own, current),
+        children=children,
         operation=operation,
     )
 
@@ -153,27 +160,45 @@ def not_current(snapshot: Snapshot, seen: Observation) -> str | None:
     return None
 
 
-def job_view(mirror: Mirror, seen: Observation | None) -> JobView:
-    """A copy or mirror as people look at it."""
-    job = seen.jobs.get(mirror.job) if seen is not None else None
+def job_view(ours: BlockJob, seen: Observation | None) -> JobView:
+    """A job as people look at it."""
+    job = seen.jobs.get(ours.job) if seen is not None else None
+    source, dest, image_format = _ends(ours)
+    mirror = ours if isinstance(ours, Mirror) else ours.then
+    base = mirror.backing if mirror is not None else None
+    if isinstance(ours, ChainJob) and ours.base is not None:
+        base = base or ours.base.file
     return JobView(
-        domain=mirror.domain,
-        disk=mirror.target,
-        source=mirror.source,
-        dest=mirror.file,
-        format=mirror.format,
-        state=state_of(mirror, job),
+        domain=ours.domain,
+        disk=ours.target,
+        source=source,
+        dest=dest,
+        format=image_format,
+        state=state_of(ours, job),
         current=job.current if job else 0,
         total=job.total if job else 0,
         speed=job.speed if job else 0,
-        operation=mirror.operation,
-        snapshot=mirror.snapshot,
-        reason=mirror.reason or (job.error if job else None),
+        operation=ours.operation,
+        snapshot=ours.snapshot if isinstance(ours, Mirror) else None,
+        reason=ours.reason or (job.error if job else None),
+        type=ours.type,
+        base=base,
     )
 
 
+def _ends(ours: BlockJob) -> tuple[str, str, str]:
+    """Where a job's data comes from, where it goes, and the format of that."""
+    if isinstance(ours, Mirror):
+        return ours.source, ours.file, ours.format
+    if ours.then is not None:
+        return ours.then.source, ours.then.file, ours.then.format
+    if ours.type == "rebase" or ours.base is None:
+        return (ours.leaving[0].file if ours.leaving else ours.top.file), ours.top.file, ours.top.format
+    return ours.top.file, ours.base.file, ours.base.format
+
+
 def operation_view(
-    record: OperationRecord, steps: tuple[StepRecord, ...], mirrors: tuple[Mirror, ...], *, in_flight: bool
+    record: OperationRecord, steps: tuple[StepRecord, ...], jobs: tuple[BlockJob, ...], *, in_flight: bool
 ) -> OperationView:
     """An operation; one that is open and in nobody's hands is `unsettled`."""
     state: str = record.state
@@ -202,24 +227,28 @@ def operation_view(
             )
             for step in steps
         ),
-        next=next_commands(record, mirrors, unsettled=state == "unsettled"),
+        next=next_commands(record, jobs, unsettled=state == "unsettled"),
     )
 
 
-def next_commands(record: OperationRecord, mirrors: tuple[Mirror, ...], *, unsettled: bool = False) -> tuple[str, ...]:
-    """What can be typed now: the commands that go on with an operation's mirrors, or cancel them."""
+def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...], *, unsettled: bool = False) -> tuple[str, ...]:
+    """What can be typed now: the commands that go on with an operation's jobs, or cancel them."""
     if unsettled:
         return ("blockferry recover",)
-    own = [m for m in mirrors if m.state == "active" and (m.operation == record.id or m.job in _jobs(record))]
+    own = [job for job in jobs if job.state == "active" and (job.operation == record.id or job.job in _jobs(record))]
+    copies = [copy for job in own if (copy := job if isinstance(job, Mirror) else job.then) is not None]
     commands: list[str] = []
-    for snapshot in dict.fromkeys(mirror.snapshot for mirror in own if mirror.snapshot):
+    for snapshot in dict.fromkeys(copy.snapshot for copy in copies if copy.snapshot):
         commands += [
             f"blockferry snapshot delete {record.domain} {snapshot} --reopen-mirror",
             f"blockferry snapshot delete {record.domain} {snapshot} --remove-mirror",
         ]
-    targets = " ".join(mirror.target for mirror in own if mirror.snapshot is None)
+    targets = " ".join(copy.target for copy in copies if copy.snapshot is None)
     if targets:
         commands += [f"blockferry job {verb} {record.domain} {targets}" for verb in ("pivot", "finish", "cancel")]
+    chains = " ".join(job.target for job in own if isinstance(job, ChainJob) and job.then is None)
+    if chains:
+        commands += [f"blockferry job list {record.domain}", f"blockferry job cancel {record.domain} {chains}"]
     return tuple(commands)
 
 

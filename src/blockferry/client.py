@@ -18,6 +18,7 @@ from blockferry.errors import (
     BlockferryError,
     HostProcessUnreachable,
     InternalError,
+    JobFailed,
     JobLost,
     NoSuchJob,
     from_dict,
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=views.View)
 TIMEOUT_S = 60.0  # as the command's --timeout
-CAUGHT_UP = frozenset({"ready", "pivoted", "finished"})
+CAUGHT_UP = frozenset({"ready", "pivoted", "finished", "done"})
 LOST = frozenset({"lost", "cancelled", "removed"})
+CHAIN = frozenset({"commit", "active-commit", "rebase"})  # these have nothing to pivot to
 NEWEST = 2**62  # no event has such a number: the answer has none, and says which is the last
 
 
@@ -196,41 +198,94 @@ class Domain:
         flags: int = 0,
         *,
         format: str | None = None,  # noqa: A002 (QEMU's and libvirt's word)
-    ) -> CopyJob:
+        granularity: int | None = None,
+        buf_size: int | None = None,
+    ) -> BlockJob:
         """Start a copy of a disk that follows all writes.
 
         Args:
             disk: a target, a qdev id, or the path of an image in its chain.
-            dest: the image to make.
-            base: an image of the chain that the destination is to back onto; None for a whole copy.
+            dest: the image to make: a path, a block device's, `nbd+unix:///EXPORT?socket=PATH` or `nbd://HOST/EXPORT`.
+            base: an image of the chain, however far down, that the destination is to back onto; None for a whole copy.
             bandwidth: bytes per second, 0 for no limit.
             flags: of BlockCopy.
             format: the destination's, the source's unless told.
+            granularity: bytes that are copied at once, a power of two; QEMU's own choice unless told.
+            buf_size: bytes in flight at most; QEMU's own choice unless told.
         """
         request = requests.StartCopy(
             domain=self.name,
             disk=disk,
             dest=_absolute(dest),
-            base=base,
+            base=_absolute(base) if base is not None else None,
             bandwidth=bandwidth,
             flags=int(flags),
             format=format,
+            granularity=granularity,
+            buf_size=buf_size,
         )
-        return CopyJob(self._ferry, await self._ferry.ask(request, views.JobView))
+        return BlockJob(self._ferry, await self._ferry.ask(request, views.JobView))
+
+    async def block_rebase(self, disk: str, base: str | None = None, bandwidth: int = 0, flags: int = 0) -> BlockJob:
+        """Pull into a disk's image what lies between it and `base`, while the guest runs.
+
+        On a disk that is being copied onto the same base it joins that copy, and gives it.
+
+        Args:
+            disk: a target, a qdev id, or the path of an image in its chain.
+            base: the image that the disk is to back onto; None for none, so that its image holds everything itself.
+            bandwidth: bytes per second, 0 for no limit.
+            flags: virDomainBlockRebaseFlags; BANDWIDTH_BYTES is how it is anyway.
+
+        Raises:
+            RebaseElsewhere: it is being copied onto another base.
+        """
+        request = requests.Rebase(
+            domain=self.name,
+            disk=disk,
+            base=_absolute(base) if base is not None else None,
+            bandwidth=bandwidth,
+            flags=int(flags),
+        )
+        return BlockJob(self._ferry, await self._ferry.ask(request, views.JobView))
+
+    async def block_commit(
+        self, disk: str, base: str | None = None, top: str | None = None, bandwidth: int = 0, flags: int = 0
+    ) -> BlockJob:
+        """Write the layers from `top` to above `base` down into the base, while the guest runs.
+
+        A commit of the active image ends by itself: the guest goes over to the base, in a pause of milliseconds.
+
+        Args:
+            disk: a target, a qdev id, or the path of an image in its chain.
+            base: what is written to; None for the bottom of the chain, as libvirt's.
+            top: the topmost layer that is written; None for the active image.
+            bandwidth: bytes per second, 0 for no limit.
+            flags: virDomainBlockCommitFlags: SHALLOW (1), DELETE (2); ACTIVE (4) is found out anyway.
+        """
+        request = requests.Commit(
+            domain=self.name,
+            disk=disk,
+            base=_absolute(base) if base is not None else None,
+            top=_absolute(top) if top is not None else None,
+            bandwidth=bandwidth,
+            flags=int(flags),
+        )
+        return BlockJob(self._ferry, await self._ferry.ask(request, views.JobView))
 
     async def jobs(self) -> tuple[views.JobView, ...]:
-        """Its copies and mirrors, by target."""
+        """Its block jobs, by target."""
         return (await self._ferry.ask(requests.ListJobs(domain=self.name), views.JobList)).jobs
 
-    async def job(self, disk: str) -> CopyJob:
-        """Look up the copy or mirror of a disk, by its target.
+    async def job(self, disk: str) -> BlockJob:
+        """Look up the block job of a disk, by its target.
 
         Raises:
             NoSuchJob: it has none.
         """
         for view in await self.jobs():
             if view.disk == disk:
-                return CopyJob(self._ferry, view)
+                return BlockJob(self._ferry, view)
         raise NoSuchJob(domain=self.name, disk=disk)
 
     async def pivot(self, disks: Iterable[str], timeout: float = TIMEOUT_S) -> views.Done:
@@ -284,6 +339,21 @@ class DomainSnapshot:
         """Unique in its domain."""
         return self.view.name
 
+    @property
+    def parent(self) -> str | None:
+        """The snapshot that was current when it was taken; as of when it was looked up."""
+        return self.view.parent
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """The snapshots that were taken directly on top of it; as of when it was looked up."""
+        return self.view.children
+
+    @property
+    def current(self) -> bool:
+        """Whether the guest writes to its images; as of when it was looked up."""
+        return self.view.current
+
     async def xml_desc(self) -> str:
         """Its XML, with its mirrors as they are now."""
         request = requests.ShowSnapshot(domain=self.view.domain, snapshot=self.name)
@@ -291,10 +361,11 @@ class DomainSnapshot:
         return self.view.xml or ""
 
     async def delete(self, flags: int = 0, timeout: float = TIMEOUT_S) -> views.Done:
-        """Delete it.
+        """Delete it; without flags by merging its images down into what they back onto, and wait for that.
 
         Args:
-            flags: of SnapshotDelete; REOPEN_MIRROR lets the guest go on on the mirrors, all at one instant or none.
+            flags: of SnapshotDelete; CHILDREN and CHILDREN_ONLY merge those, METADATA_ONLY leaves the images as they are,
+                REOPEN_MIRROR lets the guest go on on the mirrors, all at one instant or none.
             timeout: seconds for the mirrors to be ready.
         """
         request = requests.DeleteSnapshot(
@@ -306,8 +377,8 @@ class DomainSnapshot:
         return await self._ferry.ask(request, views.Done)
 
 
-class CopyJob:
-    """A copy or mirror that works. Iterate over it for its progress until it is ready.
+class BlockJob:
+    """A block job that works. Iterate over it for its progress until it is ready (a copy) or done (a commit, a rebase).
 
     Args:
         ferry: whose it is.
@@ -339,7 +410,8 @@ class CopyJob:
         It goes on through a restart of the host process.
 
         Raises:
-            JobLost: it was lost, removed or cancelled.
+            JobLost: a copy or mirror was lost, removed or cancelled.
+            JobFailed: a commit or rebase was lost or cancelled.
         """
         # From here on recorded events are numbered after `since`: none is missed, whenever the watching begins.
         request = requests.ListEvents(domain=self._domain.name, since=NEWEST)
@@ -377,6 +449,8 @@ class CopyJob:
         if progress.state in LOST:
             words = [] if progress.state == "lost" else [f"it was {progress.state}"]
             reason = ", ".join([*words, *([progress.reason] if progress.reason else [])]) or "no reason is known"
+            if self.view.type in CHAIN:
+                raise JobFailed(domain=self._domain.name, disk=self.disk, what=self.view.type, reason=reason)
             raise JobLost(domain=self._domain.name, disk=self.disk, reason=reason)
         return progress.state in CAUGHT_UP
 

@@ -9,7 +9,7 @@ from blockferry.engine.progress import state_of
 from blockferry.model.job import CAUGHT_UP, ENDED, STATES, VERBS, Job
 from blockferry.model.operation import ENDED as OVER
 from blockferry.model.operation import OPEN, OperationState
-from blockferry.model.snapshot import Mirror
+from blockferry.model.blockjob import Mirror
 
 
 def job(status: str, error: str | None = None) -> Job:

@@ -78,7 +78,7 @@ def test_format(disk: str, wanted: str | None, flags: int, made: str) -> None:
     found = plan(disk, wanted=wanted, flags=BlockCopy(flags))
     (created,) = [step for step in found.prepare if isinstance(step, CreateImage)]
     assert (created.format, created.size, created.backing) == (made, SIZE, None)
-    (mirror,) = found.record.mirrors
+    (mirror,) = found.record.jobs
     assert (mirror.format, mirror.backing, mirror.source) == (made, None, f"/img/{disk}.img")
 
 
@@ -125,12 +125,12 @@ def test_steps_of_an_export() -> None:
     assert [type(step) for step in made.prepare] == [AddNode, AddNode, RequireSize, StartMirror]
     (check,) = [step for step in made.prepare if isinstance(step, RequireSize)]
     assert check.size == SIZE
-    assert made.record.mirrors[0].format == "raw"
+    assert made.record.jobs[0].format == "raw"
 
 
 def test_cancel_records_before_it_closes() -> None:
     """Once it is recorded that nobody wants it, it is taken away, in that order and as often as need be."""
-    (mirror,) = plan().record.mirrors
+    (mirror,) = plan().record.jobs
     made = plan_cancel((mirror,), "cancel", "cancelled")
     assert (made.prepare, made.window) == ((), None)
     assert (made.record.ended, made.record.authoritative) == ({"vda": "cancelled"}, {"vda": "/img/vda.img"})

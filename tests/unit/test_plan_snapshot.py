@@ -120,7 +120,7 @@ def test_names_and_backings() -> None:
     assert made.record.authoritative == {"vda": "/o", "vdb": "/img/vdb.s1"}
     assert made.record.snapshot is not None
     assert (made.record.snapshot.parent, made.record.snapshot.created) == ("s0", 1.5)
-    (mirror,) = made.record.mirrors
+    (mirror,) = made.record.jobs
     assert (mirror.snapshot, mirror.source, mirror.file, mirror.backing) == ("s1", "/o", "/m", "/img/vda.img")
 
 
@@ -132,7 +132,7 @@ def test_own_backing() -> None:
     created = {step.path: step for step in made.prepare if isinstance(step, CreateImage)}
     assert (created["/m"].backing, created["/m"].backing_format) == ("/copy", "raw")
     assert created["/img/vda.s1"].backing == "/img/vda.img"
-    assert (made.record.mirrors[0].backing, made.record.mirrors[0].backing_format) == ("/copy", "raw")
+    assert (made.record.jobs[0].backing, made.record.jobs[0].backing_format) == ("/copy", "raw")
 
 
 def test_new_nodes_are_never_probed_and_have_the_sources_cache() -> None:

@@ -10,7 +10,7 @@ from blockferry.model.domain import Capabilities, Observation
 from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.job import STATES, Job
 from blockferry.model.operation import OPEN
-from blockferry.model.snapshot import Mirror
+from blockferry.model.blockjob import Mirror
 from blockferry.plan.copy import plan_cancel
 from blockferry.plan.plan import Plan, Record, Window, WindowDisk
 from blockferry.plan.recover import ROWS, Evidence, Interrupted, decide

@@ -94,6 +94,8 @@ class Executor:
                     words = await reachable(uri)
                     if words:
                         raise StepFailed(f"the server of {target}'s destination does not answer: {words}")
+            case steps.DropFile():
+                return {"removed": await self._images.drop(step.path)}
             case steps.Stop():
                 await self._session.execute("stop")
             case steps.Resume():
@@ -115,11 +117,18 @@ class Executor:
             case steps.SetBacking():
                 await self._set_backing(step)
             case steps.TakeSnapshots():
-                actions = [
+                actions: list[dict[str, Any]] = [
                     {"type": "blockdev-snapshot", "data": {"node": pair.node, "overlay": pair.overlay}}
                     for pair in step.pairs
                 ]
-                await self._session.execute("transaction", actions=actions)
+                if step.together:
+                    await self._session.execute("transaction", actions=actions)
+                elif (await self.graph()).child(step.pairs[0].overlay, "backing") is None:
+                    await self._session.execute("blockdev-snapshot", **actions[0]["data"])
+            case steps.RequireBacking():
+                found = (await self.graph()).child(step.node, "backing")
+                if found != step.backing:
+                    raise StepFailed(f"the graph shows {step.node} on {found}, not on {step.backing}")
             case steps.RequireRoots():
                 await self._require_roots(step)
             case steps.ReadBack():
@@ -134,6 +143,10 @@ class Executor:
                 await self._commit_down(step)
             case steps.StartMirror():
                 await self._start_mirror(step)
+            case steps.StartCommit():
+                await self._start_commit(step)
+            case steps.StartStream():
+                await self._start_stream(step)
             case steps.CancelJob():
                 await self._cancel(step.job)
             case steps.RequireReady():
@@ -259,6 +272,7 @@ class Executor:
     async def _start_mirror(self, step: steps.StartMirror) -> None:
         if step.job in await self.jobs():
             return
+        more: dict[str, Any] = {**step.options, **({"replaces": step.replaces} if step.replaces else {})}
         await self._session.execute(
             "blockdev-mirror",
             job_id=step.job,
@@ -269,9 +283,46 @@ class Executor:
             filter_node_name=step.filter_node,
             auto_dismiss=False,
             auto_finalize=False,
+            **more,
             # The guest never stops for a mirror: an error on either side ends the job, and the job says why.
             on_source_error="report",
             on_target_error="report",
+        )
+
+    async def _start_commit(self, step: steps.StartCommit) -> None:
+        if step.job in await self.jobs():
+            return
+        more: dict[str, Any] = {"backing-file": step.backing_file} if step.backing_file else {}
+        await self._session.execute(
+            "block-commit",
+            job_id=step.job,
+            device=step.device,
+            **more,
+            top_node=step.top,
+            base_node=step.base,
+            speed=step.speed,
+            filter_node_name=step.filter_node,
+            auto_dismiss=False,
+            auto_finalize=False,
+            on_error="report",
+        )
+
+    async def _start_stream(self, step: steps.StartStream) -> None:
+        if step.job in await self.jobs():
+            return
+        more: dict[str, Any] = {}
+        if step.base:
+            more = {"base-node": step.base, **({"backing-file": step.backing_file} if step.backing_file else {})}
+        await self._session.execute(
+            "block-stream",
+            job_id=step.job,
+            device=step.device,
+            **more,
+            speed=step.speed,
+            filter_node_name=step.filter_node,
+            auto_dismiss=False,
+            auto_finalize=False,
+            on_error="report",
         )
 
     async def _complete(self, step: steps.CompleteJobs) -> None:

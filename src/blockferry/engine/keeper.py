@@ -15,12 +15,14 @@ from blockferry.engine.bus import Bus
 from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
-from blockferry.journal.journal import DomainRecord, Journal
+from blockferry.journal.journal import DomainRecord, Journal, OperationRecord
+from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
-from blockferry.model.snapshot import Mirror
+from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
-from blockferry.plan.copy import close_mirror
-from blockferry.plan.plan import Names
+from blockferry.plan.chain import plan_end
+from blockferry.plan.copy import close_job
+from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
 from blockferry.qemu.images import Images
 from blockferry.qemu.observe import Observer
@@ -57,6 +59,7 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampler = Sampler(name)
         self._said_ready: set[str] = set()
+        self.in_flight: set[int] = set()
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -200,14 +203,14 @@ class Keeper:
         with contextlib.suppress(errors.BlockferryError):
             if await self.is_gone():
                 self._guest_gone("its process has ended")
-            await self.check_mirrors(await self.observe())
+            await self.check_jobs(await self.observe())
         return found
 
-    # --- mirrors ----------------------------------------------------------------------------------------------
+    # --- jobs -------------------------------------------------------------------------------------------------
 
-    def active(self) -> tuple[Mirror, ...]:
-        """The mirrors that work, as far as the journal knows."""
-        return tuple(mirror for mirror in self._journal.mirrors(self.name) if mirror.state == "active")
+    def active(self) -> tuple[BlockJob, ...]:
+        """The jobs that work, as far as the journal knows."""
+        return tuple(job for job in self._journal.jobs(self.name) if job.state == "active")
 
     async def wait_ready(self, targets: tuple[str, ...], timeout: float) -> None:
         """Wait until the mirrors of these disks are ready; the domain's lock is not held meanwhile.
@@ -226,9 +229,12 @@ class Keeper:
         async def met() -> bool:
             nonlocal pending
             seen = await self.observe()
-            for mirror in self._journal.mirrors(self.name):
+            for mirror in self._journal.jobs(self.name):
                 if mirror.target not in targets:
                     continue
+                if isinstance(mirror, ChainJob) and mirror.state == "active":
+                    pending = f"{mirror.target}: its lower layers are pulled into the destination"
+                    return False
                 job = seen.jobs.get(mirror.job)
                 if job is None or job.over or mirror.state != "active":
                     reason = mirror.reason or (job.error if job else None) or "its job has ended"
@@ -248,8 +254,8 @@ class Keeper:
             target, _, state = pending.partition(": ")
             raise errors.JobNotReady(domain=self.name, disk=target, seconds=timeout, state=state) from lost
 
-    async def set_speed(self, mirror: Mirror, bandwidth: int) -> None:
-        """Limit a mirror to `bandwidth` bytes per second, 0 for no limit.
+    async def set_speed(self, job: BlockJob, bandwidth: int) -> None:
+        """Limit a job to `bandwidth` bytes per second, 0 for no limit.
 
         Raises:
             JobLost: QEMU refuses, in its words.
@@ -257,51 +263,103 @@ class Keeper:
         """
         session = await self.connect()
         try:
-            await session.execute("block-job-set-speed", device=mirror.job, speed=bandwidth)
+            await session.execute("block-job-set-speed", device=job.job, speed=bandwidth)
         except CommandRefused as refusal:
-            raise errors.JobLost(domain=self.name, disk=mirror.target, reason=refusal.words) from refusal
+            raise errors.JobLost(domain=self.name, disk=job.target, reason=refusal.words) from refusal
         except LostReply as lost:
             raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
 
-    async def check_mirrors(self, seen: Observation) -> None:
-        """Find mirrors that have ended without us, say so once, and close what is left of them.
+    async def check_jobs(self, seen: Observation) -> bool:
+        """Find jobs that have ended without us, say so once, close what is left of them, and do what follows an end.
 
-        The caller holds the lock, and no operation is open: what an operation does to its mirrors it records itself.
+        The caller holds the lock, and no operation is open: what an operation does to its jobs it records itself.
 
         Args:
             seen: the domain as observed under that lock.
+
+        Returns:
+            Whether the graph may be another now.
         """
         lost: dict[str, str] = {}
-        for mirror in self.active():
-            job = seen.jobs.get(mirror.job)
-            if job is not None and job.caught_up:
-                self._say_ready(mirror)
-            if job is None:
-                lost[mirror.target] = "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
-            elif job.over:
-                lost[mirror.target] = job.error or "somebody else ended its job"
-        if not lost:
-            return
-        gone = [mirror for mirror in self.active() if mirror.target in lost]
-        self._bus.publish(self._journal.lose_mirrors(self.name, lost))
+        ended: list[ChainJob] = []
+        for job in self.active():
+            now = seen.jobs.get(job.job)
+            if now is None:
+                lost[job.target] = "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
+            elif isinstance(job, ChainJob):
+                if now.error is not None:
+                    lost[job.target] = now.error
+                elif now.status in (*CAUGHT_UP, "pending", "concluded"):
+                    ended.append(job)
+            elif now.over:
+                lost[job.target] = now.error or "somebody else ended its job"
+            elif now.caught_up:
+                self._say_ready(job)
+        if lost:
+            await self._lose(lost, seen)
+        for job in ended:
+            await self._follow(job)
+        return bool(lost or ended)
+
+    async def _lose(self, lost: dict[str, str], seen: Observation) -> None:
+        gone = [job for job in self.active() if job.target in lost]
+        self._bus.publish(self._journal.lose_jobs(self.name, lost))
         executor = await self.executor()
-        roots = {disk.root for disk in seen.disks}
-        for mirror in gone:
+        images = {image.node for disk in seen.disks for image in disk.chain}
+        for job in gone:
             # Somebody who ended the job by a pivot has put the guest onto the destination: don't close that.
-            if mirror.node in roots:
+            if isinstance(job, Mirror) and job.node in images:
                 continue
-            for step in close_mirror(mirror):
+            for step in close_job(job):
                 # What is left open stays ours by name; the next look finds nothing lost and leaves it.
                 with contextlib.suppress(CommandRefused, StepFailed, LostReply):
                     await executor.do(step, {})
 
+    async def _follow(self, job: ChainJob) -> None:
+        """Do what follows a commit or stream that has ended; one whose end can't be carried out is lost."""
+        operation = self._journal.reserve_operation()
+        try:
+            seen = await self.observe()
+            await self.run(operation, plan_end(seen, job, self._journal.snapshots(self.name)))
+        except (errors.Refused, errors.OperationFailed) as failure:
+            if any(each == job for each in self.active()):
+                await self._lose({job.target: failure.message}, seen)
+
+    async def run(self, operation: int, plan: Plan) -> OperationRecord:
+        """Run a plan that was just made; the caller holds the lock. See `Runner.run`."""
+        self.in_flight.add(operation)
+        try:
+            return await self.runner.run(operation, plan)
+        finally:
+            self.in_flight.discard(operation)
+            self.sample()
+            # A job may have caught up before it was recorded, when its event said nothing to us yet.
+            with contextlib.suppress(errors.BlockferryError):
+                if plan.record.jobs and not self._journal.open_operations(self.name):
+                    await self.check_jobs(await self.observe())
+
+    async def wait_over(self, operation: int) -> None:
+        """Wait until the jobs of an operation have ended and what follows has been done; without the domain's lock.
+
+        Raises:
+            JobFailed: one was lost or cancelled.
+        """
+        with self._bus.listen() as heard:
+            while any(job.operation == operation and job.state == "active" for job in self._journal.jobs(self.name)):
+                if await heard.get() is None:
+                    break
+        for job in self._journal.jobs(self.name):
+            if job.operation == operation and job.state in ("lost", "cancelled"):
+                reason = job.reason or "no reason is known"
+                raise errors.JobFailed(domain=self.name, disk=job.target, what=job.type, reason=reason)
+
     def _guest_gone(self, reason: str) -> None:
-        """The QEMU that we were attached to has ended, its mirrors with it: said once."""
+        """The QEMU that we were attached to has ended, its jobs with it: said once."""
         if self.record.gone:
             return
-        lost = {mirror.target: f"{GONE}: {reason}" for mirror in self.active()}
+        lost = {job.target: f"{GONE}: {reason}" for job in self.active()}
         if lost:
-            self._bus.publish(self._journal.lose_mirrors(self.name, lost))
+            self._bus.publish(self._journal.lose_jobs(self.name, lost))
         self._say("domain-gone", None, reason=reason)
         self._journal.put_domain(msgspec.structs.replace(self.record, gone=True))
 
@@ -340,17 +398,18 @@ class Keeper:
             case "SHUTDOWN":
                 self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
             case "JOB_STATUS_CHANGE" if str(data.get("id", "")).startswith(f"{Names.PREFIX}{self._journal.tag}-"):
-                mirror = next((each for each in self.active() if each.job == data["id"]), None)
-                if mirror is not None and data["status"] == "ready":
-                    self._say_ready(mirror)
-                if mirror is not None and data["status"] in ("concluded", "null", "aborting"):
+                job = next((each for each in self.active() if each.job == data["id"]), None)
+                if isinstance(job, Mirror) and data["status"] == "ready":
+                    self._say_ready(job)
+                ends = ("concluded", "null", "aborting", *(("ready", "pending") if isinstance(job, ChainJob) else ()))
+                if job is not None and data["status"] in ends:
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
         async with self.lock:
             if not self._journal.open_operations(self.name):
                 with contextlib.suppress(errors.BlockferryError, LostReply):
-                    await self.check_mirrors(await self.observe())
+                    await self.check_jobs(await self.observe())
 
     async def _lost_connection(self) -> None:
         async with self.lock:

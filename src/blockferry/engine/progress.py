@@ -1,4 +1,4 @@
-"""How far the mirrors of a domain are: read once a second while one works, never journalled."""
+"""How far the jobs of a domain are: read once a second while one works, never journalled."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 import msgspec
 
 from blockferry.engine.bus import Bus
+from blockferry.model.blockjob import BlockJob, ChainJob
 from blockferry.model.job import Job, Progress
-from blockferry.model.snapshot import Mirror
 from blockferry.model.view import Event
 from blockferry.qemu.session import CommandRefused, LostReply, Session
 
@@ -21,17 +21,19 @@ SAMPLE_SECONDS = 1.0
 SAMPLES = 10
 
 
-def state_of(mirror: Mirror, job: Job | None) -> str:
-    """A mirror's state in one word: copying or ready while it works, else how it ended."""
-    if mirror.state != "active":
-        return mirror.state
+def state_of(ours: BlockJob, job: Job | None) -> str:
+    """A job's state in one word: copying, ready (a mirror) or running (a commit, a rebase) while it works; else its end."""
+    if ours.state != "active":
+        return ours.state
     if job is None or job.over:
         return "lost"
+    if isinstance(ours, ChainJob) and ours.type != "fill":
+        return "running"
     return "ready" if job.ready or job.status in ("ready", "standby", "pending") else "copying"
 
 
 class Sampler:
-    """Samples one domain's mirrors.
+    """Samples one domain's jobs.
 
     Args:
         domain: its name.
@@ -42,12 +44,12 @@ class Sampler:
         self.running = False
         self._samples: dict[str, deque[tuple[float, int]]] = {}
 
-    async def run(self, session: Session, active: Callable[[], tuple[Mirror, ...]], bus: Bus) -> None:
-        """Publish progress once a second until no mirror works any more or the connection ends.
+    async def run(self, session: Session, active: Callable[[], tuple[BlockJob, ...]], bus: Bus) -> None:
+        """Publish progress once a second until no job works any more or the connection ends.
 
         Args:
             session: to the domain's QEMU.
-            active: says which mirrors work.
+            active: says which jobs work.
             bus: where progress goes; when nobody listens, QEMU is not asked.
         """
         self.running = True
@@ -61,37 +63,38 @@ class Sampler:
         finally:
             self.running = False
 
-    async def _sample(self, session: Session, working: tuple[Mirror, ...]) -> tuple[Event, ...]:
+    async def _sample(self, session: Session, working: tuple[BlockJob, ...]) -> tuple[Event, ...]:
         answer = {each["device"]: each for each in await session.execute("query-block-jobs")}
         now = time.monotonic()
         events = []
-        for mirror in working:
-            job = answer.get(mirror.job)
+        for ours in working:
+            job = answer.get(ours.job)
             if job is None:
                 continue
-            state = "ready" if job.get("ready") else "copying"
-            progress = self._progress(mirror, state, job["offset"], job["len"], now)
+            chain = isinstance(ours, ChainJob) and ours.type != "fill"
+            state = "running" if chain else "ready" if job.get("ready") else "copying"
+            progress = self._progress(ours, state, job["offset"], job["len"], now)
             events.append(
                 Event(
                     seq=0,
                     time=time.time(),
                     type="progress",
                     domain=self._domain,
-                    disk=mirror.target,
+                    disk=ours.target,
                     data=msgspec.to_builtins(progress),
                 )
             )
         return tuple(events)
 
-    def _progress(self, mirror: Mirror, state: str, current: int, total: int, now: float) -> Progress:
-        samples = self._samples.setdefault(mirror.job, deque(maxlen=SAMPLES))
+    def _progress(self, ours: BlockJob, state: str, current: int, total: int, now: float) -> Progress:
+        samples = self._samples.setdefault(ours.job, deque(maxlen=SAMPLES))
         samples.append((now, current))
         (began, first), elapsed = samples[0], now - samples[0][0]
         rate = (current - first) / elapsed if now > began else None
         remaining = (total - current) / rate if rate else None
         return Progress(
             domain=self._domain,
-            disk=mirror.target,
+            disk=ours.target,
             state=state,
             current=current,
             total=total,

@@ -15,6 +15,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.executor import Executor, StepFailed
+from blockferry.engine.news import item, news
 from blockferry.journal.journal import Journal, OperationRecord, StepRecord
 from blockferry.model.domain import Observation
 from blockferry.model.operation import OperationState, StepState, Stretch
@@ -22,12 +23,16 @@ from blockferry.model.view import Event
 from blockferry.plan import steps
 from blockferry.plan.plan import Plan, Record, Window
 from blockferry.plan.recover import Decision, Evidence, Interrupted, decide
+from blockferry.plan.snapshot import in_part
 from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.session import CommandRefused, LostReply
 
 # A QEMU that was killed closes its sockets a moment before its process has ended.
 DYING_SECONDS = 2.0
+
+# These are in progress until the last job that they began has ended.
+LASTING = frozenset({"copy", "rebase", "commit", "delete"})
 
 Publish = Callable[[tuple[Event, ...]], None]
 
@@ -116,6 +121,16 @@ class Runner:
         after = self._get(operation)
         if after.state == "undone":
             raise errors.OperationFailed(domain=self._link.name, operation=operation, step=step, reason=reason)
+        if after.state == "done" and decision.action == "record-part":
+            raise errors.SnapshotInPart(
+                domain=self._link.name,
+                operation=operation,
+                step=step,
+                reason=reason,
+                switched=", ".join(
+                    in_part(after.plan, await self._look(await self._executor(step))).record.authoritative
+                ),
+            )
         if after.state == "done" and decision.action in ("leave-window", "record-as-is"):
             raise errors.OperationAsItIs(domain=self._link.name, operation=operation, step=step, reason=reason)
         if after.state not in ("done", "in-progress"):
@@ -171,7 +186,7 @@ class Runner:
         return tuple(outcomes)
 
     def _record(self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = ()) -> None:
-        events = _events(self._link.name, operation, record)
+        events = news(self._link.name, operation, record, self._journal.jobs(self._link.name))
         self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events))
 
     async def _settle(self, settle: tuple[steps.Step, ...]) -> tuple[StepRecord, ...]:
@@ -194,8 +209,8 @@ class Runner:
         row: str | None = None,
         pause_ms: float | None = None,
     ) -> None:
-        working = {mirror.operation for mirror in self._journal.mirrors(self._link.name) if mirror.state == "active"}
-        state: OperationState = "in-progress" if plan.what == "copy" and operation in working else "done"
+        working = {job.operation for job in self._journal.jobs(self._link.name) if job.state == "active"}
+        state: OperationState = "in-progress" if plan.what in LASTING and operation in working else "done"
         self._journal.finish(operation, state, outcomes, row=row, pause_ms=pause_ms)
 
     async def _executor(self, step: str) -> Executor:
@@ -278,6 +293,14 @@ class Runner:
                 if await self._leave_window(record, evidence, executor):
                     await self._undo(record, executor, gone=False)
                     self._undone(record, row)
+            case "leave-commit":
+                await self._leave_commit(record, executor)
+                self._undone(record, row)
+            case "record-part":
+                seen = evidence.seen
+                if seen is None:
+                    raise AssertionError(record.id)
+                await self._take_in_part(record, seen, executor, row)
             case "record-as-is":
                 window, seen = record.plan.window, evidence.seen
                 if window is None or seen is None:
@@ -291,8 +314,10 @@ class Runner:
             case "wait":
                 pass
 
-    async def _undo(self, record: OperationRecord, executor: Executor, *, gone: bool) -> None:
-        """Undo what was begun, in reverse order; with QEMU gone only the files are left to undo."""
+    async def _undo(
+        self, record: OperationRecord, executor: Executor, *, gone: bool, keep: frozenset[int] = frozenset()
+    ) -> None:
+        """Undo what was begun, but for the steps of `keep`, in reverse order; with QEMU gone only the files are left."""
         begun = self._begun(record.id)
         claims = {
             step.path: begun[index].outcome
@@ -303,7 +328,11 @@ class Runner:
         for index in sorted(begun, reverse=True):
             step = record.plan.prepare[index]
             # A claim that failed found a file of somebody else's.
-            if begun[index].state == "undone" or (index in refused and isinstance(step, steps.ClaimFile)):
+            if (
+                index in keep
+                or begun[index].state == "undone"
+                or (index in refused and isinstance(step, steps.ClaimFile))
+            ):
                 continue
             for back in reversed(step.undo()):
                 if not gone or isinstance(back, steps.RemoveFile):
@@ -311,7 +340,7 @@ class Runner:
             self._journal.step(record.id, _outcome(begun[index], "undone", begun[index].outcome))
 
     def _undone(self, record: OperationRecord, row: str | None) -> None:
-        event = _event(self._link.name, "operation-undone", None, operation=record.id, what=record.plan.what)
+        event = item(self._link.name, "operation-undone", None, operation=record.id, what=record.plan.what)
         self._publish(self._journal.finish(record.id, "undone", row=row, events=(event,)))
 
     async def _leave_window(self, record: OperationRecord, evidence: Evidence, executor: Executor) -> bool:
@@ -333,10 +362,31 @@ class Runner:
                 dead |= {disk.target: dead.get(disk.target, str(failure)) for disk in window.disks}
                 seen = await self._look(executor)
             else:
-                self._publish(self._journal.lose_mirrors(self._link.name, way.lost, way.mirrors))
+                self._publish(self._journal.lose_jobs(self._link.name, way.lost, way.mirrors))
                 return True
         await self._take_as_it_is(record, window, seen, "L")
         return False
+
+    async def _leave_commit(self, record: OperationRecord, executor: Executor) -> None:
+        """Leave the window of an active commit whose disk has not gone over: nothing but the commit is lost."""
+        window = record.plan.window
+        if window is None or window.commit is None:
+            raise AssertionError(record.id)
+        commit = window.commit
+        await _do(executor, steps.CancelJob(job=commit.job), {})
+        if window.resume:
+            await _do(executor, steps.Resume(), {})
+        lost = {commit.target: record.error or "its last instant was interrupted"}
+        self._publish(self._journal.lose_jobs(self._link.name, lost))
+
+    async def _take_in_part(
+        self, record: OperationRecord, seen: Observation, executor: Executor, row: str | None
+    ) -> None:
+        """Record the disks that have switched one after the other, and undo what was prepared for the rest."""
+        part = in_part(record.plan, seen)
+        await self._undo(record, executor, gone=False, keep=part.keep)
+        self._record(record.id, part.record)
+        self._finish(record.id, record.plan, (), row=row)
 
     async def _take_as_it_is(self, record: OperationRecord, window: Window, seen: Observation, row: str | None) -> None:
         """Record where every disk is, then settle that."""
@@ -370,27 +420,3 @@ def _outcome(
     intent: StepRecord, state: StepState, outcome: dict[str, Any] | None = None, *, error: str | None = None
 ) -> StepRecord:
     return msgspec.structs.replace(intent, state=state, ended=time.time(), outcome=outcome or {}, error=error)
-
-
-def _event(domain: str, kind: str, disk: str | None, **data: Any) -> Event:
-    return Event(seq=0, time=time.time(), type=kind, domain=domain, disk=disk, data=data)
-
-
-def _events(domain: str, operation: int, record: Record) -> tuple[Event, ...]:
-    """What a record means to those who listen."""
-    found: list[Event] = []
-    if record.snapshot is not None:
-        found.append(_event(domain, "snapshot-created", None, snapshot=record.snapshot.name, operation=operation))
-    found += [
-        _event(domain, "mirror-started", mirror.target, file=mirror.file, operation=operation)
-        for mirror in record.mirrors
-    ]
-    for target, end in record.ended.items():
-        if end in ("pivoted", "finished", "cancelled"):
-            source = record.authoritative.get(target)
-            found.append(_event(domain, f"mirror-{end}", target, source=source, operation=operation))
-        else:
-            found.append(_event(domain, "mirror-dropped", target, reason=record.reason, operation=operation))
-    if record.forget_snapshot is not None:
-        found.append(_event(domain, "snapshot-deleted", None, snapshot=record.forget_snapshot, operation=operation))
-    return tuple(found)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from blockferry.errors import InvalidName
 from blockferry.formats import xmlio
 from blockferry.formats.names import path_flaw, valid_name
 from blockferry.formats.xmlio import Element
-from blockferry.model.snapshot import DiskWish, MirrorWish, Snapshot, SnapshotDisk, SnapshotWish
+from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, Snapshot, SnapshotDisk, SnapshotWish
 from blockferry.model.view import MirrorView
 
 # What a dump says about what was, and what a request can therefore not ask for: accepted, so that a dump is a request.
@@ -24,6 +24,10 @@ _NOT_CARRIED_OUT = {
     "internal": "an internal snapshot is not carried out in this version: say 'external' or 'no'",
     "manual": "a manual snapshot is not carried out in this version: say 'external' or 'no'",
 }
+
+# type of a <disk> -> the attribute of its <source> that says where.
+_SOURCES = {"file": "file", "block": "dev"}
+_MODES: tuple[Mode, ...] = get_args(Mode)
 
 # Formats that an existing image under a mirror may have.
 _BACKING_FORMATS = frozenset({"raw", "qcow2", "qed", "vdi", "vhdx", "vmdk", "vpc"})
@@ -86,20 +90,22 @@ def _disk(element: Element) -> DiskWish:
         _check_path(element, name)
     mode = _mode(element)
     kind = element.get("type", "file")
-    if kind != "file":
-        raise xmlio.invalid(element, f"type {xmlio.shorten(kind)!r} is not carried out in this version: say 'file'")
+    if kind not in _SOURCES:
+        words = f"type {xmlio.shorten(kind)!r} is not carried out in this version: say 'file' or 'block'"
+        raise xmlio.invalid(element, words)
     if mode == "no" and len(element):
         raise xmlio.invalid(element, f"snapshot='no' leaves the disk out, so <{xmlio.shorten(element[0].tag)}> is void")
-    xmlio.expect(element, attributes={"name", "snapshot", "type"}, once={"driver", "source", "mirror"})
+    xmlio.expect(element, attributes={"name", "snapshot", "type", "mode"}, once={"driver", "source", "mirror"})
     driver, source, mirror = (element.find(tag) for tag in ("driver", "source", "mirror"))
     if driver is not None:
         _check_driver(driver)
     if source is not None:
-        xmlio.expect(source, attributes={"file"})
+        xmlio.expect(source, attributes={_SOURCES[kind]})
     return DiskWish(
         name=name,
         snapshot=mode,
-        file=None if source is None else _path(source, "file"),
+        file=None if source is None else _path(source, _SOURCES[kind]),
+        mode=_header_mode(element),
         mirror=None if mirror is None else _mirror(mirror),
     )
 
@@ -112,6 +118,17 @@ def _mode(disk: Element) -> Literal["external", "no"]:
             return "no"
         case other:
             raise xmlio.invalid(disk, _NOT_CARRIED_OUT.get(other, f"snapshot={xmlio.shorten(other)!r} means nothing"))
+
+
+def _header_mode(disk: Element) -> Mode | None:
+    """What the headers of the new images are to say of their backing; libvirt has no such annotation."""
+    said = disk.get("mode")
+    for mode in _MODES:
+        if said == mode:
+            return mode
+    if said is not None:
+        raise xmlio.invalid(disk, f"mode {xmlio.shorten(said)!r} is none of {', '.join(_MODES)}")
+    return None
 
 
 def _check_driver(driver: Element) -> None:
@@ -178,9 +195,10 @@ def snapshot_xml(snapshot: Snapshot, mirrors: Mapping[str, MirrorView], current:
 
 
 def _add_disk(disks: Element, disk: SnapshotDisk, view: MirrorView | None) -> None:
-    element = xmlio.add(disks, "disk", name=disk.target, snapshot="external", type="file")
+    kind = "block" if disk.block else "file"
+    element = xmlio.add(disks, "disk", name=disk.target, snapshot="external", type=kind, mode=disk.mode)
     xmlio.add(element, "driver", type=disk.format)
-    xmlio.add(element, "source", file=disk.file)
+    xmlio.add(element, "source", **{_SOURCES[kind]: disk.file})
     if disk.mirror is None:
         return
     state = ready = None

@@ -18,8 +18,9 @@ import msgspec
 
 from blockferry import errors
 from blockferry.journal.schema import MIGRATIONS
+from blockferry.model.blockjob import BlockJob, JobEnd, Mirror
 from blockferry.model.operation import ENDED, OPEN, OperationState, StepState, Stretch
-from blockferry.model.snapshot import Mirror, Snapshot
+from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.plan import Plan, Record
 
@@ -91,6 +92,7 @@ class Journal:
 
     def __init__(self, path: Path, witness: Witness = _nobody) -> None:
         self._witness = witness
+        self._reserved = 0
         path.touch(mode=0o600)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -173,7 +175,12 @@ class Journal:
     def next_operation(self) -> int:
         """The number that the next operation will have."""
         (newest,) = self._one("SELECT COALESCE(MAX(id), 0) FROM operation")
-        return int(newest) + 1
+        return max(int(newest), self._reserved) + 1
+
+    def reserve_operation(self) -> int:
+        """The next number, for the caller alone: another domain's request may come before it is written."""
+        self._reserved = self.next_operation()
+        return self._reserved
 
     def begin(self, operation: int, domain: str, plan: Plan) -> None:
         """Write a plan down, before its first step."""
@@ -222,19 +229,22 @@ class Journal:
             The events with their numbers.
         """
         with self._write("record"):
-            if record.forget_snapshot is not None:
-                self._db.execute("DELETE FROM snapshot WHERE domain = ? AND name = ?", (domain, record.forget_snapshot))
-            if record.snapshot is not None:
-                self._put_snapshot(record.snapshot)
+            for name in record.forget:
+                self._db.execute("DELETE FROM snapshot WHERE domain = ? AND name = ?", (domain, name))
+            for snapshot in (
+                *record.changed,
+                *([record.snapshot] if record.snapshot is not None and record.metadata else []),
+            ):
+                self._put_snapshot(snapshot)
             for target, end in record.ended.items():
-                self._end_mirror(domain, target, end, record.reason)
-            for mirror in record.mirrors:
-                self._put_mirror(mirror)
+                self._end_job(domain, target, end, record.reason)
+            for job in record.jobs:
+                self._put_job(job)
             for step in steps:
                 self._put_step(operation, step)
             numbered = tuple(self._put_event(event) for event in events)
             self._db.execute("UPDATE operation SET state = ? WHERE id = ?", (state, operation))
-            self._close_copies(domain)
+            self._close_in_progress(domain)
         return numbered
 
     def finish(
@@ -286,7 +296,7 @@ class Journal:
         records = [msgspec.json.decode(row[0], type=StepRecord) for row in rows]
         return tuple(sorted(records, key=lambda record: (record.started, record.index)))
 
-    # --- snapshots and mirrors --------------------------------------------------------------------------------
+    # --- snapshots and jobs -----------------------------------------------------------------------------------
 
     def _put_snapshot(self, snapshot: Snapshot) -> None:
         self._db.execute(
@@ -299,45 +309,54 @@ class Journal:
         rows = self._all("SELECT record FROM snapshot WHERE domain = ? ORDER BY created, name", (domain,))
         return tuple(msgspec.json.decode(row[0], type=Snapshot) for row in rows)
 
-    def _put_mirror(self, mirror: Mirror) -> None:
+    def _put_job(self, job: BlockJob) -> None:
         self._db.execute(
-            "INSERT OR REPLACE INTO mirror VALUES (?, ?, ?)",
-            (mirror.domain, mirror.target, msgspec.json.encode(mirror)),
+            "INSERT OR REPLACE INTO job VALUES (?, ?, ?)", (job.domain, job.target, msgspec.json.encode(job))
         )
 
-    def _end_mirror(self, domain: str, target: str, end: str, reason: str | None) -> None:
-        for mirror in self.mirrors(domain):
-            if mirror.target == target:
-                self._put_mirror(msgspec.structs.replace(mirror, state=end, reason=reason))
+    def _end_job(self, domain: str, target: str, end: JobEnd, reason: str | None) -> None:
+        for job in self.jobs(domain):
+            if job.target == target:
+                self._put_job(msgspec.structs.replace(job, state=end, reason=reason))
 
-    def _close_copies(self, domain: str) -> None:
-        """An operation in progress ends with its last mirror."""
-        working = {mirror.operation for mirror in self.mirrors(domain) if mirror.state == "active"}
+    def _close_in_progress(self, domain: str) -> None:
+        """An operation in progress ends with its last job."""
+        working = {job.operation for job in self.jobs(domain) if job.state == "active"}
         for (number,) in self._all("SELECT id FROM operation WHERE domain = ? AND state = 'in-progress'", (domain,)):
             if number not in working:
                 self._db.execute("UPDATE operation SET state = 'done', ended = ? WHERE id = ?", (time.time(), number))
 
-    def mirrors(self, domain: str) -> tuple[Mirror, ...]:
-        """The newest mirror of each disk, by target: those that work, and how the others ended."""
-        rows = self._all("SELECT record FROM mirror WHERE domain = ? ORDER BY target", (domain,))
-        return tuple(msgspec.json.decode(row[0], type=Mirror) for row in rows)
+    def jobs(self, domain: str) -> tuple[BlockJob, ...]:
+        """The newest job of each disk, by target: those that work, and how the others ended."""
+        rows = self._all("SELECT record FROM job WHERE domain = ? ORDER BY target", (domain,))
+        return tuple(msgspec.json.decode(row[0], type=BlockJob) for row in rows)
 
-    def lose_mirrors(self, domain: str, lost: dict[str, str], kept: tuple[Mirror, ...] = ()) -> tuple[Event, ...]:
-        """Write down in one transaction which mirrors were lost, why, and how the others are now.
+    def mirrors(self, domain: str) -> tuple[Mirror, ...]:
+        """Those of `jobs` that are mirrors."""
+        return tuple(job for job in self.jobs(domain) if isinstance(job, Mirror))
+
+    def lose_jobs(self, domain: str, lost: dict[str, str], kept: tuple[BlockJob, ...] = ()) -> tuple[Event, ...]:
+        """Write down in one transaction which jobs were lost, why, and how the others are now.
 
         Returns:
             An event for each that was lost.
         """
-        with self._write("mirrors"):
+        mirrored = {mirror.target for mirror in self.mirrors(domain)}
+        with self._write("jobs"):
             for target, reason in lost.items():
-                self._end_mirror(domain, target, "lost", reason)
-            for mirror in kept:
-                self._put_mirror(mirror)
-            self._close_copies(domain)
+                self._end_job(domain, target, "lost", reason)
+            for job in kept:
+                self._put_job(job)
+            self._close_in_progress(domain)
             return tuple(
                 self._put_event(
                     Event(
-                        seq=0, time=time.time(), type="mirror-dropped", domain=domain, disk=target, data={"reason": why}
+                        seq=0,
+                        time=time.time(),
+                        type="mirror-dropped" if target in mirrored else "job-lost",
+                        domain=domain,
+                        disk=target,
+                        data={"reason": why},
                     )
                 )
                 for target, why in lost.items()

@@ -28,4 +28,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE event (seq INTEGER PRIMARY KEY AUTOINCREMENT, domain TEXT NOT NULL, record BLOB NOT NULL) STRICT",
         "CREATE INDEX operation_by_domain ON operation (domain, state)",
     ),
+    (
+        # Not only mirrors any more: commits and streams too.
+        "ALTER TABLE mirror RENAME TO job",
+        "UPDATE job SET record = CAST(json_set(CAST(record AS TEXT), '$.kind', 'mirror') AS BLOB)",
+    ),
 )

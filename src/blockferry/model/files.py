@@ -20,6 +20,8 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
         device: its file system's number, for adding up what goes onto one.
         free: bytes free on its file system.
         allocated: bytes that it takes up now.
+        size: bytes from its beginning to its end; a device's capacity.
+        used: whether a QEMU (or one of its tools) has it open: it holds a lock on it.
     """
 
     path: str
@@ -29,6 +31,8 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
     device: int = 0
     free: int = 0
     allocated: int = 0
+    size: int = 0
+    used: bool = False
 
 
 class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +44,7 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
         virtual_size: bytes.
         backing: the backing file as an absolute path; None when it stands alone.
         backing_format: the format that the header names for it; None when it names none.
+        real_backing: the backing file with links resolved, for comparing.
         problem: why it can't be read or followed; the rest means nothing then.
     """
 
@@ -48,4 +53,5 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     virtual_size: int = 0
     backing: str | None = None
     backing_format: str | None = None
+    real_backing: str | None = None
     problem: str | None = None

@@ -45,6 +45,28 @@ class BlockCopy(IntFlag):
     CREATE_RAW = 1 << 24
 
 
+class BlockRebase(IntFlag):
+    """virDomainBlockRebaseFlags."""
+
+    SHALLOW = 1 << 0
+    REUSE_EXT = 1 << 1
+    COPY_RAW = 1 << 2
+    COPY = 1 << 3
+    RELATIVE = 1 << 4
+    COPY_DEV = 1 << 5
+    BANDWIDTH_BYTES = 1 << 6
+
+
+class BlockCommit(IntFlag):
+    """virDomainBlockCommitFlags."""
+
+    SHALLOW = 1 << 0
+    DELETE = 1 << 1
+    ACTIVE = 1 << 2
+    RELATIVE = 1 << 3
+    BANDWIDTH_BYTES = 1 << 4
+
+
 def require_flags(call: str, flags: IntFlag, carried_out: IntFlag) -> None:
     """Refuse every flag that the call does not carry out, those that nobody has named included.
 

@@ -8,6 +8,9 @@ import msgspec
 
 # Filters that QEMU itself puts above a node while a job runs; they go away with the job.
 JOB_FILTERS = frozenset({"mirror_top", "commit_top"})
+# Filters that somebody puts between a device and its image on purpose; they stay where they are, whatever is under them.
+# A stream has a copy-on-read of its own as well, which goes away with it.
+FILTERS = JOB_FILTERS | {"throttle", "copy-on-read"}
 # Drivers whose node reads and writes bytes somewhere, rather than giving another node a format.
 PROTOCOL_DRIVERS = frozenset({"file", "host_device", "nbd", "null-co", "blkdebug"})
 
@@ -77,8 +80,8 @@ class Graph(msgspec.Struct, frozen=True):
         return frozenset(edge for edge in self.edges if edge.child == child)
 
     def below_filters(self, name: str) -> str:
-        """The first node at or under `name` that is not a filter of a running job."""
-        while (node := self.nodes.get(name)) is not None and node.driver in JOB_FILTERS:
+        """The first node at or under `name` that is not a filter."""
+        while (node := self.nodes.get(name)) is not None and node.driver in FILTERS:
             below = self.child(name, "backing") or self.child(name, "file")
             if below is None:
                 return name
@@ -133,6 +136,11 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
     def active(self) -> Image:
         """The image that the guest writes to; callers look at `chain` first for an empty drive."""
         return self.chain[0]
+
+    @property
+    def filtered(self) -> str | None:
+        """The topmost filter above the active image, None without one: QEMU takes only a root as a job's device."""
+        return self.root if self.root != self.active.node else None
 
     def answers_to(self, name: str) -> bool:
         """Whether `name` is this disk's target, qdev id or path, device id, or an image in its chain."""

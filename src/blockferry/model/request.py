@@ -73,16 +73,52 @@ class DeleteSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-delete")
     snapshot: str
     flags: int = 0
     timeout: float = 60.0
+    dry_run: bool = False
 
 
 class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
-    """Start a block copy. `format` None is the source's; `bandwidth` bytes per second, 0 for no limit."""
+    """Start a block copy.
+
+    `base` is an image of the chain that the copy is to back onto, None for a whole copy. `format` None is the source's;
+    `bandwidth` bytes per second, 0 for no limit; `granularity` and `buf_size` bytes, None for QEMU's. `flags` are BlockCopy's.
+    """
 
     domain: str
     disk: str
     dest: str
     base: str | None = None
     format: str | None = None
+    bandwidth: int = 0
+    granularity: int | None = None
+    buf_size: int | None = None
+    flags: int = 0
+    dry_run: bool = False
+
+
+class Rebase(_Request, frozen=True, kw_only=True, tag="rebase"):
+    """Pull into a disk's active image what lies between it and `base` (None: everything), while the guest runs.
+
+    On a disk that is being copied onto the same base this joins that copy. `bandwidth` bytes per second, 0 for no limit.
+    """
+
+    domain: str
+    disk: str
+    base: str | None = None
+    bandwidth: int = 0
+    flags: int = 0
+    dry_run: bool = False
+
+
+class Commit(_Request, frozen=True, kw_only=True, tag="commit"):
+    """Write the layers from `top` (None: the active image) to above `base` (None: the bottom) down into the base.
+
+    `bandwidth` bytes per second, 0 for no limit; `flags` are BlockCommit's.
+    """
+
+    domain: str
+    disk: str
+    top: str | None = None
+    base: str | None = None
     bandwidth: int = 0
     flags: int = 0
     dry_run: bool = False
@@ -158,6 +194,8 @@ Request = (
     | ShowSnapshot
     | DeleteSnapshot
     | StartCopy
+    | Rebase
+    | Commit
     | ListJobs
     | PivotJobs
     | FinishJobs

@@ -6,6 +6,10 @@ from typing import Literal
 
 import msgspec
 
+# What an overlay's header says of its backing: `existing` takes a file that is there as it is; `none` names no backing,
+# for those who give QEMU the chain themselves.
+Mode = Literal["existing", "absolute", "relative", "none"]
+
 
 class MirrorWish(msgspec.Struct, frozen=True, kw_only=True):
     """A `<mirror>` that a caller asks for.
@@ -28,12 +32,14 @@ class DiskWish(msgspec.Struct, frozen=True, kw_only=True):
         name: a target, a qdev id, or the path of an image in the chain.
         snapshot: `external`, or `no` to leave the disk out.
         file: the overlay's path; None for a generated one.
+        mode: what the overlay's header, and the mirror's, say of the backing; None for the request's.
         mirror: where its writes are to go as well.
     """
 
     name: str
     snapshot: Literal["external", "no"] = "external"
     file: str | None = None
+    mode: Mode | None = None
     mirror: MirrorWish | None = None
 
 
@@ -60,8 +66,10 @@ class SnapshotDisk(msgspec.Struct, frozen=True, kw_only=True):
         target: the disk's.
         file: the overlay, what the guest has written to since.
         format: the overlay's.
+        block: whether that is a block device.
         backing: the image as of the snapshot.
         backing_format: its format.
+        mode: what was asked for of the overlay's header; None for absolute.
         mirror: the mirror's destination, when it was asked for.
         mirror_backing: what the destination backs onto.
         mirror_backing_format: its format.
@@ -72,6 +80,8 @@ class SnapshotDisk(msgspec.Struct, frozen=True, kw_only=True):
     format: str
     backing: str
     backing_format: str
+    block: bool = False
+    mode: Mode | None = None
     mirror: str | None = None
     mirror_backing: str | None = None
     mirror_backing_format: str | None = None
@@ -99,46 +109,3 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     left_out: tuple[str, ...] = ()
     parent: str | None = None
     description: str | None = None
-
-
-MirrorEnd = Literal["active", "pivoted", "finished", "cancelled", "removed", "lost"]
-
-
-class Mirror(msgspec.Struct, frozen=True, kw_only=True):
-    """A mirror or copy that was started, with all that is needed to go on with it after a restart.
-
-    Attributes:
-        domain: its domain's name.
-        target: the disk's.
-        operation: the operation that started it.
-        snapshot: the snapshot that it belongs to; None for a block copy.
-        job: QEMU's job id.
-        source_node: the node that is mirrored.
-        source: the source's file.
-        node: the destination's format node.
-        file_node: the destination's protocol node.
-        filter_node: the filter that QEMU puts above the source while it runs.
-        file: the destination's path or URI.
-        format: the destination's format.
-        backing: what the destination backs onto; None when it stands alone.
-        backing_format: its format.
-        state: `active` until it ended; then how.
-        reason: why it was lost or removed, in QEMU's own words where there are any.
-    """
-
-    domain: str
-    target: str
-    operation: int
-    job: str
-    source_node: str
-    source: str
-    node: str
-    file_node: str
-    filter_node: str
-    file: str
-    format: str
-    snapshot: str | None = None
-    backing: str | None = None
-    backing_format: str | None = None
-    state: MirrorEnd = "active"
-    reason: str | None = None

@@ -101,7 +101,11 @@ class SnapshotDiskView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
-    """A snapshot. `created` is seconds since 1970; `left_out` names disks that took no part, with the reason."""
+    """A snapshot. `created` is seconds since 1970; `left_out` names disks that took no part, with the reason.
+
+    `parent` and `children` are the snapshots before and after it, `current` the one whose images the guest writes to;
+    `notes` say what to know of it, when it was just taken.
+    """
 
     domain: str
     name: str
@@ -113,7 +117,9 @@ class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
     disks: tuple[SnapshotDiskView, ...]
     xml: str | None = None
     operation: int | None = None
+    children: tuple[str, ...] = ()
     left_out: dict[str, str] = msgspec.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     version: int = VERSION
 
 
@@ -126,10 +132,11 @@ class SnapshotList(_View, frozen=True, kw_only=True, tag="snapshots"):
 
 
 class JobView(_View, frozen=True, kw_only=True, tag="job"):
-    """A copy or mirror that works, or how the last one on that disk ended.
+    """A block job that works, or how the last one on that disk ended.
 
-    `state` is copying, ready, pivoted, finished, cancelled, removed or lost. `current` and `total` are bytes, `speed`
-    bytes per second (0: no limit).
+    `type` is copy, mirror, commit, active-commit, rebase or fill (a copy whose lower layers come first). `state` is copying
+    or ready (a copy or mirror) or running (the others) while it works; then pivoted, finished, done, cancelled, removed or
+    lost. `current` and `total` are bytes, `speed` bytes per second (0: no limit). `dest` is what is written to.
     """
 
     domain: str
@@ -144,6 +151,9 @@ class JobView(_View, frozen=True, kw_only=True, tag="job"):
     operation: int
     snapshot: str | None = None
     reason: str | None = None
+    type: str = "copy"
+    base: str | None = None
+    notes: tuple[str, ...] = ()
     version: int = VERSION
 
 
@@ -162,6 +172,7 @@ class PlanView(_View, frozen=True, kw_only=True, tag="plan"):
     operation: str
     steps: tuple[str, ...]
     left_out: dict[str, str] = msgspec.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     version: int = VERSION
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from blockferry import errors
 from blockferry.model.domain import Observation
-from blockferry.model.files import FileFact
 from blockferry.model.graph import JOB_FILTERS, PROTOCOL_DRIVERS, Disk, Graph
+from blockferry.model.job import ENDED
 
 
 def find_disk(domain: str, seen: Observation, name: str) -> Disk:
@@ -36,9 +36,6 @@ def unsuitable(disk: Disk, graph: Graph) -> str | None:
     if disk.read_only:
         return "it is read-only"
     active = disk.active
-    root = graph.nodes[disk.root]
-    if root.name != active.node and root.driver not in JOB_FILTERS:
-        return f"a filter ({root.driver}) stands above its image, which this version does not follow"
     if active.format in PROTOCOL_DRIVERS:
         return f"its image is opened as bare {active.format}, without a format; open it as raw"
     if active.format not in ("qcow2", "raw"):
@@ -56,13 +53,18 @@ def require_suitable(domain: str, disk: Disk, seen: Observation) -> None:
     reason = unsuitable(disk, seen.graph)
     if reason:
         raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
-    job = job_on(disk, seen.graph)
+    job = job_on(disk, seen)
     if job:
         raise errors.DiskBusy(domain=domain, disk=disk.target, job=job)
 
 
-def job_on(disk: Disk, graph: Graph) -> str | None:
-    """A filter that a job has put above the disk's image, or None: a second job would be refused by QEMU."""
+def job_on(disk: Disk, seen: Observation) -> str | None:
+    """The job that uses the disk's images, or a filter that it has put above them; a second one QEMU would refuse."""
+    graph = seen.graph
+    for image in disk.chain:
+        for edge in graph.parents(image.node):
+            if edge.parent in seen.jobs and seen.jobs[edge.parent].status not in ENDED:
+                return edge.parent
     nodes = {image.node for image in disk.chain}
     if disk.root is not None and disk.root not in nodes and graph.nodes[disk.root].driver in JOB_FILTERS:
         return disk.root
@@ -97,16 +99,3 @@ def source_options(graph: Graph, node: str) -> dict[str, Any]:
     elif here.driver == "qcow2":
         options["backing"] = None
     return options
-
-
-def require_new_file(fact: FileFact) -> None:
-    """Refuse a destination that exists, or that can't be created.
-
-    Raises:
-        DestinationExists: something is there.
-        DestinationUnusable: with the system's words.
-    """
-    if fact.kind != "absent":
-        raise errors.DestinationExists(path=fact.path)
-    if fact.problem:
-        raise errors.DestinationUnusable(path=fact.path, reason=fact.problem)

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from blockferry.model.snapshot import Mirror, MirrorEnd, Snapshot
+from blockferry.model.blockjob import BlockJob, ChainJob, JobEnd, Mirror
+from blockferry.model.snapshot import Snapshot
 from blockferry.plan.steps import Step
 
 
@@ -43,12 +44,16 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         resume: whether the guest ran before, so that it is to run again.
         disks: those that take part.
         steps: in their order.
+        commit: an active commit that ends in it, instead of mirrors: its disk goes on on the base.
+        backend: what the graph calls that disk's device.
     """
 
     ends_on: Literal["destination", "source"]
     resume: bool
     disks: tuple[WindowDisk, ...]
     steps: tuple[Step, ...]
+    commit: ChainJob | None = None
+    backend: str | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,17 +62,21 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         authoritative: target -> the file that holds the guest's data.
         snapshot: a snapshot that now exists.
-        forget_snapshot: a snapshot that exists no more.
-        mirrors: mirrors that now work.
-        ended: target -> how its mirror ended.
+        metadata: whether it is remembered.
+        changed: snapshots whose images are others now.
+        forget: snapshots that exist no more.
+        jobs: mirrors, commits and streams that now work.
+        ended: target -> how its job ended.
         reason: why they ended, when there is one.
     """
 
     authoritative: dict[str, str] = {}
     snapshot: Snapshot | None = None
-    forget_snapshot: str | None = None
-    mirrors: tuple[Mirror, ...] = ()
-    ended: dict[str, MirrorEnd] = {}
+    metadata: bool = True
+    changed: tuple[Snapshot, ...] = ()
+    forget: tuple[str, ...] = ()
+    jobs: tuple[BlockJob, ...] = ()
+    ended: dict[str, JobEnd] = {}
     reason: str | None = None
 
 
@@ -75,13 +84,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that an operation will do.
 
     Attributes:
-        what: `snapshot`, `copy`, `pivot`, `finish`, `reopen`, `cancel`, `remove-mirror`, `forget`.
+        what: `snapshot`, `copy`, `pivot`, `finish`, `reopen`, `cancel`, `remove-mirror`, `forget`, `rebase`, `commit`,
+            `delete`, and `job-end`: what follows when a commit or stream has ended.
         text: one line for people.
         prepare: steps with an undo; the guest runs and is not affected.
         window: where an instant is needed.
         record: the point of no return.
         settle: idempotent; tried forwards until done.
         left_out: disks that take no part, with the reason.
+        notes: what people should know of it, such as a device that is overwritten.
+        in_part: whether, the disks being switched one after the other, a failure leaves those that are switched.
     """
 
     what: str
@@ -91,6 +103,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     record: Record = Record()
     settle: tuple[Step, ...] = ()
     left_out: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    in_part: bool = False
 
     def lines(self) -> tuple[str, ...]:
         """The steps as people read them, for --dry-run."""

@@ -11,13 +11,28 @@ from typing import Literal
 
 import msgspec
 
+from blockferry.model.blockjob import ChainJob
 from blockferry.model.domain import Observation
+from blockferry.model.job import Job
 from blockferry.model.operation import OperationState, StepState
 from blockferry.plan.plan import Plan, Window
-from blockferry.plan.steps import AddNode, CreateImage, SetBacking, StartMirror, Step, TakeSnapshots
-from blockferry.plan.window import stands_on
+from blockferry.plan.steps import (
+    AddNode,
+    CreateImage,
+    FinalizeJobs,
+    RequireBacking,
+    SetBacking,
+    StartCommit,
+    StartMirror,
+    StartStream,
+    Step,
+    TakeSnapshots,
+)
+from blockferry.plan.window import stands_on, under
 
-Action = Literal["nothing", "undo", "leave-window", "record", "record-as-is", "settle", "wait"]
+Action = Literal[
+    "nothing", "undo", "leave-window", "leave-commit", "record", "record-as-is", "record-part", "settle", "wait"
+]
 
 ROWS: dict[str, str] = {
     "A": "The point of no return is recorded: settle forwards; every step of settling finds what it did before.",
@@ -32,6 +47,9 @@ ROWS: dict[str, str] = {
     "J": "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
     "K": "QEMU is gone after the record: nothing is left to settle in it.",
     "L": "The guest runs with a disk switched and no record: its source is stale; record every disk as it is.",
+    "M": "An active commit's window, and the disk stands on its base, which holds everything: record, go on.",
+    "N": "An active commit's window, and the disk stands on its overlay still: cancel the commit, let the guest run.",
+    "P": "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
     "W": "QEMU can't be asked now: the operation stays open until it can.",
 }
 
@@ -88,9 +106,20 @@ def shows(step: Step, seen: Observation) -> bool:
         case StartMirror():
             job = seen.jobs.get(step.job)
             return job is not None and job.error is None and job.status != "concluded"
+        case StartCommit() | StartStream():
+            job = seen.jobs.get(step.job)
+            return job is not None and job.error is None
+        case FinalizeJobs():
+            return all(_finalized(seen.jobs.get(name)) for name in step.jobs)
+        case RequireBacking():
+            return seen.graph.child(step.node, "backing") == step.backing
         case SetBacking():
             return seen.graph.child(step.node, "backing") == step.backing
     return True
+
+
+def _finalized(job: Job | None) -> bool:
+    return job is None or (job.status == "concluded" and job.error is None)
 
 
 def switched(window: Window, seen: Observation) -> bool:
@@ -111,6 +140,8 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     if operation.state == "recorded":
         return Decision(row="A", action="settle")
     if operation.state == "window" and plan.window is not None:
+        if plan.window.commit is not None:
+            return _decide_commit(plan.window, plan.window.commit, seen)
         if not evidence.dead and switched(plan.window, seen):
             return Decision(row="F", action="record")
         if seen.running and any(stands_on(disk, seen) == disk.mirror.node for disk in plan.window.disks):
@@ -126,7 +157,15 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     )
     if begun and files_made and all(shows(step, seen) for step in plan.prepare) and _healthy_state(operation):
         return Decision(row="C", action="record")
+    if plan.in_part and any(isinstance(step, TakeSnapshots) and shows(step, seen) for step in plan.prepare):
+        return Decision(row="P", action="record-part")
     return Decision(row="D", action="undo")
+
+
+def _decide_commit(window: Window, commit: ChainJob, seen: Observation) -> Decision:
+    if commit.base is not None and under(window.backend, seen) == commit.base.node:
+        return Decision(row="M", action="record")
+    return Decision(row="N", action="leave-commit")
 
 
 def _healthy_state(operation: Interrupted) -> bool:

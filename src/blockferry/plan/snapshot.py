@@ -7,27 +7,36 @@ import os
 import msgspec
 
 from blockferry import errors
+from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileFact
+from blockferry.model.flags import SnapshotCreate
 from blockferry.model.graph import Disk, Node
-from blockferry.model.snapshot import DiskWish, Mirror, MirrorWish, Snapshot, SnapshotDisk, SnapshotWish
-from blockferry.plan.disks import find_disk, require_new_file, require_suitable, unsuitable
+from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, Snapshot, SnapshotDisk, SnapshotWish
+from blockferry.plan import destinations as dest
+from blockferry.plan.destinations import Apart, Files, Room
+from blockferry.plan.disks import find_disk, require_suitable, unsuitable
 from blockferry.plan.plan import Names, Plan, Record
 from blockferry.plan.steps import AddNode, ClaimFile, CreateImage, Pair, StartMirror, Step, TakeSnapshots
 
-# A new qcow2 with a backing file takes three clusters of 64 KiB; a fourth comes with its first write.
-NEW_OVERLAY_BYTES = 4 * 64 * 1024
-
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """A disk that takes part, and its new files."""
+    """A disk that takes part, its new files, and what their headers say of the backing."""
 
     disk: Disk
     file: str
+    mode: Mode
     mirror: MirrorWish | None = None
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The overlay's path, and the mirror's."""
+        return (self.file, *([self.mirror.file] if self.mirror else []))
 
-def choose(domain: str, seen: Observation, wish: SnapshotWish, name: str) -> tuple[tuple[Choice, ...], dict[str, str]]:
+
+def choose(
+    domain: str, seen: Observation, wish: SnapshotWish, name: str, flags: SnapshotCreate
+) -> tuple[tuple[Choice, ...], dict[str, str]]:
     """Which disks take part and with which files; and who is left out, with the reason.
 
     Raises:
@@ -58,7 +67,8 @@ def choose(domain: str, seen: Observation, wish: SnapshotWish, name: str) -> tup
             require_suitable(domain, disk, seen)
         file = entry_or_none.file if entry_or_none is not None else None
         mirror = entry_or_none.mirror if entry_or_none is not None else None
-        choices.append(Choice(disk=disk, file=file or _generated(domain, disk, name), mirror=mirror))
+        mode = _mode(disk, entry_or_none, flags)
+        choices.append(Choice(disk=disk, file=file or _generated(domain, disk, name), mode=mode, mirror=mirror))
     if not choices:
         raise errors.BadRequest(reason="no disk is left to take a snapshot of")
     return tuple(choices), left_out
@@ -74,9 +84,41 @@ def _generated(domain: str, disk: Disk, name: str) -> str:
     return os.path.join(folder, f"{os.path.splitext(base)[0]}.{name}")
 
 
-def new_files(choices: tuple[Choice, ...]) -> tuple[str, ...]:
-    """Every file that would be created, to be looked up before the plan is made."""
-    return tuple(path for choice in choices for path in (choice.file, choice.mirror and choice.mirror.file) if path)
+def _mode(disk: Disk, entry: DiskWish | None, flags: SnapshotCreate) -> Mode:
+    said = entry.mode if entry is not None else None
+    if not flags & SnapshotCreate.REUSE_EXT:
+        return said or "absolute"
+    if said not in (None, "existing"):
+        raise errors.BadRequest(reason=f"REUSE_EXT takes existing files, and mode {said} of {disk.target} makes one")
+    return "existing"
+
+
+def files_of(choices: tuple[Choice, ...]) -> tuple[str, ...]:
+    """Every file that is to be looked up before the plan is made."""
+    return tuple(path for choice in choices for path in (*choice.files, choice.disk.active.file))
+
+
+def existing_files(choices: tuple[Choice, ...]) -> tuple[str, ...]:
+    """Those of them whose headers are to be read."""
+    return tuple(path for choice in choices if choice.mode == "existing" for path in choice.files)
+
+
+def require_transaction(domain: str, seen: Observation, flags: SnapshotCreate, disks: int) -> bool:
+    """Whether QEMU takes all disks at one instant; refuse what was asked to be so on one that can't.
+
+    Raises:
+        MissingCapability: REUSE_EXT, or ATOMIC for several disks, without `transaction`.
+    """
+    if "transaction" in seen.capabilities.commands:
+        return True
+    why = None
+    if flags & SnapshotCreate.REUSE_EXT:
+        why = "`transaction`, and existing files are only taken with it (REUSE_EXT)"
+    elif flags & SnapshotCreate.ATOMIC and disks > 1:
+        why = f"`transaction`, and {disks} disks at one instant or none (ATOMIC) can't be had without"
+    if why:
+        raise errors.MissingCapability(domain=domain, capability=why, version=seen.capabilities.version)
+    return False
 
 
 def plan_snapshot(
@@ -87,11 +129,14 @@ def plan_snapshot(
     names: Names,
     operation: int,
     name: str,
-    facts: dict[str, FileFact],
+    files: Files,
     now: float,
     parent: str | None,
+    flags: int = 0,
 ) -> Plan:
     """The plan of one snapshot: all disks at one instant, all mirrors or none, without a pause.
+
+    On a QEMU without `transaction` the disks are switched one after the other, and a failure leaves those that are.
 
     Args:
         domain: its name.
@@ -100,20 +145,33 @@ def plan_snapshot(
         names: of nodes and jobs.
         operation: its number.
         name: the snapshot's.
-        facts: of every path in `new_files`.
+        files: of every path in `files_of`, with the headers of `existing_files`.
         now: seconds since 1970.
         parent: the current snapshot.
+        flags: SnapshotCreate's; ATOMIC, REUSE_EXT and NO_METADATA mean something here.
 
     Raises:
         Refused: any of its kinds, with nothing done.
     """
-    choices, left_out = choose(domain, seen, wish, name)
-    _check_files(choices, facts)
+    asked = SnapshotCreate(flags)
+    choices, left_out = choose(domain, seen, wish, name, asked)
+    together = require_transaction(domain, seen, asked, len(choices))
+    _check_files(choices, files)
     steps: list[Step] = []
     for choice in choices:
-        steps += _overlay(choice, names, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
-    steps.append(TakeSnapshots(pairs=tuple(_pair(choice.disk, names) for choice in choices)))
-    mirrors = tuple(_mirror(domain, choice, names, operation, name) for choice in choices if choice.mirror)
+        steps += _images(choice, names, files, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
+    pairs = tuple(_pair(choice.disk, names) for choice in choices)
+    if together:
+        steps.append(TakeSnapshots(pairs=pairs))
+    else:
+        steps += [TakeSnapshots(pairs=(pair,), together=False) for pair in pairs]
+    # A snapshot's mirrors are ended by its name; without one they are ended as copies are.
+    kept_name = None if asked & SnapshotCreate.NO_METADATA else name
+    mirrors = tuple(
+        _mirror(domain, choice, names=names, operation=operation, snapshot=kept_name, files=files)
+        for choice in choices
+        if choice.mirror
+    )
     steps += [StartMirror.of(mirror, "top") for mirror in mirrors]
     snapshot = Snapshot(
         domain=domain,
@@ -122,7 +180,7 @@ def plan_snapshot(
         state=seen.status,
         parent=parent,
         description=wish.description,
-        disks=tuple(_remembered(choice) for choice in choices),
+        disks=tuple(_remembered(choice, files) for choice in choices),
         left_out=tuple(left_out),
     )
     targets = ", ".join(choice.disk.target for choice in choices)
@@ -132,10 +190,27 @@ def plan_snapshot(
         + (f", mirrored: {', '.join(mirror.target for mirror in mirrors)}" if mirrors else ""),
         prepare=tuple(steps),
         record=Record(
-            authoritative={choice.disk.target: choice.file for choice in choices}, snapshot=snapshot, mirrors=mirrors
+            authoritative={choice.disk.target: choice.file for choice in choices},
+            snapshot=snapshot,
+            metadata=kept_name is not None,
+            jobs=mirrors,
         ),
         left_out=left_out,
+        notes=_notes(choices, files),
+        in_part=not together and len(choices) > 1,
     )
+
+
+def _notes(choices: tuple[Choice, ...], files: Files) -> tuple[str, ...]:
+    blocks = [path for choice in choices for path in choice.files if files.facts[path].kind == "block"]
+    notes = [f"{path} is a block device: what was on it is overwritten" for path in blocks]
+    notes += [
+        f"{path} names no backing file: whoever opens it must say that it backs onto {choice.disk.active.file}"
+        for choice in choices
+        if choice.mode == "none"
+        for path in choice.files
+    ]
+    return tuple(notes)
 
 
 def _pair(disk: Disk, names: Names) -> Pair:
@@ -143,25 +218,49 @@ def _pair(disk: Disk, names: Names) -> Pair:
     return Pair(target=target, node=disk.active.node, overlay=names.of(target, "s"), job=names.of(target, "u"))
 
 
-def _check_files(choices: tuple[Choice, ...], facts: dict[str, FileFact]) -> None:
-    seen: set[str] = set()
-    wanted: dict[int, int] = {}
-    for path in new_files(choices):
-        fact = facts[path]
-        if fact.real in seen:
-            raise errors.DuplicateFile(path=path)
-        seen.add(fact.real)
-        require_new_file(fact)
-        wanted[fact.device] = wanted.get(fact.device, 0) + NEW_OVERLAY_BYTES
-        if wanted[fact.device] > fact.free:
-            raise errors.NoRoom(path=path, needed=wanted[fact.device], available=fact.free)
+def _check_files(choices: tuple[Choice, ...], files: Files) -> None:
+    apart, room = Apart(), Room()
+    for choice in choices:
+        for path in choice.files:
+            fact = files.facts[path]
+            apart.add(fact)
+            if choice.mode == "existing":
+                dest.require_existing(fact, files.users)
+                _check_existing(choice, path, files)
+            else:
+                dest.require_new(fact, files.users)
+                room.take(fact, dest.NEW_OVERLAY_BYTES)
 
 
-def _overlay(choice: Choice, names: Names, like: Node) -> list[Step]:
+def _check_existing(choice: Choice, path: str, files: Files) -> None:
+    """Refuse an existing overlay that is not one of the disk's present image; a mirror's may be of another's chain."""
     active = choice.disk.active
-    target = choice.disk.target
+    head = dest.require_image(files.images.get(path, ()), path, "qcow2", active.virtual_size)
+    if head.backing is None:
+        raise errors.ImageUnsuitable(
+            path=path, reason=f"it has no backing file, and is to be an overlay of {active.file}"
+        )
+    if path != choice.file:
+        wanted = choice.mirror.backing if choice.mirror else None
+        if wanted is not None and not dest.same_file(head.backing, wanted):
+            raise errors.ImageUnsuitable(path=path, reason=f"it backs onto {head.backing}, not onto {wanted} as asked")
+        return
+    real = files.facts[active.file].real if active.file in files.facts else active.file
+    if head.real_backing != real:
+        raise errors.ImageUnsuitable(
+            path=path, reason=f"it backs onto {head.backing}, not onto {active.file}, the disk's current image"
+        )
+    if head.backing_format != active.format:
+        raise errors.ImageUnsuitable(
+            path=path, reason=f"it says that {head.backing} is {head.backing_format}, and it is {active.format}"
+        )
+
+
+def _images(choice: Choice, names: Names, files: Files, like: Node) -> list[Step]:
+    active, target = choice.disk.active, choice.disk.target
     steps = image_steps(
-        path=choice.file,
+        fact=files.facts[choice.file],
+        mode=choice.mode,
         size=active.virtual_size,
         backing=active.file,
         backing_format=active.format,
@@ -170,11 +269,13 @@ def _overlay(choice: Choice, names: Names, like: Node) -> list[Step]:
         like=like,
     )
     if choice.mirror:
+        backing, backing_format = mirror_backing(choice, files)
         steps += image_steps(
-            path=choice.mirror.file,
+            fact=files.facts[choice.mirror.file],
+            mode=choice.mode,
             size=active.virtual_size,
-            backing=choice.mirror.backing or active.file,
-            backing_format=choice.mirror.backing_format or active.format,
+            backing=backing,
+            backing_format=backing_format,
             node=names.of(target, "x"),
             file_node=names.of(target, "xf"),
             like=like,
@@ -183,24 +284,47 @@ def _overlay(choice: Choice, names: Names, like: Node) -> list[Step]:
 
 
 def image_steps(
-    *, path: str, size: int, backing: str, backing_format: str, node: str, file_node: str, like: Node
+    *,
+    fact: FileFact,
+    mode: str,
+    size: int,
+    backing: str,
+    backing_format: str,
+    node: str,
+    file_node: str,
+    like: Node,
 ) -> list[Step]:
-    """Create a qcow2 overlay and open it without its backing, with the cache mode of the image that it covers.
+    """Make a qcow2 overlay, or take one that is there, and open it without its backing.
 
     Args:
-        path: the new file; gets owner and mode of `like`'s.
+        fact: of its path; a new file gets owner and mode of `like`'s.
+        mode: what its header is to say.
         size: bytes.
-        backing: what its header is to name, absolute.
+        backing: what it backs onto.
         backing_format: and that one's format.
         node: the format node's name.
         file_node: the protocol node's.
-        like: the protocol node of the image that it covers.
+        like: the protocol node of the image that it covers, whose cache mode it gets.
     """
-    cache = {"direct": like.direct, "no-flush": like.no_flush}
+    steps: list[Step] = []
+    if mode != "existing":
+        name = dest.header_name(mode, backing, fact.path)
+        if fact.kind == "absent":
+            steps.append(ClaimFile(path=fact.path, like=dest.owner_like(like)))
+        steps.append(
+            CreateImage(
+                path=fact.path,
+                format="qcow2",
+                size=size,
+                backing=name,
+                backing_format=backing_format if name else None,
+                overwrites=fact.kind == "block",
+            )
+        )
+    cache = dest.cache_of(like)
     return [
-        ClaimFile(path=path, like=like.filename if like.driver == "file" else None),
-        CreateImage(path=path, format="qcow2", size=size, backing=backing, backing_format=backing_format),
-        AddNode(node=file_node, options={"driver": "file", "filename": path, "cache": cache, "discard": "unmap"}),
+        *steps,
+        AddNode(node=file_node, options=dest.file_options(fact, like)),
         AddNode(
             node=node,
             options={"driver": "qcow2", "file": file_node, "backing": None, "cache": cache, "discard": "unmap"},
@@ -208,10 +332,22 @@ def image_steps(
     ]
 
 
-def _mirror(domain: str, choice: Choice, names: Names, operation: int, snapshot: str) -> Mirror:
+def mirror_backing(choice: Choice, files: Files) -> tuple[str, str]:
+    """What the mirror backs onto, and its format: as asked, as an existing file says, or as the source's overlay."""
+    active, wish = choice.disk.active, choice.mirror
+    if wish is None:
+        raise AssertionError(choice.disk.target)
+    if choice.mode == "existing":
+        head = files.images[wish.file][0]
+        return str(head.backing), str(head.backing_format)
+    return wish.backing or active.file, wish.backing_format or active.format
+
+
+def _mirror(domain: str, choice: Choice, *, names: Names, operation: int, snapshot: str | None, files: Files) -> Mirror:
     target, wish = choice.disk.target, choice.mirror
     if wish is None:
         raise AssertionError(target)
+    backing, backing_format = mirror_backing(choice, files)
     return Mirror(
         domain=domain,
         target=target,
@@ -220,17 +356,18 @@ def _mirror(domain: str, choice: Choice, names: Names, operation: int, snapshot:
         job=names.of(target, "m"),
         source_node=names.of(target, "s"),
         source=choice.file,
+        device=choice.disk.filtered,
         node=names.of(target, "x"),
         file_node=names.of(target, "xf"),
         filter_node=names.of(target, "t"),
         file=wish.file,
         format="qcow2",
-        backing=wish.backing or choice.disk.active.file,
-        backing_format=wish.backing_format or choice.disk.active.format,
+        backing=backing,
+        backing_format=backing_format,
     )
 
 
-def _remembered(choice: Choice) -> SnapshotDisk:
+def _remembered(choice: Choice, files: Files) -> SnapshotDisk:
     active = choice.disk.active
     return SnapshotDisk(
         target=choice.disk.target,
@@ -238,7 +375,40 @@ def _remembered(choice: Choice) -> SnapshotDisk:
         format="qcow2",
         backing=active.file,
         backing_format=active.format,
+        block=files.facts[choice.file].kind == "block",
+        mode=choice.mode if choice.mode != "absolute" else None,
         mirror=choice.mirror.file if choice.mirror else None,
         mirror_backing=choice.mirror.backing if choice.mirror else None,
         mirror_backing_format=choice.mirror.backing_format if choice.mirror else None,
     )
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left of a snapshot whose disks were switched one after the other: which, and the steps that made them."""
+
+    record: Record
+    keep: frozenset[int]
+
+
+def in_part(plan: Plan, seen: Observation) -> Part:
+    """The disks that have switched, when a snapshot without `transaction` failed or was interrupted between two.
+
+    They stay on their overlays, without a snapshot of that name: the caller was to have all or to look.
+    """
+    opened = {step.node: step.options for step in plan.prepare if isinstance(step, AddNode)}
+    switched: dict[str, str] = {}
+    nodes: set[str] = set()
+    for step in plan.prepare:
+        for pair in step.pairs if isinstance(step, TakeSnapshots) else ():
+            if seen.graph.child(pair.overlay, "backing") == pair.node:
+                file_node = opened[pair.overlay]["file"]
+                switched[pair.target] = opened[file_node]["filename"]
+                nodes |= {pair.overlay, file_node}
+    keep = frozenset(
+        index
+        for index, step in enumerate(plan.prepare)
+        if (isinstance(step, AddNode) and step.node in nodes)
+        or (isinstance(step, ClaimFile | CreateImage) and step.path in switched.values())
+        or (isinstance(step, TakeSnapshots) and all(pair.target in switched for pair in step.pairs))
+    )
+    return Part(record=Record(authoritative=switched, reason="one disk after the other, and one failed"), keep=keep)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from blockferry.model.snapshot import Mirror
+from blockferry.model.blockjob import Mirror
 
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
@@ -43,17 +43,20 @@ class ClaimFile(_Step, frozen=True, kw_only=True, tag="claim-file"):
 
 
 class CreateImage(_Step, frozen=True, kw_only=True, tag="create-image"):
-    """Write an empty image into a claimed file; `size` bytes."""
+    """Write an empty image of `size` bytes into a claimed file, or over a block device (`overwrites`)."""
 
     path: str
     format: str
     size: int
     backing: str | None = None
     backing_format: str | None = None
+    overwrites: bool = False
 
     @property
     def text(self) -> str:
         """A line for people."""
+        if self.overwrites:
+            return f"overwrite {self.path} with an empty {self.format} image of {self.size} bytes"
         onto = f" backing onto {self.backing} ({self.backing_format})" if self.backing else ""
         return f"make {self.path} an empty {self.format} image of {self.size} bytes{onto}"
 
@@ -152,9 +155,13 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TakeSnapshots(_Step, frozen=True, kw_only=True, tag="take-snapshots"):
-    """One QMP transaction of blockdev-snapshot: all disks at one instant or none."""
+    """One QMP transaction of blockdev-snapshot: all disks at one instant or none.
+
+    Not `together`: blockdev-snapshot of one disk, for a QEMU without `transaction`.
+    """
 
     pairs: tuple[Pair, ...]
+    together: bool = True
 
     def undo(self) -> tuple[Step, ...]:
         """Commit each overlay down into its node; the guest runs on, and keeps what it wrote meanwhile."""
@@ -163,7 +170,8 @@ class TakeSnapshots(_Step, frozen=True, kw_only=True, tag="take-snapshots"):
     @property
     def text(self) -> str:
         """A line for people."""
-        return "switch to the overlays at one instant: " + ", ".join(pair.target for pair in self.pairs)
+        at_once = " at one instant" if self.together else ""
+        return f"switch to the overlays{at_once}: " + ", ".join(pair.target for pair in self.pairs)
 
 
 class CommitDown(_Step, frozen=True, kw_only=True, tag="commit-down"):
@@ -186,6 +194,8 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
     """blockdev-mirror, kept after its end and not finalized by itself; `speed` bytes per second, 0 for no limit.
 
     `sync` is QEMU's: `full` (the whole chain), `top` (the active layer), `none` (only what is written from now on).
+    `replaces` is the node whose place the destination takes, where `device` is a filter above it. `options` are more
+    arguments of blockdev-mirror.
     """
 
     target: str
@@ -195,6 +205,8 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
     filter_node: str
     sync: str
     speed: int = 0
+    replaces: str | None = None
+    options: dict[str, Any] = {}
 
     @classmethod
     def of(cls, mirror: Mirror, sync: str, speed: int = 0) -> StartMirror:
@@ -202,11 +214,13 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
         return cls(
             target=mirror.target,
             job=mirror.job,
-            device=mirror.source_node,
+            device=mirror.device or mirror.source_node,
             node=mirror.node,
             filter_node=mirror.filter_node,
             sync=sync,
             speed=speed,
+            replaces=mirror.source_node if mirror.device else None,
+            options=mirror.options,
         )
 
     def undo(self) -> tuple[Step, ...]:
@@ -217,6 +231,77 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
     def text(self) -> str:
         """A line for people."""
         return f"mirror {self.target}: {self.device} to {self.node} ({self.sync})"
+
+
+class StartCommit(_Step, frozen=True, kw_only=True, tag="start-commit"):
+    """block-commit of the layers from `top` down to above `base` into `base`; kept after its end.
+
+    An `active` one is not finalized by itself: its disk is to go over to the base in a window of ours.
+    """
+
+    job: str
+    device: str
+    top: str
+    base: str
+    backing_file: str | None
+    filter_node: str
+    active: bool
+    speed: int = 0
+
+    def undo(self) -> tuple[Step, ...]:
+        """Cancel it; the chain is as it was, and what it had written below lies under what is above anyway."""
+        return (CancelJob(job=self.job),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"commit {self.top} into {self.base}"
+
+
+class StartStream(_Step, frozen=True, kw_only=True, tag="start-stream"):
+    """block-stream into `device`, of all that lies between it and `base` (None: of all under it); kept after its end.
+
+    It is not finalized by itself: the image's header changes then, and what was copied has to be on disk before.
+    """
+
+    job: str
+    device: str
+    base: str | None
+    backing_file: str | None
+    filter_node: str
+    speed: int = 0
+
+    def undo(self) -> tuple[Step, ...]:
+        """Cancel it; the chain is as it was."""
+        return (CancelJob(job=self.job),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"pull into {self.device} what lies between it and {self.base or 'nothing'}"
+
+
+class RequireBacking(_Step, frozen=True, kw_only=True, tag="require-backing"):
+    """Fail unless the node now backs onto that one (None: onto nothing): success is what the graph says."""
+
+    node: str
+    backing: str | None
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"the graph shows {self.node} on {self.backing or 'nothing'}"
+
+
+class DropFile(_Step, frozen=True, kw_only=True, tag="drop-file"):
+    """Remove a file that was merged away, as the caller asked; one that somebody has open is left."""
+
+    path: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"remove {self.path}, whose data is elsewhere now"
 
 
 class CancelJob(_Step, frozen=True, kw_only=True, tag="cancel-job"):
@@ -355,6 +440,10 @@ Step = (
     | TakeSnapshots
     | CommitDown
     | StartMirror
+    | StartCommit
+    | StartStream
+    | RequireBacking
+    | DropFile
     | CancelJob
     | RequireReady
     | CompleteJobs

@@ -12,12 +12,13 @@ from typing import Literal
 import msgspec
 
 from blockferry import errors
+from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk, Image
 from blockferry.model.job import Job
-from blockferry.model.snapshot import Mirror
-from blockferry.plan.copy import close_mirror, is_uri
+from blockferry.model.snapshot import Snapshot
+from blockferry.plan.copy import close_job, is_uri
 from blockferry.plan.disks import source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
@@ -51,6 +52,7 @@ def plan_window(
     what: str,
     bases: Mapping[str, tuple[ImageFact, ...]],
     forget_snapshot: str | None = None,
+    changed: tuple[Snapshot, ...] = (),
 ) -> Plan:
     """The plan of a pivot, a finish or a reopen; all mirrors are ready already.
 
@@ -64,6 +66,7 @@ def plan_window(
         bases: per target, the destination's own backing chain, top first, as its files' headers say; empty where the
             destination has none of its own.
         forget_snapshot: the snapshot that a reopen deletes.
+        changed: the snapshots that are others without it.
 
     Raises:
         ImageUnsuitable: a destination's backing is not whole or not what it should be.
@@ -102,7 +105,8 @@ def plan_window(
         record=Record(
             authoritative={m.target: m.file if ends_on == "destination" else m.source for m in mirrors},
             ended={m.target: "pivoted" if ends_on == "destination" else "finished" for m in mirrors},
-            forget_snapshot=forget_snapshot,
+            changed=changed,
+            forget=(forget_snapshot,) if forget_snapshot is not None else (),
         ),
         settle=(
             *([Resume()] if seen.running else []),
@@ -273,12 +277,17 @@ def settle_as_it_is(window: Window, seen: Observation, settle: tuple[Step, ...])
         settle: the plan's own; it closes sources only where nothing uses them.
     """
     stayed = [disk.mirror for disk in window.disks if stands_on(disk, seen) != disk.mirror.node]
-    return (*(step for mirror in stayed for step in close_mirror(mirror)), *settle)
+    return (*(step for mirror in stayed for step in close_job(mirror)), *settle)
 
 
 def stands_on(disk: WindowDisk, seen: Observation) -> str | None:
     """The node under the device now, filters of jobs left aside."""
-    root = seen.graph.child(disk.backend, "root")
+    return under(disk.backend, seen)
+
+
+def under(backend: str | None, seen: Observation) -> str | None:
+    """The image's node under a device, filters left aside."""
+    root = seen.graph.child(backend, "root") if backend is not None else None
     return None if root is None else seen.graph.below_filters(root)
 
 
@@ -299,10 +308,11 @@ def _bring_back(disk: WindowDisk, seen: Observation) -> tuple[list[Step], str]:
         StartMirror(
             target=disk.target,
             job=disk.back_job,
-            device=mirror.node,
+            device=mirror.device or mirror.node,
             node=source,
             filter_node=f"{disk.back_node}t",
             sync="none",
+            replaces=mirror.node if mirror.device else None,
         ),
         AwaitReady(jobs=(disk.back_job,)),
         CompleteJobs(jobs=(disk.back_job,)),

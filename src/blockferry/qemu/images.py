@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import stat
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,7 @@ class Images:
             virtual_size=info["virtual-size"],
             backing=backing,
             backing_format=info.get("backing-filename-format"),
+            real_backing=os.path.realpath(str(backing)) if backing is not None else None,
         )
 
     async def holds_data(self, path: str) -> bool:
@@ -116,6 +119,14 @@ class Images:
         """
         return await asyncio.to_thread(_remove, path, identity)
 
+    async def drop(self, path: str) -> bool:
+        """Remove a regular file unless a QEMU holds a lock on it; whether it was removed.
+
+        Raises:
+            ImageError: it can't be removed.
+        """
+        return await asyncio.to_thread(_drop, path)
+
     async def sync(self, paths: tuple[str, ...]) -> None:
         """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
         await asyncio.to_thread(_sync, paths)
@@ -153,11 +164,16 @@ def _fact(path: str) -> FileFact:
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
     kind: Kind = "absent"
-    allocated = 0
+    allocated = size = 0
+    used = False
     try:
-        found = os.lstat(path)
-        kind = _kind(found.st_mode)
-        allocated = os.stat(path).st_blocks * 512
+        kind = _kind(os.lstat(path).st_mode)
+        found = os.stat(path)
+        kind, allocated, size = _kind(found.st_mode), found.st_blocks * 512, found.st_size
+        if kind in ("file", "block"):
+            used = _locked(path)
+        if kind == "block":
+            size, allocated = _capacity(path), 0
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -174,8 +190,58 @@ def _fact(path: str) -> FileFact:
         problem = f"{folder} is mounted read-only"
     elif not os.access(folder, os.W_OK | os.X_OK):
         problem = f"{folder}: permission denied"
-    free = room.f_bavail * room.f_frsize
-    return FileFact(path=path, real=real, kind=kind, problem=problem, device=device, free=free, allocated=allocated)
+    if kind == "block":
+        # A device's room is its own, and its folder needs no new name.
+        problem = None if os.access(path, os.R_OK | os.W_OK) else "permission denied"
+    return FileFact(
+        path=path,
+        real=real,
+        kind=kind,
+        problem=problem,
+        device=device,
+        free=room.f_bavail * room.f_frsize,
+        allocated=allocated,
+        size=size,
+        used=used,
+    )
+
+
+def _capacity(path: str) -> int:
+    """A block device's bytes: where its end is."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.lseek(descriptor, 0, os.SEEK_END)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(path: str) -> bool:
+    """Whether a QEMU, or one of its tools, has the image open: its locks are open-file-description locks on these bytes.
+
+    Source: QEMU's block/file-posix.c, RAW_LOCK_PERM_BASE (100) and RAW_LOCK_SHARED_BASE (200), one byte a permission.
+    Only asked for, never taken (F_OFD_GETLK, fcntl(2)). An image opened with locking=off has none.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # struct flock: type, whence, start, length, pid.
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
+        return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(descriptor)
+
+
+def _drop(path: str) -> bool:
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode) or _locked(path):
+            return False
+        os.unlink(path)
+        _sync_folder(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return True
 
 
 def _kind(mode: int) -> Kind:

@@ -10,11 +10,14 @@ import click
 from blockferry.interfaces.cli import render, wire
 from blockferry.interfaces.cli.names import disks, domain_argument
 from blockferry.interfaces.cli.progress import display
-from blockferry.interfaces.cli.session import Rate, Session, Stopped, absolute, disk_name, examples, json_option
+from blockferry.interfaces.cli.session import Rate, Session, Size, Stopped, absolute, disk_name, examples, json_option
 from blockferry.interfaces.cli.wire import Json
+from blockferry.model.flags import BlockCopy
 
-CAUGHT_UP = frozenset({"ready", "pivoted", "finished"})
+CAUGHT_UP = frozenset({"ready", "pivoted", "finished", "done"})
 LOST = frozenset({"lost", "cancelled", "removed"})
+CHAIN = frozenset({"commit", "active-commit", "rebase"})
+WORDS = {"active-commit": "commit", "commit": "commit", "rebase": "rebase"}
 NEWEST = 2**62  # no event has such a number: the answer has none, and says which is the last
 
 
@@ -23,6 +26,7 @@ NEWEST = 2**62  # no event has such a number: the answer has none, and says whic
     epilog=examples(
         "blockferry copy vm1 vda /dst/disk.img --format raw --pivot",
         "blockferry copy vm1 vdb /dst/b.qcow2 --wait --bandwidth 50M",
+        "blockferry copy vm1 vda /dst/top.qcow2 --base /src/golden.qcow2 --pivot",
     ),
 )
 @domain_argument
@@ -32,7 +36,14 @@ NEWEST = 2**62  # no event has such a number: the answer has none, and says whic
 @click.option("--wait", is_flag=True, help="Show its progress until the copy has caught up.")
 @click.option("--pivot", is_flag=True, help="Wait, then let the guest go on on the copy.")
 @click.option("--finish", is_flag=True, help="Wait, then make the copy an image of one instant.")
+@click.option(
+    "--base", metavar="FILE", help="An image of the chain, which the copy is to back onto and which is not copied."
+)
+@click.option("--reuse-ext", is_flag=True, help="DEST is an image that is there; nothing is written to its header.")
 @click.option("--bandwidth", type=Rate(), metavar="RATE", help="Bytes per second: 50M, 1G; 0 for no limit.")
+@click.option("--granularity", type=Size(), metavar="BYTES", help="Copied at once: a power of two, 512 to 64M.")
+@click.option("--buf-size", type=Size(), metavar="BYTES", help="In flight at most.")
+@click.option("--converge", is_flag=True, help="Hold the guest's writes until they are on the copy too.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
 @json_option
 @click.pass_obj
@@ -46,7 +57,12 @@ def copy(
     wait: bool,
     pivot: bool,
     finish: bool,
+    base: str | None,
+    reuse_ext: bool,
     bandwidth: int | None,
+    granularity: int | None,
+    buf_size: int | None,
+    converge: bool,
     dry_run: bool,
 ) -> None:
     """Copy a disk while the guest runs, and keep the copy identical.
@@ -56,7 +72,18 @@ def copy(
     """
     if pivot and finish:
         raise click.UsageError("Only one of --pivot and --finish can be done.")
-    wish = {"domain": name, "disk": disk_name(disk), "dest": absolute(dest), "format": format_, "bandwidth": bandwidth}
+    flags = BlockCopy.REUSE_EXT * reuse_ext | BlockCopy.SYNCHRONOUS_WRITES * converge
+    wish = {
+        "domain": name,
+        "disk": disk_name(disk),
+        "dest": absolute(dest),
+        "base": absolute(base) if base is not None else None,
+        "format": format_,
+        "bandwidth": bandwidth,
+        "granularity": granularity,
+        "buf_size": buf_size,
+        "flags": int(flags),
+    }
     if dry_run:
         session.answer(render.plan, "copy", dry_run=True, **wish)
         return
@@ -64,11 +91,13 @@ def copy(
     if not (wait or pivot or finish):
         session.show(job, render.started)
         return
-    session.show(job, lambda view: f"{name}: copying {view['disk']} to {view['dest']} (operation {view['operation']})")
-    try:
-        wait_for(session, job)
-    except KeyboardInterrupt:
-        raise Stopped(_goes_on(job)) from None
+    session.show(
+        job,
+        lambda view: render.with_notes(
+            view, f"{name}: copying {view['disk']} to {view['dest']} (operation {view['operation']})"
+        ),
+    )
+    wait_for(session, job)
     if pivot or finish:
         verb = "pivot" if pivot else "finish"
         try:
@@ -82,11 +111,19 @@ def copy(
 
 
 def wait_for(session: Session, job: Json) -> None:
-    """Show a copy's progress until it has caught up.
+    """Show a job's progress until it has caught up or is done.
 
     Raises:
-        Told: it was lost, removed or cancelled (job-lost).
+        Told: it was lost, removed or cancelled (job-lost, job-failed).
+        Stopped: Ctrl-C; the job goes on.
     """
+    try:
+        _watch(session, job)
+    except KeyboardInterrupt:
+        raise Stopped(_goes_on(job)) from None
+
+
+def _watch(session: Session, job: Json) -> None:
     with display(session.json) as show:
         for event in follow(session, job):
             show(event)
@@ -98,7 +135,7 @@ def wait_for(session: Session, job: Json) -> None:
 
 
 def follow(session: Session, job: Json) -> Iterator[Json]:
-    """Give progress events of a copy, at least one; they go on through a restart of the host process."""
+    """Give progress events of a job, at least one; they go on through a restart of the host process."""
     from blockferry.errors import HostProcessUnreachable
 
     # From here on recorded events are numbered after `since`: none is missed, whenever the watching begins.
@@ -130,17 +167,20 @@ def _look(session: Session, job: Json) -> Json:
 
 
 def _lost(job: Json, data: Json) -> wire.Told:
-    from blockferry.errors import JobLost
+    from blockferry.errors import JobFailed, JobLost
 
     words = [] if data["state"] == "lost" else [f"it was {data['state']}"]
     reason = ", ".join([*words, *([data["reason"]] if data["reason"] else [])]) or "no reason is known"
+    if job["type"] in CHAIN:
+        failed = JobFailed(domain=job["domain"], disk=job["disk"], what=job["type"], reason=reason)
+        return wire.Told(failed.to_dict())
     return wire.Told(JobLost(domain=job["domain"], disk=job["disk"], reason=reason).to_dict())
 
 
 def _goes_on(job: Json) -> str:
     name, disk = job["domain"], job["disk"]
     return (
-        f"stopped waiting; the copy of {disk} to {job['dest']} goes on.\n"
+        f"stopped waiting; the {WORDS.get(job['type'], 'copy')} of {disk} to {job['dest']} goes on.\n"
         f"  blockferry job list {name}          how far it is\n"
         f"  blockferry events {name} --follow   watch it\n"
         f"  blockferry job cancel {name} {disk}    stop it"

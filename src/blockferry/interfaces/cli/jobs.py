@@ -16,7 +16,7 @@ timeout_option = click.option(
 
 @click.group("job", epilog=examples("blockferry job list vm1", "blockferry job pivot vm1 vda vdb"))
 def job() -> None:
-    """Copies and mirrors that work: list, pivot, finish, cancel, speed."""
+    """Block jobs that work: list, pivot, finish, cancel, speed."""
 
 
 @job.command("list", epilog=examples("blockferry job list vm1"))
@@ -24,7 +24,7 @@ def job() -> None:
 @json_option
 @click.pass_obj
 def list_(session: Session, name: str) -> None:
-    """The copies and mirrors of a domain, and how the last one on each disk ended."""
+    """The block jobs of a domain, and how the last one on each disk ended."""
     session.answer(render.jobs, "job-list", domain=name)
 
 
@@ -56,7 +56,7 @@ def finish(session: Session, name: str, disks: tuple[str, ...], timeout: float |
 @json_option
 @click.pass_obj
 def cancel(session: Session, name: str, disks: tuple[str, ...]) -> None:
-    """Stop copies or mirrors; what was written of the copies stays."""
+    """Stop jobs; what was written of copies stays, chains are as they were."""
     session.answer(render.done, "job-cancel", domain=name, disks=list(map(disk_name, disks)))
 
 
@@ -67,7 +67,7 @@ def cancel(session: Session, name: str, disks: tuple[str, ...]) -> None:
 @json_option
 @click.pass_obj
 def speed(session: Session, name: str, disk: str, rate: int) -> None:
-    """Limit a copy to RATE bytes per second (50M, 1G; 0 lifts the limit)."""
+    """Limit a job to RATE bytes per second (50M, 1G; 0 lifts the limit)."""
     session.answer(render.done, "job-speed", domain=name, disk=disk_name(disk), bandwidth=rate)
 
 

@@ -60,10 +60,10 @@ def xml(view: Json) -> str:
 
 
 def snapshots(view: Json) -> str:
-    """`snapshot list`."""
+    """`snapshot list`: a tree, each snapshot under the one that it was taken on."""
     rows = [
         [
-            ("* " if row["current"] else "  ") + row["name"],
+            ("* " if row["current"] else "  ") + branch + row["name"],
             moment(row["created"]),
             row["state"],
             " ".join(disk["target"] for disk in row["disks"]),
@@ -71,10 +71,23 @@ def snapshots(view: Json) -> str:
             or "-",
             row["parent"] or "-",
         ]
-        for row in view["snapshots"]
+        for branch, row in _tree(view["snapshots"])
     ]
     heading = ("  NAME", "CREATED", "STATE", "DISKS", "MIRRORS", "PARENT")
     return table(rows, heading) or f"{view['domain']} has no snapshots"
+
+
+def _tree(rows: list[Json]) -> list[tuple[str, Json]]:
+    """The snapshots, each after its parent, with the branch that is drawn before its name."""
+    names = {row["name"] for row in rows}
+    roots = [row for row in rows if row["parent"] not in names]
+    found: list[tuple[str, Json]] = []
+    waiting = [(0, row) for row in reversed(roots)]
+    while waiting:
+        depth, row = waiting.pop()
+        found.append(("   " * (depth - 1) + "└─ " if depth else "", row))
+        waiting += [(depth + 1, each) for each in reversed(rows) if each["parent"] == row["name"]]
+    return found
 
 
 def snapshot(view: Json) -> str:
@@ -84,12 +97,22 @@ def snapshot(view: Json) -> str:
     lines = ["  ".join(head)]
     lines += [view["description"]] if view["description"] else []
     lines += [f"after snapshot {view['parent']}"] if view["parent"] else []
+    lines += [f"before snapshot {', '.join(view['children'])}"] if view["children"] else []
     for disk in view["disks"]:
         lines += ["", disk["target"], f"  {disk['source']}  {disk['format']}"]
         lines.append(f"  <- {disk['backing']}  {disk['backing_format']}")
         lines += [f"  => {_mirror(disk['mirror'])}"] if disk["mirror"] else []
     lines += _left_out(view)
-    return "\n".join(lines)
+    return with_notes(view, "\n".join(lines))
+
+
+def with_notes(view: Json, text: str) -> str:
+    """A text, and below it what to know."""
+    return "\n".join([text, *_notes(view)])
+
+
+def _notes(view: Json) -> list[str]:
+    return [f"note: {note}" for note in view.get("notes", ())]
 
 
 def _left_out(view: Json) -> list[str]:
@@ -100,25 +123,38 @@ def plan(view: Json) -> str:
     """--dry-run."""
     steps = [f"{number:3}  {step}" for number, step in enumerate(view["steps"], 1)]
     return "\n".join(
-        [f"{view['domain']}: {view['operation']}; nothing has been done. The steps:", *steps, *_left_out(view)]
+        [
+            f"{view['domain']}: {view['operation']}; nothing has been done. The steps:",
+            *steps,
+            *_left_out(view),
+            *_notes(view),
+        ]
     )
 
 
 def started(view: Json) -> str:
     """`copy` without --wait."""
     job, disk = view["domain"], view["disk"]
-    return (
+    text = (
         f"{job}: copying {disk} to {view['dest']} ({view['format']}, operation {view['operation']}). It goes on by itself:\n"
         f"  blockferry job list {job}          how far it is\n"
         f"  blockferry job pivot {job} {disk}     the guest goes on on the copy, once it is ready\n"
         f"  blockferry job finish {job} {disk}    the copy becomes an image of one instant\n"
         f"  blockferry job cancel {job} {disk}    stop it"
     )
+    return with_notes(view, text)
+
+
+def started_chain(view: Json) -> str:
+    """`rebase` and `commit`."""
+    what = view["type"].removeprefix("active-")
+    text = f"{view['domain']}: {what} of {view['disk']} into {view['dest']} (operation {view['operation']})"
+    return with_notes(view, text)
 
 
 def _amounts(job: Json) -> tuple[str, str, str]:
     """How far a job is; of one that has ended QEMU tells nothing any more."""
-    if job["state"] not in ("copying", "ready"):
+    if job["state"] not in ("copying", "ready", "running"):
         return "-", "-", "-"
     limit = rate(job["speed"]) if job["speed"] else "no limit"
     return percent(job["current"], job["total"]), f"{size(job['current'])} of {size(job['total'])}", limit
@@ -129,6 +165,7 @@ def jobs(view: Json) -> str:
     rows = [
         [
             job["disk"],
+            job["type"],
             paint(job["state"]),
             *_amounts(job),
             job["dest"],
@@ -136,8 +173,8 @@ def jobs(view: Json) -> str:
         ]
         for job in view["jobs"]
     ]
-    heading = ("DISK", "STATE", "DONE", "BYTES", "LIMIT", "DESTINATION", "")
-    return table(rows, heading) or f"{view['domain']} has no copies or mirrors"
+    heading = ("DISK", "JOB", "STATE", "DONE", "BYTES", "LIMIT", "DESTINATION", "")
+    return table(rows, heading) or f"{view['domain']} has no jobs"
 
 
 def progress(data: Json) -> str:

@@ -77,6 +77,26 @@ def _is_qdev(text: str) -> bool:
     return text.startswith("/machine/")  # the path of a device without an id, as QEMU writes it
 
 
+class Size(click.ParamType["int"]):
+    """Bytes: 65536, 64K, 1M; powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it."""
+        count = value if isinstance(value, int) else read_bytes(str(value))
+        if count is None:
+            self.fail(f"{value!r} is no number of bytes, such as 65536, 64K or 1M.", param, ctx)
+        return count
+
+
+def read_bytes(text: str) -> int | None:
+    """How many bytes `50M`, `1.5G`, `512KiB` or `1048576` are; None for what is no number."""
+    text = text.strip().upper().removesuffix("IB").removesuffix("B")
+    number, power = (text[:-1], "KMGT".index(text[-1]) + 1) if text[-1:] in set("KMGT") else (text, 0)
+    return int(float(number) * 1024**power) if number.replace(".", "", 1).isdecimal() else None
+
+
 class Rate(click.ParamType["int"]):
     """Bytes per second: 0, 1048576, 512K, 50M, 1.5G; powers of 1024."""
 
@@ -84,10 +104,7 @@ class Rate(click.ParamType["int"]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read it."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().upper().removesuffix("/S").removesuffix("IB").removesuffix("B")
-        number, power = (text[:-1], "KMGT".index(text[-1]) + 1) if text[-1:] in set("KMGT") else (text, 0)
-        if not number.replace(".", "", 1).isdecimal():
+        count = value if isinstance(value, int) else read_bytes(str(value).strip().upper().removesuffix("/S"))
+        if count is None:
             self.fail(f"{value!r} is not a rate: bytes per second, such as 50M, 1G, or 0 for no limit.", param, ctx)
-        return int(float(number) * 1024**power)
+        return count

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TextIO
 
 import click
 
 from blockferry.interfaces.cli import render
 from blockferry.interfaces.cli.names import disks, domain_argument, snapshots
-from blockferry.interfaces.cli.session import Session, absolute, disk_name, examples, json_option
+from blockferry.interfaces.cli.session import Session, Stopped, absolute, disk_name, examples, json_option
 from blockferry.interfaces.cli.wire import Json
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete
+
+MODES = ("existing", "absolute", "relative", "none")
 
 
 @click.group(
@@ -26,6 +29,7 @@ def snapshot() -> None:
         "blockferry snapshot create vm1 before --atomic",
         "blockferry snapshot create vm1 move --disk vda=/src/snap.img --mirror vda=/dest/snap.img",
         "blockferry snapshot create vm1 --xml snapshot.xml --dry-run",
+        "blockferry snapshot create vm1 ours --disk vda=/src/made.qcow2 --reuse-ext",
     ),
 )
 @domain_argument
@@ -33,7 +37,11 @@ def snapshot() -> None:
 @click.option("--xml", type=click.File("r", encoding="utf-8"), help="A <domainsnapshot>; - reads it from stdin.")
 @click.option("--disk", "named", multiple=True, metavar="TARGET[=FILE]", shell_complete=disks, help="Take only these.")
 @click.option("--mirror", "mirrors", multiple=True, metavar="TARGET=FILE", help="Mirror the disk's writes to FILE.")
+@click.option("--mirror-backing", "backings", multiple=True, metavar="TARGET=FILE", help="What the mirror backs onto.")
+@click.option("--mode", "modes", multiple=True, metavar="TARGET=MODE", help=f"What headers say: {', '.join(MODES)}.")
 @click.option("--atomic", is_flag=True, help="All disks at one instant, or nothing is changed.")
+@click.option("--reuse-ext", is_flag=True, help="Take files that are there, overlays of the present images; --atomic.")
+@click.option("--no-metadata", is_flag=True, help="Don't remember the snapshot, only switch to the new images.")
 @click.option("--description", metavar="TEXT", help="Free text.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
 @json_option
@@ -46,7 +54,11 @@ def create(
     xml: TextIO | None,
     named: tuple[str, ...],
     mirrors: tuple[str, ...],
+    backings: tuple[str, ...],
+    modes: tuple[str, ...],
     atomic: bool,
+    reuse_ext: bool,
+    no_metadata: bool,
     description: str | None,
     dry_run: bool,
 ) -> None:
@@ -55,31 +67,54 @@ def create(
     With --disk only those disks (and mirrored ones) take part, else all that the guest can write to. With --mirror the guest
     writes to the snapshot's image and to FILE from then on, until `snapshot delete`.
     """
-    if xml is not None and (named or mirrors):
-        raise click.UsageError("--xml says itself which disks take part: leave out --disk and --mirror.")
-    what: Json = {"wish": _wish(snap, description, named, mirrors)}
+    if xml is not None and (named or mirrors or backings or modes):
+        raise click.UsageError(
+            "--xml says itself what is done with which disk: leave out --disk, --mirror, --mirror-backing and --mode."
+        )
+    what: Json = {"wish": {"name": snap, "description": description, **_disks(named, mirrors, backings, modes)}}
     if xml is not None:
         what = {"xml": xml.read(), "name": snap, "description": description}
-    flags = int(SnapshotCreate.ATOMIC) if atomic else 0
+    flags = (
+        SnapshotCreate.ATOMIC * (atomic or reuse_ext)
+        | SnapshotCreate.REUSE_EXT * reuse_ext
+        | SnapshotCreate.NO_METADATA * no_metadata
+    )
     render_it = render.plan if dry_run else render.snapshot
-    session.answer(render_it, "snapshot-create", domain=name, flags=flags, dry_run=dry_run, **what)
+    session.answer(render_it, "snapshot-create", domain=name, flags=int(flags), dry_run=dry_run, **what)
 
 
-def _wish(snap: str | None, description: str | None, named: tuple[str, ...], mirrors: tuple[str, ...]) -> Json:
-    """A SnapshotWish, as JSON."""
+def _disks(named: tuple[str, ...], mirrors: tuple[str, ...], backings: tuple[str, ...], modes: tuple[str, ...]) -> Json:
+    """The disks of a SnapshotWish, as JSON."""
     disks: dict[str, Json] = {}
     for text in named:
         target, separator, file = text.partition("=")
         if disk_name(target) in disks or not target or (separator and not file):
             raise click.BadParameter(f"{text!r} is not TARGET or TARGET=FILE, once a disk.", param_hint="--disk")
         disks[disk_name(target)] = {"name": disk_name(target), **({"file": absolute(file)} if file else {})}
-    for text in mirrors:
-        target, _, file = text.partition("=")
-        disk = disks.setdefault(disk_name(target), {"name": disk_name(target)})
-        if not target or not file or "mirror" in disk:
-            raise click.BadParameter(f"{text!r} is not TARGET=FILE, once a disk.", param_hint="--mirror")
-        disk["mirror"] = {"file": absolute(file)}
-    return {"name": snap, "description": description, "disks": list(disks.values()), "only_these": bool(named)}
+    for target, file in _pairs(mirrors, "--mirror", "FILE"):
+        disks.setdefault(target, {"name": target})["mirror"] = {"file": absolute(file)}
+    for target, file in _pairs(backings, "--mirror-backing", "FILE"):
+        if "mirror" not in disks.get(target, {}):
+            raise click.BadParameter(
+                f"{target} has no --mirror that could back onto it.", param_hint="--mirror-backing"
+            )
+        disks[target]["mirror"]["backing"] = absolute(file)
+    for target, mode in _pairs(modes, "--mode", "MODE"):
+        if mode not in MODES:
+            raise click.BadParameter(f"{mode!r} is none of {', '.join(MODES)}.", param_hint="--mode")
+        disks.setdefault(target, {"name": target})["mode"] = mode
+    return {"disks": list(disks.values()), "only_these": bool(named)}
+
+
+def _pairs(texts: tuple[str, ...], option: str, what: str) -> Iterator[tuple[str, str]]:
+    """The two halves of each TARGET=..., once a disk."""
+    seen: set[str] = set()
+    for text in texts:
+        target, _, value = text.partition("=")
+        if not target or not value or disk_name(target) in seen:
+            raise click.BadParameter(f"{text!r} is not TARGET={what}, once a disk.", param_hint=option)
+        seen.add(disk_name(target))
+        yield disk_name(target), value
 
 
 @snapshot.command("list", epilog=examples("blockferry snapshot list vm1"))
@@ -107,15 +142,21 @@ def show(session: Session, name: str, snap: str, xml: bool) -> None:
 @snapshot.command(
     "delete",
     epilog=examples(
-        "blockferry snapshot delete vm1 move --reopen-mirror", "blockferry snapshot delete vm1 before --metadata"
+        "blockferry snapshot delete vm1 before",
+        "blockferry snapshot delete vm1 move --reopen-mirror",
+        "blockferry snapshot delete vm1 before --metadata",
     ),
 )
 @domain_argument
 @click.argument("snap", shell_complete=snapshots)
+@click.option("--merge", is_flag=True, help="Merge its images down into what they back onto: the default.")
+@click.option("--children", is_flag=True, help="Merge its descendants with it.")
+@click.option("--children-only", is_flag=True, help="Merge its descendants alone.")
 @click.option("--reopen-mirror", is_flag=True, help="The guest goes on on the mirrors, all at one instant or none.")
 @click.option("--remove-mirror", is_flag=True, help="The mirrors are dropped; the guest stays on its images.")
 @click.option("--metadata", is_flag=True, help="Only forget the snapshot; its images stay as they are.")
 @click.option("--timeout", type=float, metavar="SEC", help="For the mirrors to be ready; 60 unless told.")
+@click.option("--dry-run", is_flag=True, help="Print the steps of a merge, and do nothing.")
 @json_option
 @click.pass_obj
 def delete(
@@ -123,20 +164,41 @@ def delete(
     *,
     name: str,
     snap: str,
+    merge: bool,
+    children: bool,
+    children_only: bool,
     reopen_mirror: bool,
     remove_mirror: bool,
     metadata: bool,
     timeout: float | None,
+    dry_run: bool,
 ) -> None:
-    """Delete a snapshot, and say what becomes of its mirrors."""
-    if reopen_mirror + remove_mirror + metadata > 1:
-        raise click.UsageError("Only one of --reopen-mirror, --remove-mirror and --metadata can be done.")
+    """Delete a snapshot: merge it, forget it, or go over to its mirrors.
+
+    A merge writes what its images hold down into the images under them, and removes its files: nothing that the guest sees
+    changes. It costs what was written since the snapshot. Ctrl-C ends the command, not the merge.
+    """
+    if children + children_only + reopen_mirror + remove_mirror + metadata > 1 or (merge and metadata + reopen_mirror):
+        raise click.UsageError(
+            "Only one of --merge, --children, --children-only, --reopen-mirror, --remove-mirror and --metadata can be done."
+        )
+    if dry_run and reopen_mirror + remove_mirror + metadata:
+        raise click.UsageError("--dry-run is for a merge.")
     flags = (
-        SnapshotDelete.REOPEN_MIRROR * reopen_mirror
+        SnapshotDelete.CHILDREN * children
+        | SnapshotDelete.CHILDREN_ONLY * children_only
+        | SnapshotDelete.REOPEN_MIRROR * reopen_mirror
         | SnapshotDelete.REMOVE_MIRROR * remove_mirror
         | SnapshotDelete.METADATA_ONLY * metadata
     )
-    session.answer(render.done, "snapshot-delete", domain=name, snapshot=snap, flags=int(flags), timeout=timeout)
+    wish = {"domain": name, "snapshot": snap, "flags": int(flags), "timeout": timeout}
+    if dry_run:
+        session.answer(render.plan, "snapshot-delete", dry_run=True, **wish)
+        return
+    try:
+        session.answer(render.done, "snapshot-delete", **wish)
+    except KeyboardInterrupt:
+        raise Stopped(f"it was asked for and goes on; `blockferry job list {name}` shows how far it is.") from None
 
 
 COMMANDS = {"snapshot": snapshot}

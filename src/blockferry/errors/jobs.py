@@ -1,0 +1,82 @@
+"""Block jobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blockferry.errors.tree import Failed, Refused
+
+
+@dataclass(eq=False)
+class NoSuchJob(Refused):
+    """The disk has no job of ours."""
+
+    domain: str
+    disk: str
+    code = "no-such-job"
+    exit_status = 50
+    template = "{domain}: disk {disk} has no copy or mirror. `blockferry job list {domain}` shows those that there are."
+
+
+@dataclass(eq=False)
+class JobNotReady(Refused):
+    """A mirror has not caught up within the time-out."""
+
+    domain: str
+    disk: str
+    seconds: float
+    state: str
+    code = "job-not-ready"
+    exit_status = 51
+    template = (
+        "{domain}: the mirror of {disk} is not ready after {seconds:g} s ({state}); it goes on. Wait longer with "
+        "--timeout, see `blockferry job list {domain}`, or cancel it with `blockferry job cancel {domain} {disk}`."
+    )
+
+
+@dataclass(eq=False)
+class JobLost(Failed):
+    """A job ended with an error or vanished."""
+
+    domain: str
+    disk: str
+    reason: str
+    code = "job-lost"
+    exit_status = 52
+    template = (
+        "{domain}: the mirror of {disk} was lost: {reason}. The guest goes on on its source; the destination is not a "
+        "copy of it."
+    )
+
+
+@dataclass(eq=False)
+class JobFailed(Failed):
+    """A commit, rebase or merge ended without having done what it was to do."""
+
+    domain: str
+    disk: str
+    what: str
+    reason: str
+    code = "job-failed"
+    exit_status = 53
+    template = (
+        "{domain}: the {what} of {disk} has not been done: {reason}. The guest goes on on the image that it was on, and its "
+        "chain is whole: `blockferry show {domain}` shows it. It can be started again."
+    )
+
+
+@dataclass(eq=False)
+class RebaseElsewhere(Refused):
+    """A rebase of a disk that is being copied onto another base."""
+
+    domain: str
+    disk: str
+    dest: str
+    base: str
+    asked: str
+    code = "rebase-elsewhere"
+    exit_status = 54
+    template = (
+        "{domain}: disk {disk} is being copied to {dest}, which backs onto {base}; a rebase onto {asked} can't join that "
+        "copy. Cancel it first (`blockferry job cancel {domain} {disk}`), or ask for the same base. Nothing was done."
+    )

@@ -1,0 +1,112 @@
+"""Block jobs of ours, with all that is needed to go on with them after a restart: mirrors, and jobs on a chain."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+JobEnd = Literal["active", "done", "pivoted", "finished", "cancelled", "removed", "lost"]
+
+
+class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="mirror"):
+    """A mirror or copy that was started.
+
+    Attributes:
+        domain: its domain's name.
+        target: the disk's.
+        operation: the operation that started it.
+        snapshot: the snapshot that it belongs to; None for a block copy.
+        job: QEMU's job id.
+        source_node: the node that is mirrored.
+        source: the source's file.
+        device: what QEMU is given as the job's device: the topmost filter above the source, when there is one; None for
+            the source's node itself.
+        node: the destination's format node.
+        file_node: the destination's protocol node.
+        filter_node: the filter that QEMU puts above the source while it runs.
+        file: the destination's path or URI.
+        format: the destination's format.
+        backing: what the destination backs onto; None when it stands alone.
+        backing_format: its format.
+        options: more arguments of blockdev-mirror (granularity, buf-size, copy-mode).
+        state: `active` until it ended; then how.
+        reason: why it was lost or removed, in QEMU's own words where there are any.
+    """
+
+    domain: str
+    target: str
+    operation: int
+    job: str
+    source_node: str
+    source: str
+    node: str
+    file_node: str
+    filter_node: str
+    file: str
+    format: str
+    device: str | None = None
+    snapshot: str | None = None
+    backing: str | None = None
+    backing_format: str | None = None
+    options: dict[str, Any] = {}
+    state: JobEnd = "active"
+    reason: str | None = None
+
+    @property
+    def type(self) -> str:
+        """What people call it."""
+        return "copy" if self.snapshot is None else "mirror"
+
+
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
+    """One image of a chain, by its node of this QEMU process."""
+
+    node: str
+    file: str
+    format: str
+
+
+class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="chain"):
+    """A commit or stream that was started: a job that moves data within a backing chain.
+
+    Until it has ended the old chain is whole: what a commit writes below is what lies above it anyway.
+
+    Attributes:
+        domain: its domain's name.
+        target: the disk's.
+        operation: the operation that started it.
+        job: QEMU's job id.
+        type: `commit` of layers under the active image, `active-commit` with it (the guest goes over to the base),
+            `rebase` (a stream into the active image), `fill` (a stream into the destination of a copy).
+        top: a commit's topmost layer; the image that a stream writes to.
+        base: what a commit writes to, and what is to be under the disk or under `top`; None for a stream of all.
+        above: the node whose backing becomes the base: the overlay of a commit's top, or a stream's own image; None
+            for an active commit.
+        leaving: the layers that are in the chain no more, top first.
+        remove_files: whether the files of those are removed then.
+        deletes: snapshots that a delete with merge is about.
+        then: the mirror that is started after a fill.
+        speed: bytes per second, 0 for no limit; for `then`.
+        state: `active` until it ended; then how.
+        reason: why it was lost, in QEMU's own words where there are any.
+    """
+
+    domain: str
+    target: str
+    operation: int
+    job: str
+    type: Literal["commit", "active-commit", "rebase", "fill"]
+    top: Layer
+    base: Layer | None
+    above: str | None = None
+    leaving: tuple[Layer, ...] = ()
+    remove_files: bool = False
+    deletes: tuple[str, ...] = ()
+    then: Mirror | None = None
+    speed: int = 0
+    state: JobEnd = "active"
+    reason: str | None = None
+
+
+BlockJob = Mirror | ChainJob

@@ -1,0 +1,425 @@
+"""Planning jobs on backing chains: rebase, commit, the merge of deleted snapshots, and what follows when one ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from blockferry import errors
+from blockferry.model.blockjob import ChainJob, Layer, Mirror
+from blockferry.model.domain import Observation
+from blockferry.model.flags import BlockCommit, BlockRebase, require_flags
+from blockferry.model.graph import Disk, Graph, Image
+from blockferry.model.request import Commit, Rebase
+from blockferry.model.snapshot import Snapshot
+from blockferry.plan.copy import image_below
+from blockferry.plan.destinations import same_file
+from blockferry.plan.disks import find_disk, require_suitable
+from blockferry.plan.history import after_commit, descendants
+from blockferry.plan.plan import Names, Plan, Record, Window
+from blockferry.plan.steps import (
+    CompleteJobs,
+    DismissJobs,
+    DropFile,
+    FinalizeJobs,
+    RemoveNode,
+    RequireBacking,
+    RequireReady,
+    RequireRoots,
+    Resume,
+    StartCommit,
+    StartMirror,
+    StartStream,
+    Step,
+    Stop,
+    SyncFiles,
+)
+
+
+def joined(domain: str, seen: Observation, request: Rebase, mirrors: tuple[Mirror, ...]) -> Mirror | None:
+    """The copy that a rebase of its disk joins: the one that works, onto the same base. None where there is none.
+
+    Once the guest has gone over to the copy its chain is the one that the rebase was to make.
+
+    Raises:
+        RebaseElsewhere: the copy is onto another base.
+    """
+    disk = find_disk(domain, seen, request.disk)
+    copy = next((m for m in mirrors if m.target == disk.target and m.state == "active"), None)
+    if copy is None:
+        return None
+    if copy.snapshot is None and (
+        request.base == copy.backing or (request.base and copy.backing and same_file(request.base, copy.backing))
+    ):
+        return copy
+    raise errors.RebaseElsewhere(
+        domain=domain,
+        disk=disk.target,
+        dest=copy.file,
+        base=copy.backing or "no base",
+        asked=request.base or "no base",
+    )
+
+
+def plan_rebase(domain: str, seen: Observation, request: Rebase, *, names: Names, operation: int) -> Plan:
+    """The plan of starting a stream into a disk's active image.
+
+    Raises:
+        Refused: any of its kinds, with nothing done.
+    """
+    require_flags("block_rebase", BlockRebase(request.flags), BlockRebase.BANDWIDTH_BYTES)
+    disk = find_disk(domain, seen, request.disk)
+    require_suitable(domain, disk, seen)
+    base = image_below(disk, request.base) if request.base is not None else None
+    leaving = disk.chain[1 : disk.chain.index(base)] if base is not None else disk.chain[1:]
+    if not leaving:
+        onto = f"it backs onto {base.file} already" if base is not None else "it has no backing file"
+        raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=onto)
+    if disk.active.format == "raw":
+        raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason="its image is raw and backs onto nothing")
+    job = ChainJob(
+        domain=domain,
+        target=disk.target,
+        operation=operation,
+        job=names.of(disk.target, "r"),
+        type="rebase",
+        top=_layer(disk.active),
+        base=_layer(base) if base is not None else None,
+        above=disk.active.node,
+        leaving=tuple(_layer(image) for image in leaving),
+        speed=request.bandwidth,
+    )
+    start = StartStream(
+        job=job.job,
+        device=disk.filtered or disk.active.node,
+        base=base.node if base is not None else None,
+        backing_file=base.file if base is not None else None,
+        filter_node=f"{job.job}t",
+        speed=request.bandwidth,
+    )
+    return Plan(
+        what="rebase",
+        text=f"rebase {disk.target} onto {base.file if base is not None else 'nothing: it holds everything itself'}",
+        prepare=(start,),
+        record=Record(authoritative={disk.target: disk.active.file}, jobs=(job,)),
+        notes=(f"left as they are: {', '.join(layer.file for layer in job.leaving)}",),
+    )
+
+
+def plan_commit(
+    domain: str, seen: Observation, request: Commit, snapshots: tuple[Snapshot, ...], *, names: Names, operation: int
+) -> Plan:
+    """The plan of starting a commit.
+
+    Raises:
+        Refused: any of its kinds, with nothing done.
+    """
+    flags = BlockCommit(request.flags)
+    carried_out = BlockCommit.SHALLOW | BlockCommit.DELETE | BlockCommit.ACTIVE | BlockCommit.BANDWIDTH_BYTES
+    require_flags("block_commit", flags, carried_out)
+    disk = find_disk(domain, seen, request.disk)
+    require_suitable(domain, disk, seen)
+    top = disk.active if _is_active(disk, request.top) else image_below(disk, str(request.top))
+    rest = disk.chain[disk.chain.index(top) + 1 :]
+    if not rest:
+        raise errors.DiskUnsuitable(
+            domain=domain, disk=disk.target, reason=f"{top.file} backs onto nothing that it could be written into"
+        )
+    if request.base is not None and flags & BlockCommit.SHALLOW:
+        raise errors.BadRequest(reason="SHALLOW says which base, and a base was named as well: say one")
+    if request.base is None:
+        base = rest[0] if flags & BlockCommit.SHALLOW else rest[-1]
+    else:
+        base = image_below(disk, request.base)
+        if base not in rest:
+            raise errors.ImageUnsuitable(path=request.base, reason=f"it is not under {top.file}")
+    job = _commit(
+        domain, seen, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE)
+    )
+    job = msgspec.structs.replace(job, speed=request.bandwidth)
+    _changed, forgotten = after_commit(snapshots, job)
+    return Plan(
+        what="commit",
+        text=f"commit {_span(job)} of {disk.target} into {base.file}",
+        prepare=(_start(job, disk),),
+        record=Record(authoritative={disk.target: disk.active.file}, jobs=(job,)),
+        notes=tuple(f"snapshot {name} will be no more: what it kept is written over" for name in forgotten),
+    )
+
+
+def plan_merge(
+    domain: str,
+    seen: Observation,
+    snapshot: Snapshot,
+    snapshots: tuple[Snapshot, ...],
+    *,
+    names: Names,
+    operation: int,
+    children: bool = False,
+    only_children: bool = False,
+) -> Plan:
+    """The plan of deleting a snapshot by merging its overlays down: O(what was written since), one job a disk.
+
+    Args:
+        domain: its name.
+        seen: the domain as observed.
+        snapshot: the one that is deleted.
+        snapshots: all of the domain's.
+        names: of nodes and jobs.
+        operation: its number.
+        children: whether its descendants are deleted with it.
+        only_children: or they alone.
+
+    Raises:
+        Refused: any of its kinds, with nothing done.
+    """
+    below = descendants(snapshot.name, snapshots)
+    doomed = below if only_children else (snapshot, *below) if children else (snapshot,)
+    if not doomed:
+        raise errors.SnapshotNotMergeable(domain=domain, snapshot=snapshot.name, reason="it has no children")
+    jobs: list[ChainJob] = []
+    starts: list[Step] = []
+    for target in dict.fromkeys(disk.target for each in doomed for disk in each.disks):
+        disk = find_disk(domain, seen, target)
+        require_suitable(domain, disk, seen)
+        top, base = _merged_span(domain, disk, doomed)
+        job = _commit(domain, seen, disk, top, base, names=names, operation=operation, remove=True)
+        jobs.append(msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed)))
+        starts.append(_start(jobs[-1], disk))
+    which = ", ".join(each.name for each in doomed)
+    return Plan(
+        what="delete",
+        text=f"delete snapshot {which}: " + "; ".join(f"merge {_span(job)} into {_base(job).file}" for job in jobs),
+        prepare=tuple(starts),
+        record=Record(
+            authoritative={job.target: find_disk(domain, seen, job.target).active.file for job in jobs},
+            jobs=tuple(jobs),
+        ),
+    )
+
+
+def _merged_span(domain: str, disk: Disk, doomed: tuple[Snapshot, ...]) -> tuple[Image, Image]:
+    """The layers of a disk that go: from the topmost overlay of these snapshots to the image under their lowest."""
+    indexes: list[int] = []
+    for snapshot in doomed:
+        for kept in snapshot.disks:
+            if kept.target != disk.target:
+                continue
+            index = next((i for i, image in enumerate(disk.chain) if same_file(image.file, kept.file)), None)
+            if index is None:
+                reason = f"{kept.file} is not in the chain of {disk.target} any more"
+            elif index + 1 >= len(disk.chain) or not same_file(disk.chain[index + 1].file, kept.backing):
+                reason = f"{kept.file} does not back onto {kept.backing} any more"
+            else:
+                indexes.append(index)
+                continue
+            raise errors.SnapshotNotMergeable(domain=domain, snapshot=snapshot.name, reason=reason)
+    indexes.sort()
+    if indexes != list(range(indexes[0], indexes[-1] + 1)):
+        between = next(i for i in range(indexes[0], indexes[-1]) if i not in indexes)
+        raise errors.SnapshotNotMergeable(
+            domain=domain,
+            snapshot=doomed[0].name,
+            reason=f"{disk.chain[between].file}, which is of none of these snapshots, lies between: one at a time",
+        )
+    return disk.chain[indexes[0]], disk.chain[indexes[-1] + 1]
+
+
+def _commit(
+    domain: str,
+    seen: Observation,
+    disk: Disk,
+    top: Image,
+    base: Image,
+    *,
+    names: Names,
+    operation: int,
+    remove: bool,
+) -> ChainJob:
+    first, last = disk.chain.index(top), disk.chain.index(base)
+    _require_unshared(domain, seen, disk, base)
+    if base.virtual_size != top.virtual_size:
+        # QEMU would grow the base, or cut the data off; neither was asked for.
+        raise errors.DiskUnsuitable(
+            domain=domain,
+            disk=disk.target,
+            reason=f"{base.file} has {base.virtual_size} bytes, and {top.file} has {top.virtual_size}",
+        )
+    return ChainJob(
+        domain=domain,
+        target=disk.target,
+        operation=operation,
+        job=names.of(disk.target, "c"),
+        type="commit" if first else "active-commit",
+        top=_layer(top),
+        base=_layer(base),
+        above=disk.chain[first - 1].node if first else None,
+        leaving=tuple(_layer(image) for image in disk.chain[first:last]),
+        remove_files=remove,
+    )
+
+
+def _require_unshared(domain: str, seen: Observation, disk: Disk, base: Image) -> None:
+    """Refuse to write into an image that another disk stands on as well: that disk's data would change."""
+    for other in seen.disks:
+        if other.target != disk.target and any(same_file(image.file, base.file) for image in other.chain):
+            raise errors.DiskUnsuitable(
+                domain=domain,
+                disk=disk.target,
+                reason=f"{other.target} stands on {base.file} as well, which a commit would change",
+            )
+
+
+def _start(job: ChainJob, disk: Disk) -> StartCommit:
+    base = _base(job)
+    return StartCommit(
+        job=job.job,
+        device=disk.filtered or disk.active.node,
+        top=job.top.node,
+        base=base.node,
+        backing_file=base.file if job.above is not None else None,
+        filter_node=f"{job.job}t",
+        active=job.above is None,
+        speed=job.speed,
+    )
+
+
+def _base(job: ChainJob) -> Layer:
+    if job.base is None:
+        raise AssertionError(job)
+    return job.base
+
+
+def _is_active(disk: Disk, name: str | None) -> bool:
+    return name is None or same_file(name, disk.active.file)
+
+
+def _layer(image: Image) -> Layer:
+    return Layer(node=image.node, file=image.file, format=image.format)
+
+
+def _span(job: ChainJob) -> str:
+    return ", ".join(layer.file for layer in job.leaving)
+
+
+# --- what follows when a job has ended ------------------------------------------------------------------------
+
+
+def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
+    """What follows a job that is pending, ready or concluded without an error.
+
+    Args:
+        seen: the domain as observed.
+        job: the job.
+        snapshots: the domain's.
+    """
+    if job.type == "fill":
+        return _end_fill(job)
+    if job.type == "active-commit":
+        return _end_active_commit(seen, job, snapshots)
+    return _end_inside(seen, job, snapshots)
+
+
+def _end_fill(job: ChainJob) -> Plan:
+    """The destination holds what lay between: its mirror begins."""
+    mirror = job.then
+    if mirror is None:
+        raise AssertionError(job)
+    steps: tuple[Step, ...] = (
+        FinalizeJobs(jobs=(job.job,)),
+        RequireBacking(node=job.top.node, backing=job.base.node if job.base else None),
+        DismissJobs(jobs=(job.job,)),
+        StartMirror.of(mirror, "top", job.speed),
+    )
+    return Plan(
+        what="job-end",
+        text=f"the lower layers of {job.target} are in {job.top.file}: mirror the active one",
+        prepare=steps,
+        record=Record(authoritative={job.target: mirror.source}, jobs=(mirror,)),
+    )
+
+
+def _end_inside(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
+    """A commit below the active image, or a stream into it: the guest's image stays the same."""
+    active = job.top.file if job.type == "rebase" else _active_file(seen, job)
+    changed, forgotten = after_commit(snapshots, job) if job.type == "commit" else ((), ())
+    done: tuple[Step, ...] = (FinalizeJobs(jobs=(job.job,)),)
+    if job.type == "rebase":
+        # The image's header names its new backing from the finalize on: what was pulled in has to be on disk by then,
+        # or QEMU killed in between loses it. `stop` flushes every image.
+        done = (SyncFiles(paths=(job.top.file,)), *done)
+    if job.above is not None:
+        done = (*done, RequireBacking(node=job.above, backing=job.base.node if job.base else None))
+    return Plan(
+        what="job-end",
+        text=f"the {job.type} of {job.target} has ended",
+        prepare=done,
+        record=Record(
+            authoritative={job.target: active},
+            changed=changed,
+            forget=forgotten,
+            ended={job.target: "done"},
+        ),
+        settle=(DismissJobs(jobs=(job.job,)), *_close(seen.graph, job.leaving), *_drop(job)),
+    )
+
+
+def _end_active_commit(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
+    """The guest goes over to the base, in a window: base and overlay are the same while it stands still."""
+    base = _base(job)
+    disk = seen.disk(job.target)
+    if disk is None:
+        raise errors.NoSuchDisk(domain=job.domain, disk=job.target, known="others")
+    changed, forgotten = after_commit(snapshots, job)
+    jobs = (job.job,)
+    window = Window(
+        ends_on="destination",
+        resume=seen.running,
+        disks=(),
+        steps=(
+            *([Stop()] if seen.running else []),
+            RequireReady(jobs=jobs),
+            CompleteJobs(jobs=jobs),
+            FinalizeJobs(jobs=jobs),
+            RequireRoots(roots={disk.backend: base.node}),
+        ),
+        commit=job,
+        backend=disk.backend,
+    )
+    return Plan(
+        what="job-end",
+        text=f"{job.target} goes over to {base.file}",
+        prepare=(SyncFiles(paths=tuple(f for f in (job.top.file, base.file) if f.startswith("/"))),),
+        window=window,
+        record=Record(
+            authoritative={job.target: base.file}, changed=changed, forget=forgotten, ended={job.target: "done"}
+        ),
+        settle=(
+            *([Resume()] if seen.running else []),
+            DismissJobs(jobs=jobs),
+            *_close(seen.graph, job.leaving),
+            *_drop(job),
+        ),
+    )
+
+
+def _active_file(seen: Observation, job: ChainJob) -> str:
+    disk = seen.disk(job.target)
+    return disk.active.file if disk is not None and disk.chain else job.top.file
+
+
+def _close(graph: Graph, leaving: Iterable[Layer]) -> list[Step]:
+    """Close the nodes that have left the chain, from the top; those that nobody named QEMU has freed by itself."""
+    steps: list[Step] = []
+    for layer in leaving:
+        name: str | None = layer.node
+        while name is not None:
+            if not name.startswith("#"):
+                steps.append(RemoveNode(node=name, if_unused=True))
+            name = graph.child(name, "file")
+    return steps
+
+
+def _drop(job: ChainJob) -> list[Step]:
+    return [DropFile(path=layer.file) for layer in job.leaving if job.remove_files and layer.file.startswith("/")]

@@ -1,0 +1,182 @@
+"""Judging the files that a request is to write to: new ones, existing ones, block devices. Nothing is touched here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from blockferry import errors
+from blockferry.model.files import FileFact, ImageFact
+from blockferry.model.graph import Node
+
+# A new qcow2 with a backing file takes three clusters of 64 KiB; a fourth comes with its first write.
+NEW_OVERLAY_BYTES = 4 * 64 * 1024
+_KINDS = {"directory": "it is a directory", "other": "it is neither a file nor a block device"}
+
+
+class Files(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of the files that a request names.
+
+    Attributes:
+        facts: by path, as asked for.
+        images: by path, the header and the chain of images that are there already.
+        users: real path -> the domain and disk that has it open, of all domains that are attached.
+    """
+
+    facts: Mapping[str, FileFact]
+    images: Mapping[str, tuple[ImageFact, ...]] = {}
+    users: Mapping[str, str] = {}
+
+
+class Room:
+    """Adds up what goes onto each file system, and refuses what does not fit."""
+
+    def __init__(self) -> None:
+        self._needed: dict[int, int] = {}
+
+    def take(self, fact: FileFact, needed: int) -> None:
+        """Reserve `needed` bytes where the file is.
+
+        Raises:
+            NoRoom: with the sum of all that is to go there.
+        """
+        if fact.kind == "block":
+            if needed > fact.size:
+                raise errors.NoRoom(path=fact.path, needed=needed, available=fact.size)
+            return
+        total = self._needed.get(fact.device, 0) + needed
+        self._needed[fact.device] = total
+        # What it takes up already is written over.
+        if total - fact.allocated > fact.free:
+            raise errors.NoRoom(path=fact.path, needed=total - fact.allocated, available=fact.free)
+
+
+class Apart:
+    """Sees to it that no two images of a request are one file."""
+
+    def __init__(self) -> None:
+        self._real: set[str] = set()
+
+    def add(self, fact: FileFact) -> None:
+        """Take a file.
+
+        Raises:
+            DuplicateFile: it was taken before, under whichever name.
+        """
+        if fact.real in self._real:
+            raise errors.DuplicateFile(path=fact.path)
+        self._real.add(fact.real)
+
+
+def require_new(fact: FileFact, users: Mapping[str, str]) -> None:
+    """Refuse a destination that exists as a regular file or can't be written; a block device always exists.
+
+    Raises:
+        DestinationExists: a file is there.
+        DestinationUnusable: with the reason, or the system's words.
+    """
+    if fact.kind == "file":
+        raise errors.DestinationExists(path=fact.path)
+    if fact.kind in _KINDS:
+        raise errors.DestinationUnusable(path=fact.path, reason=fact.problem or _KINDS[fact.kind])
+    if fact.problem:
+        raise errors.DestinationUnusable(path=fact.path, reason=fact.problem)
+    require_unused(fact, users)
+
+
+def require_existing(fact: FileFact, users: Mapping[str, str]) -> None:
+    """Refuse what is to be used as it is and is not there, no image, or used by somebody.
+
+    Raises:
+        ImageUnsuitable: with the reason.
+    """
+    if fact.kind == "absent":
+        raise errors.ImageUnsuitable(path=fact.path, reason="it does not exist, and existing files were asked for")
+    if fact.kind in _KINDS:
+        raise errors.ImageUnsuitable(path=fact.path, reason=_KINDS[fact.kind])
+    require_unused(fact, users)
+
+
+def require_unused(fact: FileFact, users: Mapping[str, str]) -> None:
+    """Refuse an image that somebody has open.
+
+    Raises:
+        ImageUnsuitable: with who it is, where that is known.
+    """
+    user = users.get(fact.real)
+    if user is not None:
+        raise errors.ImageUnsuitable(path=fact.path, reason=f"it is in use: {user}")
+    if fact.used:
+        raise errors.ImageUnsuitable(path=fact.path, reason="it is in use: a QEMU or qemu-img holds a lock on it")
+
+
+def require_image(chain: tuple[ImageFact, ...], path: str, image_format: str, size: int) -> ImageFact:
+    """The header of an existing image, if it is what was said of it; what QEMU does not check is checked here.
+
+    Args:
+        chain: the image and what it backs onto, as far as it could be followed.
+        path: its path.
+        image_format: what it is to be.
+        size: what its virtual size is to be, in bytes. QEMU takes another one and gives the guest a disk of that size.
+
+    Raises:
+        ImageUnsuitable: with the reason.
+    """
+    if not chain:
+        raise errors.ImageUnsuitable(path=path, reason="it was not looked at")
+    head = chain[0]
+    if head.problem:
+        raise errors.ImageUnsuitable(path=path, reason=head.problem)
+    if head.virtual_size != size:
+        raise errors.ImageUnsuitable(
+            path=path, reason=f"its virtual size is {head.virtual_size} bytes, and the disk's is {size}"
+        )
+    if image_format == "qcow2" and head.backing is not None and head.backing_format is None:
+        raise errors.ImageUnsuitable(
+            path=path,
+            reason=f"its header names no format for its backing {head.backing}, and formats are never probed: "
+            f"`qemu-img rebase -u -b BACKING -F FORMAT` adds it",
+        )
+    return head
+
+
+def same_file(one: str, other: str) -> bool:
+    """Whether two names say the same image; links are resolved by whoever looked the files up."""
+    return one == other or os.path.normpath(one) == os.path.normpath(other)
+
+
+def file_options(fact: FileFact, like: Node) -> dict[str, Any]:
+    """How to open a destination's bytes (QAPI BlockdevOptions), with the cache mode of the image that it stands for.
+
+    discard=unmap here and on the format above it: holes stay holes, also in a raw file.
+    """
+    driver = "host_device" if fact.kind == "block" else "file"
+    return {"driver": driver, "filename": fact.path, "cache": cache_of(like), "discard": "unmap"}
+
+
+def cache_of(like: Node) -> dict[str, bool]:
+    """QAPI BlockdevCacheOptions as of a node."""
+    return {"direct": like.direct, "no-flush": like.no_flush}
+
+
+def owner_like(like: Node) -> str | None:
+    """The file whose owner and mode a new one gets: QEMU runs as whoever owns its images."""
+    return like.filename if like.driver == "file" else None
+
+
+def header_name(mode: str | None, backing: str, path: str) -> str | None:
+    """What an overlay's header calls its backing file.
+
+    Args:
+        mode: `absolute` (or None), `relative` to the overlay's directory, or `none`.
+        backing: the backing's absolute path or URI.
+        path: the overlay's.
+    """
+    if mode == "none":
+        return None
+    if mode == "relative" and backing.startswith("/"):
+        return os.path.relpath(backing, os.path.dirname(path))
+    return backing

@@ -1,0 +1,74 @@
+"""What becomes of the snapshots that are remembered when layers of a chain are merged."""
+
+from __future__ import annotations
+
+import msgspec
+
+from blockferry.model.blockjob import ChainJob
+from blockferry.model.snapshot import Snapshot, SnapshotDisk
+
+
+def descendants(name: str, snapshots: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:
+    """The snapshots that were taken on top of that one, and on top of those, oldest first."""
+    found: set[str] = {name}
+    below = []
+    for snapshot in snapshots:
+        if snapshot.parent in found and snapshot.name not in found:
+            found.add(snapshot.name)
+            below.append(snapshot)
+    return tuple(below)
+
+
+def children(name: str, snapshots: tuple[Snapshot, ...]) -> tuple[str, ...]:
+    """The names of the snapshots that were taken directly on top of that one."""
+    return tuple(snapshot.name for snapshot in snapshots if snapshot.parent == name)
+
+
+def after_commit(snapshots: tuple[Snapshot, ...], job: ChainJob) -> tuple[tuple[Snapshot, ...], tuple[str, ...]]:
+    """The snapshots that are others once a commit has ended, and those that are no more.
+
+    What a snapshot kept of a disk is the image under its overlay. Where that was written over, the snapshot keeps
+    nothing of the disk any more; where the overlay stays and what is under it was merged down, the same data is now in the
+    commit's base.
+    """
+    base, leaving = job.base, {layer.file for layer in job.leaving}
+    if base is None:
+        return (), ()
+    changed: dict[str, Snapshot] = {}
+    gone: dict[str, str | None] = {}
+    for snapshot in snapshots:
+        disks = tuple(
+            kept
+            for disk in snapshot.disks
+            if (kept := disk if disk.target != job.target else _merged(disk, base.file, base.format, leaving))
+        )
+        if not disks:
+            gone[snapshot.name] = snapshot.parent
+        elif disks != snapshot.disks:
+            changed[snapshot.name] = msgspec.structs.replace(snapshot, disks=disks)
+    for snapshot in snapshots:
+        parent = snapshot.parent
+        while parent in gone:
+            parent = gone[parent]
+        if snapshot.name not in gone and parent != snapshot.parent:
+            now = changed.get(snapshot.name, snapshot)
+            changed[snapshot.name] = msgspec.structs.replace(now, parent=parent)
+    return tuple(changed.values()), tuple(gone)
+
+
+def _merged(disk: SnapshotDisk, base: str, base_format: str, leaving: set[str]) -> SnapshotDisk | None:
+    """A snapshot's disk once these layers are merged into that base; None when what it kept is written over."""
+    if disk.file in leaving or disk.backing == base:
+        return None
+    if disk.backing in leaving:
+        return msgspec.structs.replace(disk, backing=base, backing_format=base_format)
+    return disk
+
+
+def after_forgetting(forgotten: Snapshot, snapshots: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:
+    """The snapshots that are others once that one is no more: its children become its parent's."""
+    return tuple(
+        msgspec.structs.replace(snapshot, parent=forgotten.parent)
+        for snapshot in snapshots
+        if snapshot.parent == forgotten.name
+    )

@@ -1,0 +1,113 @@
+"""The one door: a request comes in, a view goes out. One writer per domain; recovery before anything is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from blockferry.journal.journal import Journal
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.qemu.images import Images
+from blockferry.service.chains import Chains
+from blockferry.service.desk import Desk, Witness
+from blockferry.service.domains import Domains
+from blockferry.service.history import History
+from blockferry.service.jobs import Jobs
+from blockferry.service.snapshots import Snapshots
+
+__all__ = ["Service"]
+
+Door = Callable[[Any], Coroutine[Any, Any, view.View]]
+
+
+def _nobody(_when: str, _what: str) -> None:
+    pass
+
+
+class Service:
+    """What one state directory can do. Made by `open`; the caller holds the directory's lock.
+
+    Args:
+        desk: what its rooms share.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._history = History(desk)
+        self._doors = self._open_doors()
+
+    @classmethod
+    async def open(cls, state_dir: Path, *, witness: Witness = _nobody) -> Service:
+        """Open the journal, connect to the domains, and settle what was interrupted.
+
+        Args:
+            state_dir: an absolute path that exists and is ours.
+            witness: told before and after every durable write and QMP command; for logs and tests.
+
+        Raises:
+            StateDirUnusable: the journal can't be opened.
+        """
+        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness)
+        for record in desk.journal.domains():
+            desk.keepers[record.name] = desk.new_keeper(record.name)
+        service = cls(desk)
+        await service.submit(ask.Recover())
+        return service
+
+    def _open_doors(self) -> dict[type, Door]:
+        domains, snapshots = Domains(self._desk), Snapshots(self._desk)
+        jobs, chains = Jobs(self._desk), Chains(self._desk)
+        return {
+            ask.Attach: domains.attach,
+            ask.Detach: domains.detach,
+            ask.ListDomains: domains.list,
+            ask.ShowDomain: domains.show,
+            ask.CreateSnapshot: snapshots.create,
+            ask.ListSnapshots: snapshots.list,
+            ask.ShowSnapshot: snapshots.show,
+            ask.DeleteSnapshot: snapshots.delete,
+            ask.StartCopy: jobs.copy,
+            ask.ListJobs: jobs.list,
+            ask.PivotJobs: jobs.pivot,
+            ask.FinishJobs: jobs.finish,
+            ask.CancelJobs: jobs.cancel,
+            ask.SetJobSpeed: jobs.set_speed,
+            ask.Rebase: chains.rebase,
+            ask.Commit: chains.commit,
+            ask.ListEvents: self._history.list_events,
+            ask.ListOperations: self._history.list_operations,
+            ask.ShowOperation: self._history.show_operation,
+            ask.Recover: self._history.recover,
+        }
+
+    async def close(self) -> None:
+        """Let go of everything; guests and their jobs go on."""
+        self._desk.bus.close()
+        await asyncio.gather(*(keeper.close() for keeper in self._desk.keepers.values()))
+        self._desk.journal.close()
+
+    def has_work(self) -> bool:
+        """Whether there is something to watch: an operation, or a job that works."""
+        return any(keeper.in_flight or keeper.active() for keeper in self._desk.keepers.values())
+
+    async def submit(self, request: ask.Request) -> view.View:
+        """Do what is asked, and answer.
+
+        Raises:
+            BlockferryError: what happened, what state things are in, and what to do next.
+        """
+        return await self._doors[type(request)](request)
+
+    async def watch(self, domain: str | None, since: int | None) -> AsyncIterator[view.Event]:
+        """Events as they happen, progress among them; first the recorded ones after number `since`, if it is given."""
+        with self._desk.bus.listen() as queue:
+            last = self._desk.journal.last_event()
+            if since is not None:
+                for event in self._desk.journal.events(domain, since):
+                    yield event
+            while (heard := await queue.get()) is not None:
+                if (heard.seq == 0 or heard.seq > last) and domain in (None, heard.domain):
+                    yield heard

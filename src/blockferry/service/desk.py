@@ -1,0 +1,158 @@
+"""What every room of the service shares: the domains, and the one way to write to one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from blockferry import errors
+from blockferry.engine.bus import Bus
+from blockferry.engine.keeper import Keeper
+from blockferry.formats.names import path_flaw
+from blockferry.journal.journal import Journal
+from blockferry.model import view
+from blockferry.model.blockjob import Mirror
+from blockferry.model.domain import Observation
+from blockferry.model.snapshot import Snapshot
+from blockferry.plan.destinations import Files
+from blockferry.plan.plan import Names, Plan
+from blockferry.qemu.images import Images
+
+Witness = Callable[[str, str], None]
+
+
+class Desk:
+    """The domains of one state directory.
+
+    Args:
+        journal: the state directory's.
+        images: the host's image files.
+        witness: told of every QMP command.
+    """
+
+    def __init__(self, journal: Journal, images: Images, witness: Witness) -> None:
+        self.journal = journal
+        self.images = images
+        self.bus = Bus()
+        self.keepers: dict[str, Keeper] = {}
+        self._witness = witness
+
+    def new_keeper(self, name: str) -> Keeper:
+        """A keeper for a domain; the caller decides whether it is kept."""
+        return Keeper(name, self.journal, self.images, self.bus, self._witness)
+
+    def keeper(self, name: str) -> Keeper:
+        """The keeper of a domain.
+
+        Raises:
+            NoSuchDomain: none of that name is attached.
+        """
+        keeper = self.keepers.get(name)
+        if keeper is None:
+            raise errors.NoSuchDomain(domain=name)
+        return keeper
+
+    def say(self, kind: str, domain: str, **data: Any) -> None:
+        """Record an event and hand it on."""
+        event = view.Event(seq=0, time=time.time(), type=kind, domain=domain, data=data)
+        self.bus.publish((self.journal.put_event(event),))
+
+    @contextlib.asynccontextmanager
+    async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
+        """The domain to oneself, with everything of before settled, and how it is now."""
+        keeper = self.keeper(name)
+        async with keeper.lock:
+            if self.journal.open_operations(name):
+                await keeper.reconcile()
+            for operation in self.journal.open_operations(name):
+                raise errors.Unsettled(domain=name, operation=operation.id)
+            seen = await keeper.observe()
+            if await keeper.check_jobs(seen):
+                seen = await keeper.observe()
+            yield keeper, seen
+
+    def names(self, *, dry_run: bool = False) -> tuple[int, Names]:
+        """The next operation's number and names."""
+        operation = self.journal.next_operation() if dry_run else self.journal.reserve_operation()
+        return operation, Names(self.journal.tag, operation)
+
+    async def files(self, paths: tuple[str, ...], headers: dict[str, str], *, uri: str | None = None) -> Files:
+        """What is known of these files; who uses them is asked of all domains only where one of them is there already.
+
+        Args:
+            paths: their paths.
+            headers: path -> format, of those whose headers are to be read.
+            uri: an NBD export that is to be written to as well.
+        """
+        facts = await self.images.facts(paths)
+        images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
+        present = uri is not None or any(facts[path].kind in ("file", "block") for path in paths)
+        return Files(facts=facts, images=images, users=await self._users() if present else {})
+
+    async def _users(self) -> dict[str, str]:
+        """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
+        users: dict[str, str] = {}
+        for keeper in self.keepers.values():
+            for job in keeper.active():
+                mirror = job if isinstance(job, Mirror) else job.then
+                if mirror is not None:
+                    users[_real(mirror.file)] = f"{keeper.name} copies its {mirror.target} to it"
+            seen = await self.seen_or_none(keeper)
+            for disk in seen.disks if seen is not None else ():
+                users |= {
+                    _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
+                }
+        return users
+
+    def snapshot(self, domain: str, name: str) -> Snapshot:
+        """A snapshot.
+
+        Raises:
+            NoSuchSnapshot: the domain has none of that name.
+        """
+        found = next((each for each in self.journal.snapshots(domain) if each.name == name), None)
+        if found is None:
+            raise errors.NoSuchSnapshot(domain=domain, snapshot=name)
+        return found
+
+    async def seen_or_none(self, keeper: Keeper) -> Observation | None:
+        """The domain now, or None where it can't be asked."""
+        try:
+            return await keeper.observe()
+        except errors.BlockferryError:
+            return None
+
+
+def _real(file: str) -> str:
+    return os.path.realpath(file) if file.startswith("/") else file
+
+
+def require_path(path: str) -> None:
+    """Refuse a destination that can't be a path.
+
+    Raises:
+        DestinationUnusable: with the flaw.
+    """
+    flaw = path_flaw(path)
+    if flaw:
+        raise errors.DestinationUnusable(path=path[:200], reason=f"it {flaw}")
+
+
+def require_bandwidth(bandwidth: int) -> None:
+    """Refuse a limit that is none.
+
+    Raises:
+        BadRequest: it is negative.
+    """
+    if bandwidth < 0:
+        raise errors.BadRequest(reason="a bandwidth is bytes per second, 0 for no limit")
+
+
+def plan_view(domain: str, plan: Plan) -> view.PlanView:
+    """What would be done, for --dry-run."""
+    return view.PlanView(
+        domain=domain, operation=plan.text, steps=plan.lines(), left_out=plan.left_out, notes=plan.notes
+    )

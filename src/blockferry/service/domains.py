@@ -1,0 +1,103 @@
+"""Domains: attach, detach, list, show."""
+
+from __future__ import annotations
+
+import asyncio
+
+from blockferry import answers, errors
+from blockferry.engine.keeper import Keeper
+from blockferry.formats.names import path_flaw, valid_name
+from blockferry.journal.journal import DomainRecord
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.model.blockjob import Mirror
+from blockferry.model.domain import Observation
+from blockferry.service.desk import Desk
+
+
+class Domains:
+    """The room of domains.
+
+    Args:
+        desk: what the rooms share.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def attach(self, request: ask.Attach) -> view.DomainView:
+        """Take charge of a running guest."""
+        if not valid_name(request.domain):
+            raise errors.InvalidName(name=request.domain)
+        flaw = path_flaw(request.qmp)
+        if flaw:
+            raise errors.QmpUnreachable(qmp=request.qmp, reason=f"it {flaw}")
+        for record in self._desk.journal.domains():
+            if (record.name == request.domain) != (record.qmp == request.qmp):
+                raise errors.DomainExists(domain=record.name, qmp=record.qmp)
+        known = request.domain in self._desk.keepers
+        keeper = self._desk.keepers.get(request.domain) or self._desk.new_keeper(request.domain)
+        if not known:
+            self._desk.journal.put_domain(DomainRecord(name=request.domain, qmp=request.qmp))
+        async with keeper.lock:
+            try:
+                await keeper.connect(request.timeout)
+                seen = await keeper.observe()
+            except BaseException:
+                if not known:
+                    await keeper.close()
+                    self._desk.journal.forget_domain(request.domain)
+                raise
+            self._desk.keepers[request.domain] = keeper
+            await keeper.reconcile()
+            if not known:
+                self._desk.say("domain-attached", request.domain, qmp=request.qmp)
+        return self._domain_view(keeper, seen)
+
+    async def detach(self, request: ask.Detach) -> view.Done:
+        """Let go of a guest; it runs on."""
+        keeper = self._desk.keeper(request.domain)
+        async with keeper.lock:
+            await keeper.reconcile()
+            working = [f"{job.type} of {job.target}" for job in keeper.active()]
+            if working:
+                raise errors.DomainInUse(domain=request.domain, what=f"a job works ({', '.join(working)})")
+            for operation in self._desk.journal.open_operations(request.domain):
+                raise errors.DomainInUse(domain=request.domain, what=f"operation {operation.id} is not settled")
+            await keeper.close()
+            self._desk.journal.forget_domain(request.domain)
+            del self._desk.keepers[request.domain]
+            self._desk.say("domain-detached", request.domain)
+        return view.Done(text=f"{request.domain} is detached; the guest runs on")
+
+    async def list(self, _request: ask.ListDomains) -> view.DomainList:
+        """All domains."""
+        views = await asyncio.gather(*(self._view(keeper) for keeper in self._desk.keepers.values()))
+        rows = tuple(
+            view.DomainRow(
+                name=each.name,
+                state=each.state,
+                qmp=each.qmp,
+                pid=each.pid,
+                disks=len(each.disks),
+                mirrors=sum(isinstance(job, Mirror) for job in self._desk.keeper(each.name).active()),
+            )
+            for each in sorted(views, key=lambda each: each.name)
+        )
+        return view.DomainList(domains=rows)
+
+    async def show(self, request: ask.ShowDomain) -> view.DomainView:
+        """One domain."""
+        return await self._view(self._desk.keeper(request.domain))
+
+    async def _view(self, keeper: Keeper) -> view.DomainView:
+        try:
+            return self._domain_view(keeper, await keeper.observe())
+        except errors.BlockferryError as problem:
+            state = "gone" if await keeper.is_gone() else "unreachable"
+            mirrors = self._desk.journal.mirrors(keeper.name)
+            return answers.domain_view(keeper.record, None, mirrors, problem=(state, problem.message))
+
+    def _domain_view(self, keeper: Keeper, seen: Observation) -> view.DomainView:
+        current = answers.current_snapshot(self._desk.journal.snapshots(keeper.name), seen)
+        return answers.domain_view(keeper.record, seen, self._desk.journal.mirrors(keeper.name), current=current)

@@ -1,0 +1,84 @@
+"""What was done: events, operations, recovery."""
+
+from __future__ import annotations
+
+import asyncio
+
+from blockferry import answers, errors
+from blockferry.engine.keeper import Keeper
+from blockferry.journal.journal import OperationRecord
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.service.desk import Desk
+
+
+class History:
+    """The room of what was done.
+
+    Args:
+        desk: what the rooms share.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def list_events(self, request: ask.ListEvents) -> view.EventList:
+        """Recorded events."""
+        events = self._desk.journal.events(request.domain, request.since)
+        return view.EventList(events=events, last=self._desk.journal.last_event())
+
+    async def list_operations(self, request: ask.ListOperations) -> view.OperationList:
+        """Operations, without their steps."""
+        records = self._desk.journal.operations(request.domain)
+        return view.OperationList(operations=tuple(self._operation_view(record) for record in records))
+
+    async def show_operation(self, request: ask.ShowOperation) -> view.OperationView:
+        """One operation with its steps."""
+        record = self._desk.journal.operation(request.operation)
+        if record is None:
+            raise errors.NoSuchOperation(operation=request.operation)
+        return self._operation_view(record, steps=True)
+
+    def _operation_view(self, record: OperationRecord, *, steps: bool = False) -> view.OperationView:
+        return answers.operation_view(
+            record,
+            self._desk.journal.steps(record.id) if steps else (),
+            self._desk.journal.jobs(record.domain),
+            in_flight=self._in_flight(record),
+        )
+
+    async def recover(self, _request: ask.Recover) -> view.RecoveryReport:
+        """Settle what is not settled."""
+        reports = await asyncio.gather(*(self._recover_domain(keeper) for keeper in self._desk.keepers.values()))
+        operations = tuple(each for report in reports for each in report)
+        unreachable = {
+            keeper.name: keeper.problem.message for keeper in self._desk.keepers.values() if keeper.problem is not None
+        }
+        return view.RecoveryReport(operations=operations, unreachable=unreachable)
+
+    async def _recover_domain(self, keeper: Keeper) -> list[view.RecoveredOperation]:
+        async with keeper.lock:
+            rows = dict(await keeper.reconcile())
+        jobs = self._desk.journal.jobs(keeper.name)
+        found = []
+        for record in self._desk.journal.operations(keeper.name):
+            if record.id not in rows and record.state != "in-progress":
+                continue
+            decision = rows.get(record.id)
+            shown = self._operation_view(record)
+            found.append(
+                view.RecoveredOperation(
+                    operation=record.id,
+                    domain=keeper.name,
+                    what=record.plan.what,
+                    row=decision.row if decision else "-",
+                    why=decision.why if decision else "Its job works: nothing to settle.",
+                    state=shown.state,
+                    next=answers.next_commands(record, jobs, unsettled=shown.state == "unsettled"),
+                )
+            )
+        return found
+
+    def _in_flight(self, record: OperationRecord) -> bool:
+        keeper = self._desk.keepers.get(record.domain)
+        return keeper is not None and record.id in keeper.in_flight

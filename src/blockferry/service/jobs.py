@@ -1,0 +1,144 @@
+"""Jobs: start a copy, list, pivot, finish, cancel, limit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from blockferry import answers, errors
+from blockferry.engine.keeper import Keeper
+from blockferry.journal.journal import OperationRecord
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.model.blockjob import BlockJob, Mirror
+from blockferry.model.domain import Observation
+from blockferry.plan import copy as copying
+from blockferry.plan.destinations import Files
+from blockferry.plan.disks import find_disk
+from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
+from blockferry.service.windows import run_window
+
+
+class Jobs:
+    """The room of block jobs.
+
+    Args:
+        desk: what the rooms share.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def copy(self, request: ask.StartCopy) -> view.View:
+        """Start a block copy."""
+        require_bandwidth(request.bandwidth)
+        if not copying.is_uri(request.dest):
+            require_path(request.dest)
+        async with self._desk.writing(request.domain) as (keeper, seen):
+            wish = copying.understand(request.domain, seen, request)
+            operation, names = self._desk.names(dry_run=request.dry_run)
+            plan = copying.plan_copy(
+                request.domain, seen, request, names=names, operation=operation, files=await self._files(wish)
+            )
+            if request.dry_run:
+                return plan_view(request.domain, plan)
+            await keeper.run(operation, plan)
+            (job,) = plan.record.jobs
+            answer = answers.job_view(self._job(keeper, job.target), await self._desk.seen_or_none(keeper))
+            return msgspec.structs.replace(answer, notes=plan.notes)
+
+    async def _files(self, wish: copying.Wish) -> Files:
+        paths = [image.file for image in wish.disk.chain if image.file.startswith("/")]
+        if copying.is_uri(wish.file):
+            return await self._desk.files(tuple(paths), {}, uri=wish.file)
+        return await self._desk.files((*paths, wish.file), {wish.file: wish.format} if wish.reuse else {})
+
+    def _job(self, keeper: Keeper, target: str) -> BlockJob:
+        found = next((each for each in self._desk.journal.jobs(keeper.name) if each.target == target), None)
+        if found is None:
+            raise errors.NoSuchJob(domain=keeper.name, disk=target)
+        return found
+
+    def _jobs(self, keeper: Keeper, seen: Observation, disks: tuple[str, ...]) -> tuple[BlockJob, ...]:
+        """The working jobs of these disks, each once."""
+        targets = dict.fromkeys(find_disk(keeper.name, seen, disk).target for disk in disks)
+        if not targets:
+            raise errors.BadRequest(reason="name at least one disk")
+        found = tuple(self._job(keeper, target) for target in targets)
+        for job in found:
+            if job.state == "lost" and isinstance(job, Mirror):
+                raise errors.JobLost(domain=keeper.name, disk=job.target, reason=job.reason or "no reason is known")
+            if job.state != "active":
+                raise errors.NoSuchJob(domain=keeper.name, disk=job.target)
+        return found
+
+    def _mirrors(self, keeper: Keeper, seen: Observation, disks: tuple[str, ...]) -> tuple[Mirror, ...]:
+        """The working copies and mirrors of these disks, each once; a copy that is still being filled is none yet."""
+        found = []
+        for job in self._jobs(keeper, seen, disks):
+            mirror = job if isinstance(job, Mirror) else job.then
+            if mirror is None:
+                raise errors.BadRequest(
+                    reason=f"the {job.type} of {job.target} ends by itself: there is nothing to pivot or finish"
+                )
+            found.append(mirror)
+        return tuple(found)
+
+    async def list(self, request: ask.ListJobs) -> view.JobList:
+        """The jobs of a domain, and how the last ones ended."""
+        keeper = self._desk.keeper(request.domain)
+        seen = await self._desk.seen_or_none(keeper)
+        jobs = tuple(answers.job_view(job, seen) for job in self._desk.journal.jobs(request.domain))
+        return view.JobList(domain=request.domain, jobs=jobs)
+
+    async def pivot(self, request: ask.PivotJobs) -> view.Done:
+        """Let the guest go on on copies: all at one instant, or none."""
+        done, mirrors = await self._end(request, what="pivot")
+        files = ", ".join(f"{mirror.target} now on {mirror.file}" for mirror in mirrors)
+        return view.Done(text=files, operation=done.id, pause_ms=done.pause_ms)
+
+    async def finish(self, request: ask.FinishJobs) -> view.Done:
+        """Make copies images of one instant."""
+        done, mirrors = await self._end(request, what="finish")
+        files = ", ".join(f"{mirror.file} is {mirror.target} as of one instant" for mirror in mirrors)
+        return view.Done(text=files, operation=done.id, pause_ms=done.pause_ms)
+
+    async def _end(
+        self, request: ask.PivotJobs | ask.FinishJobs, *, what: str
+    ) -> tuple[OperationRecord, tuple[Mirror, ...]]:
+        keeper = self._desk.keeper(request.domain)
+        waiting = self._mirrors(keeper, await keeper.observe(), request.disks)
+        for mirror in waiting:
+            if mirror.snapshot is not None:
+                raise errors.BadRequest(
+                    reason=f"the mirror of {mirror.target} belongs to snapshot {mirror.snapshot}: use `blockferry "
+                    f"snapshot delete {request.domain} {mirror.snapshot} --reopen-mirror` or --remove-mirror"
+                )
+        await keeper.wait_ready(tuple(mirror.target for mirror in waiting), request.timeout)
+        async with self._desk.writing(request.domain) as (keeper, seen):
+            mirrors = self._mirrors(keeper, seen, request.disks)
+            ends_on: Literal["destination", "source"] = "destination" if what == "pivot" else "source"
+            done = await run_window(self._desk, keeper, seen, mirrors, ends_on=ends_on, what=what)
+        return done, mirrors
+
+    async def cancel(self, request: ask.CancelJobs) -> view.Done:
+        """Stop jobs."""
+        async with self._desk.writing(request.domain) as (keeper, seen):
+            jobs = self._jobs(keeper, seen, request.disks)
+            operation, _names = self._desk.names()
+            done = await keeper.run(operation, copying.plan_cancel(jobs, "cancel", "cancelled"))
+        copies = [job if isinstance(job, Mirror) else job.then for job in jobs]
+        files = ", ".join(copy.file for copy in copies if copy is not None)
+        left = f"; left behind, incomplete: {files}" if files else "; the chain is as it was"
+        return view.Done(text=f"cancelled{left}", operation=done.id)
+
+    async def set_speed(self, request: ask.SetJobSpeed) -> view.Done:
+        """Limit a job."""
+        require_bandwidth(request.bandwidth)
+        keeper = self._desk.keeper(request.domain)
+        # Not under the domain's lock: it changes nothing that a plan depends on, and must work while others wait.
+        (job,) = self._jobs(keeper, await keeper.observe(), (request.disk,))
+        await keeper.set_speed(job, request.bandwidth)
+        limit = f"limited to {request.bandwidth} bytes/s" if request.bandwidth else "not limited any more"
+        return view.Done(text=f"the {job.type} of {job.target} is {limit}")
