@@ -135,6 +135,37 @@ class Rig:
         """Start a copy, to DIR/dst/TARGET.copy unless told."""
         return await self.ask(ask.StartCopy(domain="vm1", disk=target, dest=str(dest or self.dest(target)), **more))
 
+    async def commit(self, target: str, **more: Any) -> view.JobView:
+        return await self.ask(ask.Commit(domain="vm1", disk=target, **more))
+
+    async def rebase(self, target: str, **more: Any) -> view.JobView:
+        return await self.ask(ask.Rebase(domain="vm1", disk=target, **more))
+
+    async def ended(self, target: str) -> view.JobView:
+        """Wait until the job of a disk works no more and all that follows it has been done."""
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            async for _event in self.service.watch("vm1", 0):
+                job = (await self.jobs())[target]
+                if job.state not in ("running", "copying", "ready"):
+                    await self.settled()
+                    return job
+        raise AssertionError(f"the job of {target} did not end")
+
+    async def layers(self, count: int, *, only: Sequence[str] = ALL) -> None:
+        """Take snapshots s1, s2..., and write to each layer of each disk: at a place of its own, and over all others'."""
+        for number in range(1, count + 1):
+            await self.snapshot(f"s{number}", only=only)
+            for target in only:
+                await self.write(target, 0xA0 + number, number * 512 * KIB)
+                await self.write(target, 0xB0 + number, 7 * MIB)
+
+    def layer(self, target: str, number: int) -> str:
+        """The image of snapshot number `number`; 0 is the bottom."""
+        return str(self.path / f"{target}.s{number}") if number else str(self.source(target))
+
+    async def snapshots(self) -> dict[str, view.SnapshotView]:
+        return {each.name: each for each in (await self.ask(ask.ListSnapshots(domain="vm1"))).snapshots}
+
     async def pivot(self, *targets: str, timeout: float = 20.0) -> view.Done:
         return await self.ask(ask.PivotJobs(domain="vm1", disks=targets, timeout=timeout))
 

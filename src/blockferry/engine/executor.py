@@ -147,6 +147,8 @@ class Executor:
                 await self._start_commit(step)
             case steps.StartStream():
                 await self._start_stream(step)
+            case steps.FinalizeStream():
+                await self._finalize_stream(step.job)
             case steps.CancelJob():
                 await self._cancel(step.job)
             case steps.RequireReady():
@@ -320,10 +322,23 @@ class Executor:
             **more,
             speed=step.speed,
             filter_node_name=step.filter_node,
-            auto_dismiss=False,
+            auto_dismiss=True,
             auto_finalize=False,
             on_error="report",
         )
+
+    async def _finalize_stream(self, name: str) -> None:
+        job = (await self.jobs()).get(name)
+        if job is None:
+            return
+        if not job.allows("finalize"):
+            raise StepFailed(_words(name, job))
+        await self._session.execute("job-finalize", id=name)
+
+        async def forgotten() -> bool:
+            return name not in await self.jobs()
+
+        await self._session.wait_until(forgotten, JOB_EVENTS, what=f"finalize {name}", seconds=WINDOW_SECONDS)
 
     async def _complete(self, step: steps.CompleteJobs) -> None:
         await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)

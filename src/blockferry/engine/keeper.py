@@ -20,7 +20,7 @@ from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
-from blockferry.plan.chain import plan_end
+from blockferry.plan.chain import has_ended, plan_end
 from blockferry.plan.copy import close_job
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
@@ -30,7 +30,15 @@ from blockferry.qemu.process import born, ends
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
-WATCHED = ("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR", "STOP", "RESUME", "SHUTDOWN")
+WATCHED = (
+    "JOB_STATUS_CHANGE",
+    "BLOCK_JOB_COMPLETED",
+    "BLOCK_JOB_CANCELLED",
+    "BLOCK_JOB_ERROR",
+    "STOP",
+    "RESUME",
+    "SHUTDOWN",
+)
 GONE = "QEMU is gone"
 
 
@@ -60,6 +68,7 @@ class Keeper:
         self._sampler = Sampler(name)
         self._said_ready: set[str] = set()
         self.in_flight: set[int] = set()
+        self._last_words: dict[str, str] = {}
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -228,10 +237,10 @@ class Keeper:
 
         async def met() -> bool:
             nonlocal pending
+            # What is recorded to work before we look has to be seen then; what begins in between has not.
+            recorded = [job for job in self._journal.jobs(self.name) if job.target in targets]
             seen = await self.observe()
-            for mirror in self._journal.jobs(self.name):
-                if mirror.target not in targets:
-                    continue
+            for mirror in recorded:
                 if isinstance(mirror, ChainJob) and mirror.state == "active":
                     pending = f"{mirror.target}: its lower layers are pulled into the destination"
                     return False
@@ -284,8 +293,12 @@ class Keeper:
         ended: list[ChainJob] = []
         for job in self.active():
             now = seen.jobs.get(job.job)
-            if now is None:
-                lost[job.target] = "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
+            if isinstance(job, ChainJob) and has_ended(job, seen):
+                ended.append(job)
+            elif now is None:
+                lost[job.target] = self._last_words.get(job.job) or (
+                    "its job has vanished from QEMU: somebody else ended it, or QEMU was started anew"
+                )
             elif isinstance(job, ChainJob):
                 if now.error is not None:
                     lost[job.target] = now.error
@@ -397,6 +410,11 @@ class Keeper:
                 self._say("domain-resumed", None)
             case "SHUTDOWN":
                 self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
+            # A stream is forgotten by QEMU with its end: this is all that is ever said of it.
+            case "BLOCK_JOB_COMPLETED" if data.get("error"):
+                self._last_words[data["device"]] = data["error"]
+            case "BLOCK_JOB_CANCELLED":
+                self._last_words[data["device"]] = "somebody else cancelled its job"
             case "JOB_STATUS_CHANGE" if str(data.get("id", "")).startswith(f"{Names.PREFIX}{self._journal.tag}-"):
                 job = next((each for each in self.active() if each.job == data["id"]), None)
                 if isinstance(job, Mirror) and data["status"] == "ready":

@@ -25,10 +25,11 @@ def state_of(ours: BlockJob, job: Job | None) -> str:
     """A job's state in one word: copying, ready (a mirror) or running (a commit, a rebase) while it works; else its end."""
     if ours.state != "active":
         return ours.state
+    if isinstance(ours, ChainJob) and (job is None or ours.type != "fill"):
+        # QEMU forgets it with its end; whether it was lost is recorded as soon as what follows has been done.
+        return "running"
     if job is None or job.over:
         return "lost"
-    if isinstance(ours, ChainJob) and ours.type != "fill":
-        return "running"
     return "ready" if job.ready or job.status in ("ready", "standby", "pending") else "copying"
 
 

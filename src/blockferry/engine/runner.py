@@ -293,8 +293,8 @@ class Runner:
                 if await self._leave_window(record, evidence, executor):
                     await self._undo(record, executor, gone=False)
                     self._undone(record, row)
-            case "leave-commit":
-                await self._leave_commit(record, executor)
+            case "leave-chain":
+                await self._leave_chain(record, executor)
                 self._undone(record, row)
             case "record-part":
                 seen = evidence.seen
@@ -367,16 +367,16 @@ class Runner:
         await self._take_as_it_is(record, window, seen, "L")
         return False
 
-    async def _leave_commit(self, record: OperationRecord, executor: Executor) -> None:
-        """Leave the window of an active commit whose disk has not gone over: nothing but the commit is lost."""
+    async def _leave_chain(self, record: OperationRecord, executor: Executor) -> None:
+        """Leave the window of a commit or rebase whose chain is the old one: nothing but the job is lost."""
         window = record.plan.window
-        if window is None or window.commit is None:
+        if window is None or window.chain is None:
             raise AssertionError(record.id)
-        commit = window.commit
-        await _do(executor, steps.CancelJob(job=commit.job), {})
+        job = window.chain
+        await _do(executor, steps.CancelJob(job=job.job), {})
         if window.resume:
             await _do(executor, steps.Resume(), {})
-        lost = {commit.target: record.error or "its last instant was interrupted"}
+        lost = {job.target: record.error or "its last instant was interrupted"}
         self._publish(self._journal.lose_jobs(self._link.name, lost))
 
     async def _take_in_part(

@@ -38,6 +38,7 @@ from blockferry.errors.images import (
 from blockferry.errors.jobs import (
     JobFailed,
     JobLost,
+    JobNotDismissed,
     JobNotReady,
     NoSuchJob,
     RebaseElsewhere,
@@ -96,6 +97,7 @@ __all__ = [
     "InvalidXml",
     "JobFailed",
     "JobLost",
+    "JobNotDismissed",
     "JobNotReady",
     "JournalUnwritable",
     "MissingCapability",

@@ -80,3 +80,16 @@ class RebaseElsewhere(Refused):
         "{domain}: disk {disk} is being copied to {dest}, which backs onto {base}; a rebase onto {asked} can't join that "
         "copy. Cancel it first (`blockferry job cancel {domain} {disk}`), or ask for the same base. Nothing was done."
     )
+
+
+@dataclass(eq=False)
+class JobNotDismissed(Refused):
+    """A stream that somebody started has ended and was not dismissed; to look at the graph would crash QEMU."""
+
+    job: str
+    code = "job-not-dismissed"
+    exit_status = 55
+    template = (
+        "the stream job {job!r} has ended, and whoever started it has not dismissed it: QEMU 7.2 and 10.0 crash when they are "
+        "asked for their block nodes in this state, so nothing was asked. Dismiss it there (QMP: job-dismiss)."
+    )

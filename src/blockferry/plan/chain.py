@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from blockferry import errors
-from blockferry.model.blockjob import ChainJob, Layer, Mirror
+from blockferry.model.blockjob import BlockJob, ChainJob, Layer, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.flags import BlockCommit, BlockRebase, require_flags
 from blockferry.model.graph import Disk, Graph, Image
@@ -23,6 +23,7 @@ from blockferry.plan.steps import (
     DismissJobs,
     DropFile,
     FinalizeJobs,
+    FinalizeStream,
     RemoveNode,
     RequireBacking,
     RequireReady,
@@ -37,7 +38,7 @@ from blockferry.plan.steps import (
 )
 
 
-def joined(domain: str, seen: Observation, request: Rebase, mirrors: tuple[Mirror, ...]) -> Mirror | None:
+def joined(domain: str, seen: Observation, request: Rebase, jobs: tuple[BlockJob, ...]) -> BlockJob | None:
     """The copy that a rebase of its disk joins: the one that works, onto the same base. None where there is none.
 
     Once the guest has gone over to the copy its chain is the one that the rebase was to make.
@@ -46,13 +47,14 @@ def joined(domain: str, seen: Observation, request: Rebase, mirrors: tuple[Mirro
         RebaseElsewhere: the copy is onto another base.
     """
     disk = find_disk(domain, seen, request.disk)
-    copy = next((m for m in mirrors if m.target == disk.target and m.state == "active"), None)
+    job = next((job for job in jobs if job.target == disk.target and job.state == "active"), None)
+    copy = job if isinstance(job, Mirror) or job is None else job.then
     if copy is None:
         return None
     if copy.snapshot is None and (
         request.base == copy.backing or (request.base and copy.backing and same_file(request.base, copy.backing))
     ):
-        return copy
+        return job
     raise errors.RebaseElsewhere(
         domain=domain,
         disk=disk.target,
@@ -92,7 +94,8 @@ def plan_rebase(domain: str, seen: Observation, request: Rebase, *, names: Names
     )
     start = StartStream(
         job=job.job,
-        device=disk.filtered or disk.active.node,
+        # Under a filter it is the image itself that QEMU takes here, unlike for a mirror or a commit.
+        device=disk.active.node,
         base=base.node if base is not None else None,
         backing_file=base.file if base is not None else None,
         filter_node=f"{job.job}t",
@@ -239,8 +242,8 @@ def _commit(
 ) -> ChainJob:
     first, last = disk.chain.index(top), disk.chain.index(base)
     _require_unshared(domain, seen, disk, base)
-    if base.virtual_size != top.virtual_size:
-        # QEMU would grow the base, or cut the data off; neither was asked for.
+    if base.virtual_size > top.virtual_size:
+        # A smaller one QEMU grows (the guest's disk was); on a larger one the guest's disk would grow unasked.
         raise errors.DiskUnsuitable(
             domain=domain,
             disk=disk.target,
@@ -306,8 +309,17 @@ def _span(job: ChainJob) -> str:
 # --- what follows when a job has ended ------------------------------------------------------------------------
 
 
+def has_ended(job: ChainJob, seen: Observation) -> bool:
+    """Whether the graph shows what the job was to bring about."""
+    base = job.base.node if job.base is not None else None
+    if job.above is not None:
+        return job.above in seen.graph.nodes and seen.graph.child(job.above, "backing") == base
+    disk = seen.disk(job.target)
+    return disk is not None and bool(disk.chain) and disk.active.node == base
+
+
 def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
-    """What follows a job that is pending, ready or concluded without an error.
+    """What follows a job that has done its work: it is pending, or ready, or the graph shows its end already.
 
     Args:
         seen: the domain as observed.
@@ -316,9 +328,60 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
     """
     if job.type == "fill":
         return _end_fill(job)
-    if job.type == "active-commit":
-        return _end_active_commit(seen, job, snapshots)
-    return _end_inside(seen, job, snapshots)
+    changed, forgotten = after_commit(snapshots, job) if job.type != "rebase" else ((), ())
+    disk = find_disk(job.domain, seen, job.target)
+    active = _base(job).file if job.type == "active-commit" else disk.active.file
+    done = has_ended(job, seen)
+    window = None if done or job.type == "commit" else _window(seen, job, disk)
+    return Plan(
+        what="job-end",
+        text=f"the {job.type} of {job.target} has ended" + (f": it goes over to {active}" if window else ""),
+        prepare=_before(job, disk, done=done),
+        window=window,
+        record=Record(
+            authoritative={job.target: active}, changed=changed, forget=forgotten, ended={job.target: "done"}
+        ),
+        settle=(
+            *([Resume()] if window is not None and window.resume else []),
+            DismissJobs(jobs=(job.job,)),
+            *_close(seen.graph, job.leaving),
+            *_drop(job),
+        ),
+    )
+
+
+def _before(job: ChainJob, disk: Disk, *, done: bool) -> tuple[Step, ...]:
+    if done:
+        return ()
+    if job.type == "commit":
+        return (FinalizeJobs(jobs=(job.job,)), _require_end(job))
+    files = (disk.active.file, *((job.base.file,) if job.type == "active-commit" and job.base else ()))
+    return (SyncFiles(paths=tuple(file for file in files if file.startswith("/"))),)
+
+
+def _require_end(job: ChainJob) -> Step:
+    return RequireBacking(node=str(job.above), backing=job.base.node if job.base is not None else None)
+
+
+def _window(seen: Observation, job: ChainJob, disk: Disk) -> Window:
+    """The instant in which an active commit or a rebase ends.
+
+    A commit's base and overlay are the same while the guest stands still. A rebased image's header changes at the
+    finalize, and QEMU does not flush what was pulled in before: `stop` does, also on a guest that is paused already
+    (without it, QEMU killed right afterwards lost clusters, on 7.2 and 10.0).
+    """
+    jobs = (job.job,)
+    if job.type == "rebase":
+        steps: tuple[Step, ...] = (Stop(), FinalizeStream(job=job.job), _require_end(job))
+    else:
+        steps = (
+            *([Stop()] if seen.running else []),
+            RequireReady(jobs=jobs),
+            CompleteJobs(jobs=jobs),
+            FinalizeJobs(jobs=jobs),
+            RequireRoots(roots={disk.backend: _base(job).node}),
+        )
+    return Window(ends_on="destination", resume=seen.running, disks=(), steps=steps, chain=job, backend=disk.backend)
 
 
 def _end_fill(job: ChainJob) -> Plan:
@@ -326,87 +389,12 @@ def _end_fill(job: ChainJob) -> Plan:
     mirror = job.then
     if mirror is None:
         raise AssertionError(job)
-    steps: tuple[Step, ...] = (
-        FinalizeJobs(jobs=(job.job,)),
-        RequireBacking(node=job.top.node, backing=job.base.node if job.base else None),
-        DismissJobs(jobs=(job.job,)),
-        StartMirror.of(mirror, "top", job.speed),
-    )
     return Plan(
         what="job-end",
         text=f"the lower layers of {job.target} are in {job.top.file}: mirror the active one",
-        prepare=steps,
+        prepare=(FinalizeStream(job=job.job), _require_end(job), StartMirror.of(mirror, "top", job.speed)),
         record=Record(authoritative={job.target: mirror.source}, jobs=(mirror,)),
     )
-
-
-def _end_inside(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
-    """A commit below the active image, or a stream into it: the guest's image stays the same."""
-    active = job.top.file if job.type == "rebase" else _active_file(seen, job)
-    changed, forgotten = after_commit(snapshots, job) if job.type == "commit" else ((), ())
-    done: tuple[Step, ...] = (FinalizeJobs(jobs=(job.job,)),)
-    if job.type == "rebase":
-        # The image's header names its new backing from the finalize on: what was pulled in has to be on disk by then,
-        # or QEMU killed in between loses it. `stop` flushes every image.
-        done = (SyncFiles(paths=(job.top.file,)), *done)
-    if job.above is not None:
-        done = (*done, RequireBacking(node=job.above, backing=job.base.node if job.base else None))
-    return Plan(
-        what="job-end",
-        text=f"the {job.type} of {job.target} has ended",
-        prepare=done,
-        record=Record(
-            authoritative={job.target: active},
-            changed=changed,
-            forget=forgotten,
-            ended={job.target: "done"},
-        ),
-        settle=(DismissJobs(jobs=(job.job,)), *_close(seen.graph, job.leaving), *_drop(job)),
-    )
-
-
-def _end_active_commit(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
-    """The guest goes over to the base, in a window: base and overlay are the same while it stands still."""
-    base = _base(job)
-    disk = seen.disk(job.target)
-    if disk is None:
-        raise errors.NoSuchDisk(domain=job.domain, disk=job.target, known="others")
-    changed, forgotten = after_commit(snapshots, job)
-    jobs = (job.job,)
-    window = Window(
-        ends_on="destination",
-        resume=seen.running,
-        disks=(),
-        steps=(
-            *([Stop()] if seen.running else []),
-            RequireReady(jobs=jobs),
-            CompleteJobs(jobs=jobs),
-            FinalizeJobs(jobs=jobs),
-            RequireRoots(roots={disk.backend: base.node}),
-        ),
-        commit=job,
-        backend=disk.backend,
-    )
-    return Plan(
-        what="job-end",
-        text=f"{job.target} goes over to {base.file}",
-        prepare=(SyncFiles(paths=tuple(f for f in (job.top.file, base.file) if f.startswith("/"))),),
-        window=window,
-        record=Record(
-            authoritative={job.target: base.file}, changed=changed, forget=forgotten, ended={job.target: "done"}
-        ),
-        settle=(
-            *([Resume()] if seen.running else []),
-            DismissJobs(jobs=jobs),
-            *_close(seen.graph, job.leaving),
-            *_drop(job),
-        ),
-    )
-
-
-def _active_file(seen: Observation, job: ChainJob) -> str:
-    disk = seen.disk(job.target)
-    return disk.active.file if disk is not None and disk.chain else job.top.file
 
 
 def _close(graph: Graph, leaving: Iterable[Layer]) -> list[Step]:

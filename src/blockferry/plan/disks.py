@@ -76,6 +76,10 @@ def job_on(disk: Disk, seen: Observation) -> str | None:
     return None
 
 
+# Not plain read-only: into an image whose file was opened so QEMU refuses to commit ("Block node is read-only").
+READ_ONLY_FILE: dict[str, Any] = {"auto-read-only": True}
+
+
 def source_options(graph: Graph, node: str) -> dict[str, Any]:
     """How to open a node and its chain again: QAPI BlockdevOptions, nested, without node names.
 
@@ -91,6 +95,9 @@ def source_options(graph: Graph, node: str) -> dict[str, Any]:
         options["detect-zeroes"] = here.detect_zeroes
     below = graph.child(here.name, "file")
     if below is None:
+        if here.read_only:
+            del options["read-only"]
+            options |= READ_ONLY_FILE
         return {**options, "filename": here.filename}
     options["file"] = source_options(graph, below)
     backing = graph.child(here.name, "backing")

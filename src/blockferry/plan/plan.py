@@ -44,15 +44,15 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         resume: whether the guest ran before, so that it is to run again.
         disks: those that take part.
         steps: in their order.
-        commit: an active commit that ends in it, instead of mirrors: its disk goes on on the base.
-        backend: what the graph calls that disk's device.
+        chain: an active commit or a rebase that ends in it, instead of mirrors.
+        backend: what the graph calls that job's device.
     """
 
     ends_on: Literal["destination", "source"]
     resume: bool
     disks: tuple[WindowDisk, ...]
     steps: tuple[Step, ...]
-    commit: ChainJob | None = None
+    chain: ChainJob | None = None
     backend: str | None = None
 
 

@@ -15,11 +15,13 @@ from blockferry.model.blockjob import ChainJob
 from blockferry.model.domain import Observation
 from blockferry.model.job import Job
 from blockferry.model.operation import OperationState, StepState
+from blockferry.plan.chain import has_ended
 from blockferry.plan.plan import Plan, Window
 from blockferry.plan.steps import (
     AddNode,
     CreateImage,
     FinalizeJobs,
+    FinalizeStream,
     RequireBacking,
     SetBacking,
     StartCommit,
@@ -28,10 +30,10 @@ from blockferry.plan.steps import (
     Step,
     TakeSnapshots,
 )
-from blockferry.plan.window import stands_on, under
+from blockferry.plan.window import stands_on
 
 Action = Literal[
-    "nothing", "undo", "leave-window", "leave-commit", "record", "record-as-is", "record-part", "settle", "wait"
+    "nothing", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
 ]
 
 ROWS: dict[str, str] = {
@@ -47,8 +49,8 @@ ROWS: dict[str, str] = {
     "J": "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
     "K": "QEMU is gone after the record: nothing is left to settle in it.",
     "L": "The guest runs with a disk switched and no record: its source is stale; record every disk as it is.",
-    "M": "An active commit's window, and the disk stands on its base, which holds everything: record, go on.",
-    "N": "An active commit's window, and the disk stands on its overlay still: cancel the commit, let the guest run.",
+    "M": "The window of a commit or rebase, and the graph shows its end, which holds everything: record, go on.",
+    "N": "The window of a commit or rebase, and the chain is the old one, which is whole: cancel, let the guest run.",
     "P": "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
     "W": "QEMU can't be asked now: the operation stays open until it can.",
 }
@@ -111,6 +113,8 @@ def shows(step: Step, seen: Observation) -> bool:
             return job is not None and job.error is None
         case FinalizeJobs():
             return all(_finalized(seen.jobs.get(name)) for name in step.jobs)
+        case FinalizeStream():
+            return step.job not in seen.jobs
         case RequireBacking():
             return seen.graph.child(step.node, "backing") == step.backing
         case SetBacking():
@@ -140,8 +144,8 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     if operation.state == "recorded":
         return Decision(row="A", action="settle")
     if operation.state == "window" and plan.window is not None:
-        if plan.window.commit is not None:
-            return _decide_commit(plan.window, plan.window.commit, seen)
+        if plan.window.chain is not None:
+            return _decide_chain(plan.window.chain, seen)
         if not evidence.dead and switched(plan.window, seen):
             return Decision(row="F", action="record")
         if seen.running and any(stands_on(disk, seen) == disk.mirror.node for disk in plan.window.disks):
@@ -162,10 +166,8 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     return Decision(row="D", action="undo")
 
 
-def _decide_commit(window: Window, commit: ChainJob, seen: Observation) -> Decision:
-    if commit.base is not None and under(window.backend, seen) == commit.base.node:
-        return Decision(row="M", action="record")
-    return Decision(row="N", action="leave-commit")
+def _decide_chain(job: ChainJob, seen: Observation) -> Decision:
+    return Decision(row="M", action="record") if has_ended(job, seen) else Decision(row="N", action="leave-chain")
 
 
 def _healthy_state(operation: Interrupted) -> bool:

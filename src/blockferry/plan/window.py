@@ -19,7 +19,7 @@ from blockferry.model.graph import Disk, Image
 from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import close_job, is_uri
-from blockferry.plan.disks import source_options
+from blockferry.plan.disks import READ_ONLY_FILE, source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
     AddNode,
@@ -152,7 +152,7 @@ def _give_backing(disk: Disk, mirror: Mirror, names: Names, bases: tuple[ImageFa
     for index in reversed(range(len(bases))):
         node, base = names.of(mirror.target, f"y{index}"), bases[index]
         file_node = names.of(mirror.target, f"z{index}")
-        steps.append(AddNode(node=file_node, options={"driver": "file", "filename": base.path, "read-only": True}))
+        steps.append(AddNode(node=file_node, options={"driver": "file", "filename": base.path, **READ_ONLY_FILE}))
         options = {"driver": base.format, "file": file_node, "read-only": True}
         if base.format == "qcow2":
             options["backing"] = below

@@ -27,11 +27,11 @@ class Chains:
         """Start a stream into a disk's image, or join the copy that comes to the same."""
         self._check(request.bandwidth, request.base)
         async with self._desk.writing(request.domain) as (keeper, seen):
-            copy = joined(request.domain, seen, request, self._desk.journal.mirrors(request.domain))
+            copy = joined(request.domain, seen, request, self._desk.journal.jobs(request.domain))
             if copy is not None:
                 answer = answers.job_view(copy, seen)
                 note = (
-                    f"joined the copy to {copy.file}: once the guest is pivoted onto it, its chain is the one asked for"
+                    f"joined the copy to {answer.dest}: once the guest is pivoted onto it, its chain is the one asked for"
                 )
                 return msgspec.structs.replace(answer, notes=(note,))
             operation, names = self._desk.names(dry_run=request.dry_run)
