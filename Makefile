@@ -2,7 +2,7 @@
 # make test     everything, on real QEMU 7.2 and 10
 # make check    ruff, mypy --strict, import-linter, the house tests
 # make setup    .venv and the system's packages
-# make bench    benchmarks/
+# make bench    benchmarks/, with a libvirtd of its own beside it (BENCH="--docs" writes docs/performance.*)
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.blockferry-stamp
@@ -43,8 +43,15 @@ check: setup
 test: test-tools
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15
 
+# libvirt takes part where it can be had; without it, or its binding, the benchmark says so.
+BENCH ?=
 bench: setup
+	-@scripts/system-packages.sh bench
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r benchmarks/requirements-plot.txt
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r benchmarks/requirements-libvirt.txt
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/storage.py $(BENCH)
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import resource
+import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 from blockferry.hostprocess import StateDir, ensure_running
 
 ROUNDS = 15
+END_SECONDS = 10.0
 
 
 def measure(arguments: list[str], environment: dict[str, str]) -> tuple[list[float], list[float]]:
@@ -33,6 +36,14 @@ def measure(arguments: list[str], environment: dict[str, str]) -> tuple[list[flo
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu.append((now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime) * 1000)
     return wall, cpu
+
+
+def end(process: int) -> None:
+    """End the host process, and wait: it still has files in the folder."""
+    descriptor = os.pidfd_open(process)
+    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+    select.select([descriptor], [], [], END_SECONDS)
+    os.close(descriptor)
 
 
 def main() -> None:
@@ -56,7 +67,7 @@ def main() -> None:
                 middle = statistics.median(wall)
                 print(f"{name:20} {min(wall):14.0f} {middle:8.0f} {max(wall):8.0f} {statistics.median(cpu):16.0f}")
         finally:
-            os.kill(int(state.lock.read_text()), 15)
+            end(int(state.lock.read_text()))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 #
 #   scripts/system-packages.sh demo     what `make demo` needs
 #   scripts/system-packages.sh tests    and what the tests need on top
+#   scripts/system-packages.sh bench    and what libvirt's side of `make bench` needs on top; starts no service
 set -euo pipefail
 
 what=${1:-demo}
 packages=(python3-venv qemu-system-x86 qemu-utils busybox-static kmod util-linux)
 # libvirt0 has the schemas that our XML is validated against.
 [ "$what" = tests ] && packages+=(git libvirt0)
+# The last three build libvirt-python.
+[ "$what" = bench ] && packages+=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-dev pkg-config gcc)
 
 missing=()
 for package in "${packages[@]}"; do

@@ -1,5 +1,6 @@
 """What the command makes of its arguments, and how values look; nothing is asked of anyone."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +13,27 @@ from click.testing import CliRunner, Result
 
 from blockferry.interfaces.cli import render, text, wire
 from blockferry.interfaces.cli.main import cli
-from blockferry.interfaces.cli.session import Rate, Session, absolute, disk_name
+from blockferry.interfaces.cli.session import Rate, Session, Size, absolute, disk_name
 from blockferry.model import request as requests
-from blockferry.model.flags import SnapshotCreate, SnapshotDelete
+from blockferry.model.flags import BlockCopy, SnapshotCreate, SnapshotDelete
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 
 Run = Callable[..., requests.Request]
+CHOICES = ["--children", "--children-only", "--reopen-mirror", "--remove-mirror", "--metadata"]
 
 
 class Asked(Exception):
     """Raised in place of asking."""
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What should be refused here and is not must not reach the host process of whoever runs the tests."""
+
+    def submit(_state: object, request: dict[str, Any]) -> None:
+        raise Asked(request)
+
+    monkeypatch.setattr(wire, "submit", submit)
 
 
 @pytest.fixture
@@ -62,6 +74,19 @@ def test_rates(written: str, value: int) -> None:
 def test_what_is_no_rate(written: str) -> None:
     with pytest.raises(click.BadParameter, match="is not a rate"):
         Rate().convert(written, None, None)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("512", 512), ("64K", 65536), ("64KiB", 65536), ("1m", 1 << 20), ("1.5K", 1536)]
+)
+def test_numbers_of_bytes(written: str, value: int) -> None:
+    assert Size().convert(written, None, None) == value
+
+
+@pytest.mark.parametrize("written", ["", "K", "lots", "-1", "64X", "64K/s", "0x200"])
+def test_what_is_no_number_of_bytes(written: str) -> None:
+    with pytest.raises(click.BadParameter, match="is no number of bytes"):
+        Size().convert(written, None, None)
 
 
 def test_paths_are_made_absolute_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +131,41 @@ def test_a_mirror_alone_leaves_no_disk_out(asked: Run) -> None:
     assert request == requests.CreateSnapshot(domain="vm1", wish=SnapshotWish(disks=disks, only_these=False))
 
 
+@pytest.mark.parametrize("mode", ["existing", "absolute", "relative", "none"])
+def test_snapshot_with_header_modes(asked: Run, mode: Any) -> None:
+    """A disk that only has a mode takes part with the others: --mode leaves none out."""
+    request = asked("snapshot", "create", "vm1", "--disk", "vda=/a", "--mode", f"vda={mode}", "--mode", "vdb=none")
+    disks = (DiskWish(name="vda", file="/a", mode=mode), DiskWish(name="vdb", mode="none"))
+    assert request == requests.CreateSnapshot(domain="vm1", wish=SnapshotWish(disks=disks, only_these=True))
+    request = asked("snapshot", "create", "vm1", "--mode", f"vda={mode}")
+    disks = (DiskWish(name="vda", mode=mode),)
+    assert request == requests.CreateSnapshot(domain="vm1", wish=SnapshotWish(disks=disks, only_these=False))
+
+
+def test_snapshot_with_a_backing_of_its_mirror(asked: Run, tmp_path: Path) -> None:
+    request = asked(
+        *["snapshot", "create", "vm1", "--mirror-backing", "./src/a.img=base.img"],
+        *["--mirror", "src/a.img=/dest/a.img"],
+    )
+    mirror = MirrorWish(file="/dest/a.img", backing=f"{tmp_path}/base.img")
+    disks = (DiskWish(name=f"{tmp_path}/src/a.img", mirror=mirror),)
+    assert request == requests.CreateSnapshot(domain="vm1", wish=SnapshotWish(disks=disks))
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (["--reuse-ext"], SnapshotCreate.REUSE_EXT | SnapshotCreate.ATOMIC),
+        (["--reuse-ext", "--atomic"], SnapshotCreate.REUSE_EXT | SnapshotCreate.ATOMIC),
+        (["--no-metadata"], SnapshotCreate.NO_METADATA),
+        (["--no-metadata", "--atomic"], SnapshotCreate.NO_METADATA | SnapshotCreate.ATOMIC),
+    ],
+)
+def test_snapshot_flags(asked: Run, options: list[str], flags: SnapshotCreate) -> None:
+    request = asked("snapshot", "create", "vm1", *options)
+    assert request == requests.CreateSnapshot(domain="vm1", wish=SnapshotWish(), flags=int(flags))
+
+
 def test_snapshot_from_xml(asked: Run, tmp_path: Path) -> None:
     (tmp_path / "s.xml").write_text("<domainsnapshot/>")
     from_file = asked("snapshot", "create", "vm1", "--xml", "s.xml")
@@ -122,16 +182,42 @@ def test_snapshot_from_xml(asked: Run, tmp_path: Path) -> None:
         ["--mirror", "vda"],
         ["--mirror", "vda=/x", "--mirror", "vda=/y"],
         ["--xml", "-", "--disk", "vda"],
+        ["--xml", "-", "--mode", "vda=none"],
+        ["--xml", "-", "--mirror-backing", "vda=/x"],
+        ["--mode", "vda"],
+        ["--mode", "vda="],
+        ["--mode", "=none"],
+        ["--mode", "vda=Absolute"],
+        ["--mode", "vda=none", "--mode", "vda=absolute"],
+        ["--mirror", "vda=/x", "--mirror-backing", "vda"],
+        ["--mirror", "vda=/x", "--mirror-backing", "vda="],
+        ["--mirror", "vda=/x", "--mirror-backing", "vda=/y", "--mirror-backing", "vda=/z"],
     ],
 )
 def test_snapshots_that_are_refused_here(arguments: list[str]) -> None:
     assert invoke("snapshot", "create", "vm1", *arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("others", [[], ["--disk", "vda"], ["--mirror", "vdb=/x"]])
+def test_a_backing_needs_its_mirror(others: list[str]) -> None:
+    result = invoke("snapshot", "create", "vm1", *others, "--mirror-backing", "vda=/base")
+    assert result.exit_code == 2
+    assert "vda has no --mirror" in result.output
+
+
+def test_one_disk_under_two_names_of_its_image_is_one(asked: Run, tmp_path: Path) -> None:
+    twice = ["--mirror", f"{tmp_path}/a.img=/x", "--mirror", "./a.img=/y"]
+    assert invoke("snapshot", "create", "vm1", *twice).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("option", "flags"),
     [
         ([], SnapshotDelete(0)),
+        (["--merge"], SnapshotDelete(0)),
+        (["--children"], SnapshotDelete.CHILDREN),
+        (["--children-only"], SnapshotDelete.CHILDREN_ONLY),
+        (["--merge", "--children"], SnapshotDelete.CHILDREN),
         (["--reopen-mirror"], SnapshotDelete.REOPEN_MIRROR),
         (["--remove-mirror"], SnapshotDelete.REMOVE_MIRROR),
         (["--metadata"], SnapshotDelete.METADATA_ONLY),
@@ -142,8 +228,31 @@ def test_snapshot_delete(asked: Run, option: list[str], flags: SnapshotDelete) -
     assert request == requests.DeleteSnapshot(domain="vm1", snapshot="s1", flags=int(flags))
 
 
-def test_snapshot_delete_takes_one_choice() -> None:
-    assert invoke("snapshot", "delete", "vm1", "s1", "--metadata", "--reopen-mirror").exit_code == 2
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(list(pair) for pair in itertools.combinations(CHOICES, 2)),
+        *(["--merge", choice] for choice in CHOICES if choice not in ("--children", "--children-only")),
+    ],
+    ids=" ".join,
+)
+def test_snapshot_delete_takes_one_choice(options: list[str]) -> None:
+    result = invoke("snapshot", "delete", "vm1", "s1", *options)
+    assert result.exit_code == 2
+    assert "Only one of" in result.output
+
+
+@pytest.mark.parametrize("choice", ["--reopen-mirror", "--remove-mirror", "--metadata"])
+def test_only_a_merge_can_be_looked_at_before(choice: str) -> None:
+    result = invoke("snapshot", "delete", "vm1", "s1", choice, "--dry-run")
+    assert result.exit_code == 2
+    assert "--dry-run is for a merge" in result.output
+
+
+def test_looking_at_a_merge(asked: Run) -> None:
+    assert asked("snapshot", "delete", "vm1", "s1", "--children", "--dry-run") == requests.DeleteSnapshot(
+        domain="vm1", snapshot="s1", flags=int(SnapshotDelete.CHILDREN), dry_run=True
+    )
 
 
 def test_copy(asked: Run, tmp_path: Path) -> None:
@@ -155,6 +264,54 @@ def test_copy(asked: Run, tmp_path: Path) -> None:
         domain="vm1", disk="vda", dest="/d", dry_run=True
     )
     assert invoke("copy", "vm1", "vda", "/d", "--pivot", "--finish").exit_code == 2
+
+
+def test_copy_onto_a_base_and_how(asked: Run, tmp_path: Path) -> None:
+    request = asked(
+        *["copy", "vm1", "vda", "/d", "--base", "base.img", "--reuse-ext", "--converge"],
+        *["--granularity", "64K", "--buf-size", "16M"],
+    )
+    assert request == requests.StartCopy(
+        domain="vm1",
+        disk="vda",
+        dest="/d",
+        base=f"{tmp_path}/base.img",
+        granularity=65536,
+        buf_size=16 << 20,
+        flags=int(BlockCopy.REUSE_EXT | BlockCopy.SYNCHRONOUS_WRITES),
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [["--granularity", "much"], ["--buf-size", "-1"], ["--bandwidth", "fast"], ["--format", "vmdk"]]
+)
+def test_copies_that_are_refused_here(options: list[str]) -> None:
+    assert invoke("copy", "vm1", "vda", "/d", *options).exit_code == 2
+
+
+def test_rebase(asked: Run, tmp_path: Path) -> None:
+    assert asked("rebase", "vm1", "vda") == requests.Rebase(domain="vm1", disk="vda")
+    assert asked("rebase", "vm1", "./a.img", "--base", "b.img", "--bandwidth", "1M") == requests.Rebase(
+        domain="vm1", disk=f"{tmp_path}/a.img", base=f"{tmp_path}/b.img", bandwidth=1 << 20
+    )
+    assert asked("rebase", "vm1", "vda", "--dry-run", "--wait") == requests.Rebase(
+        domain="vm1", disk="vda", dry_run=True
+    )
+
+
+def test_commit(asked: Run, tmp_path: Path) -> None:
+    assert asked("commit", "vm1", "vda") == requests.Commit(domain="vm1", disk="vda")
+    assert asked("commit", "vm1", "vda", "--top", "t.img", "--base", "/b.img", "--bandwidth", "50M") == requests.Commit(
+        domain="vm1", disk="vda", top=f"{tmp_path}/t.img", base="/b.img", bandwidth=50 << 20
+    )
+    assert asked("commit", "vm1", "vda", "--dry-run") == requests.Commit(domain="vm1", disk="vda", dry_run=True)
+
+
+@pytest.mark.parametrize("verb", ["rebase", "commit"])
+def test_chain_jobs_that_are_refused_here(verb: str) -> None:
+    assert invoke(verb, "vm1").exit_code == 2
+    assert invoke(verb, "vm1", "vda", "--bandwidth", "fast").exit_code == 2
+    assert invoke(verb, "vm1", "vda", "vdb").exit_code == 2
 
 
 def test_jobs(asked: Run) -> None:
@@ -220,6 +377,36 @@ def test_a_chain_is_drawn_from_the_active_image_down() -> None:
         "     <- /base  qcow2",
         "  => /dest  qcow2  mirror  copying  25 %  of snapshot s1",
     ]
+
+
+def snapshot_row(name: str, parent: str | None, *, current: bool = False) -> dict[str, Any]:
+    return {"name": name, "parent": parent, "current": current, "created": 0, "state": "running", "disks": []}
+
+
+def test_snapshots_are_drawn_as_a_tree() -> None:
+    rows = [
+        *[snapshot_row("a", None), snapshot_row("b", "a"), snapshot_row("lone", None), snapshot_row("c", "b")],
+        *[snapshot_row("b2", "a", current=True), snapshot_row("orphan", "gone")],
+    ]
+    drawn = render.snapshots({"domain": "vm1", "snapshots": rows}).splitlines()
+    assert [line.split("  1970")[0].split("  197")[0].rstrip()[:10].rstrip() for line in drawn] == [
+        *["  NAME", "  a", "  └─ b", "     └─ c", "* └─ b2", "  lone", "  orphan"]
+    ]
+    assert render.snapshots({"domain": "vm1", "snapshots": []}) == "vm1 has no snapshots"
+
+
+@pytest.mark.parametrize(
+    ("state", "total", "line"),
+    [
+        ("copying", 0, "vda  copying"),  # between the fill of a copy and its mirror
+        ("done", 0, "vda  done"),
+        ("done", 1024, "vda  done  100 %  1.0 KiB of 1.0 KiB"),
+        ("ready", 0, "vda  ready  100 %  0 B of 0 B"),
+    ],
+)
+def test_progress_says_no_figures_that_it_does_not_have(state: str, total: int, line: str) -> None:
+    data = {"disk": "vda", "state": state, "current": total, "total": total, "reason": None}
+    assert click.unstyle(render.progress(data)) == line
 
 
 def test_json_of_a_usage_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,9 @@ async def test_delete_in_every_order(qemu: QemuBinaries, tmp_path: Path, order: 
         await whole(rig, *ALL)
 
 
-@pytest.mark.parametrize(("flag", "left"), [(SnapshotDelete.CHILDREN, ["s1"]), (SnapshotDelete.CHILDREN_ONLY, ["s1", "s2"])])
+@pytest.mark.parametrize(
+    ("flag", "left"), [(SnapshotDelete.CHILDREN, ["s1"]), (SnapshotDelete.CHILDREN_ONLY, ["s1", "s2"])]
+)
 async def test_delete_with_children(rig: Rig, flag: SnapshotDelete, left: list[str]) -> None:
     await rig.layers(4)
     await rig.delete("s2", int(flag))

@@ -1,5 +1,7 @@
 """Copies that back onto an image of the source's chain, or of one of their own; and onto what is there already."""
 
+import asyncio
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +21,7 @@ def own_bytes(qemu: QemuBinaries, image: Path) -> int:
     """What an image holds itself, of all that the guest can see in it."""
     alone = f'json:{{"driver": "qcow2", "backing": null, "file": {{"driver": "file", "filename": "{image}"}}}}'
     done = subprocess.run([qemu.img, "map", "--output=json", alone], capture_output=True, check=True, timeout=30)
-    return sum(part["length"] for part in _json(done.stdout) if part["data"])
-
-
-def _json(text: bytes) -> list[dict]:
-    import json
-
-    return json.loads(text)
+    return sum(part["length"] for part in json.loads(done.stdout) if part["data"])
 
 
 async def finish_whole(rig: Rig, target: str, chain: list[str]) -> None:
@@ -138,9 +134,8 @@ async def test_reuse_ext_with_the_destinations_own_chain(rig: Rig, number: int) 
     """The caller has copied the base, and says so by what the destination's header names."""
     await rig.layers(2, only=["vda"])
     own = rig.dst / "base.copy"
-    subprocess.run(
-        [rig.qemu.img, "convert", "-U", "-O", "qcow2", rig.layer("vda", number), own], check=True, timeout=30
-    )
+    convert = [rig.qemu.img, "convert", "-U", "-O", "qcow2", rig.layer("vda", number), own]
+    await asyncio.to_thread(subprocess.run, convert, check=True, timeout=30)
     make_image(rig.qemu, rig.dest("vda"), "qcow2", SIZE, backing=own, backing_fmt="qcow2")
     await rig.copy("vda", base=rig.layer("vda", number), flags=BlockCopy.REUSE_EXT)
     await rig.pivot("vda")

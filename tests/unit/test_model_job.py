@@ -6,10 +6,10 @@ import msgspec
 import pytest
 
 from blockferry.engine.progress import state_of
+from blockferry.model.blockjob import Mirror
 from blockferry.model.job import CAUGHT_UP, ENDED, STATES, VERBS, Job
 from blockferry.model.operation import ENDED as OVER
 from blockferry.model.operation import OPEN, OperationState
-from blockferry.model.blockjob import Mirror
 
 
 def job(status: str, error: str | None = None) -> Job:

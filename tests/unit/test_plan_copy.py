@@ -8,7 +8,9 @@ from test_plan_snapshot import GIB, SIZE, Plug, fact, observed
 from blockferry import errors
 from blockferry.model.files import FileFact
 from blockferry.model.flags import BlockCopy
+from blockferry.model.request import StartCopy
 from blockferry.plan.copy import is_uri, nbd_options, plan_cancel, plan_copy
+from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.steps import AddNode, CancelJob, ClaimFile, CreateImage, RemoveNode, RequireSize, StartMirror
 
@@ -18,8 +20,8 @@ SEEN = observed(Plug("vda"), Plug("vdb", fmt="raw", direct=True), Plug("vdc", fi
 def plan(disk: str = "vda", dest: str = "/d", *, facts: dict[str, FileFact] | None = None, **more: Any) -> Plan:
     known = {path: fact(path, kind="file", allocated=SIZE) for path in ("/img/vda.img", "/img/vdb.img", "/img/vdc.img")}
     known |= {dest: fact(dest)} | (facts or {})
-    asked = {"wanted": None, "bandwidth": 0, "flags": BlockCopy(0), **more}
-    return plan_copy("vm1", SEEN, disk_name=disk, dest=dest, names=Names("abcd", 3), operation=3, facts=known, **asked)
+    request = StartCopy(domain="vm1", disk=disk, dest=dest, **more)
+    return plan_copy("vm1", SEEN, request, names=Names("abcd", 3), operation=3, files=Files(facts=known))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_path_is_no_uri() -> None:
     ],
 )
 def test_format(disk: str, wanted: str | None, flags: int, made: str) -> None:
-    found = plan(disk, wanted=wanted, flags=BlockCopy(flags))
+    found = plan(disk, format=wanted, flags=int(flags))
     (created,) = [step for step in found.prepare if isinstance(step, CreateImage)]
     assert (created.format, created.size, created.backing) == (made, SIZE, None)
     (mirror,) = found.record.jobs
@@ -85,11 +87,16 @@ def test_format(disk: str, wanted: str | None, flags: int, made: str) -> None:
 @pytest.mark.parametrize(
     ("more", "kind"),
     [
-        ({"wanted": "qcow2", "flags": BlockCopy.CREATE_RAW}, errors.BadRequest),
-        ({"wanted": "vmdk"}, errors.BadRequest),
-        ({"flags": BlockCopy.SHALLOW}, errors.UnsupportedFlag),
-        ({"flags": BlockCopy.TRANSIENT_JOB | BlockCopy.CREATE_RAW}, errors.UnsupportedFlag),
-        ({"dest": "nbd://h/x", "wanted": "qcow2"}, errors.DestinationUnusable),
+        ({"format": "qcow2", "flags": BlockCopy.CREATE_RAW}, errors.BadRequest),
+        ({"format": "vmdk"}, errors.BadRequest),
+        ({"flags": BlockCopy.REUSE_EXT | BlockCopy.CREATE_RAW}, errors.BadRequest),
+        ({"granularity": 3000}, errors.BadRequest),
+        ({"buf_size": 0}, errors.BadRequest),
+        ({"base": "/img/vda.img"}, errors.ImageUnsuitable),
+        ({"base": "/elsewhere"}, errors.ImageUnsuitable),
+        ({"flags": 1 << 10}, errors.UnsupportedFlag),
+        ({"flags": BlockCopy.REUSE_EXT}, errors.ImageUnsuitable),
+        ({"dest": "nbd://h/x", "format": "qcow2"}, errors.DestinationUnusable),
         ({"disk": "vdc"}, errors.DiskBusy),
         ({"disk": "vdd"}, errors.NoSuchDisk),
         ({"facts": {"/d": fact("/d", kind="file")}}, errors.DestinationExists),
@@ -104,8 +111,11 @@ def test_refused(more: dict[str, Any], kind: type[errors.Refused]) -> None:
 
 
 def test_room_is_what_is_allocated_but_not_more_than_the_disk() -> None:
-    plan(facts={"/d": fact("/d", free=4096), "/img/vda.img": fact("/img/vda.img", kind="file", allocated=4096)})
-    plan(facts={"/d": fact("/d", free=SIZE), "/img/vda.img": fact("/img/vda.img", kind="file", allocated=GIB)})
+    for allocated, free in ((4096, 4096), (GIB, SIZE)):
+        source = fact("/img/vda.img", kind="file", allocated=allocated)
+        plan(format="raw", facts={"/d": fact("/d", free=free), "/img/vda.img": source})
+        with pytest.raises(errors.NoRoom):
+            plan(format="raw", facts={"/d": fact("/d", free=free - 1), "/img/vda.img": source})
 
 
 def test_steps_of_a_file() -> None:

@@ -7,10 +7,12 @@ import pytest
 from blockferry import errors
 from blockferry.model.domain import Capabilities, Observation
 from blockferry.model.files import FileFact
+from blockferry.model.flags import SnapshotCreate
 from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
-from blockferry.plan.snapshot import choose, new_files, plan_snapshot
+from blockferry.plan.snapshot import choose, files_of, plan_snapshot
 from blockferry.plan.steps import AddNode, ClaimFile, CommitDown, CreateImage, RemoveFile, StartMirror, TakeSnapshots
 
 SIZE = 1 << 20
@@ -76,7 +78,7 @@ def observed(*plugs: Plug) -> Observation:
         graph=Graph(nodes, frozenset(edges)),
         disks=tuple(disks),
         jobs={},
-        capabilities=Capabilities(version="0", commands=frozenset()),
+        capabilities=Capabilities(version="0", commands=frozenset({"transaction"})),
     )
 
 
@@ -86,10 +88,11 @@ def fact(path: str, **more: object) -> FileFact:
 
 def plan(seen: Observation, wish: SnapshotWish, **facts: FileFact) -> Plan:
     """`facts` by file name; what is not told is absent, with room."""
-    choices, _left_out = choose("vm1", seen, wish, "s1")
-    known = {path: fact(path) for path in new_files(choices)} | {each.path: each for each in facts.values()}
+    choices, _left_out = choose("vm1", seen, wish, "s1", SnapshotCreate(0))
+    known = {path: fact(path) for path in files_of(choices)} | {each.path: each for each in facts.values()}
+    files = Files(facts=known)
     return plan_snapshot(
-        "vm1", seen, wish, names=Names("abcd", 7), operation=7, name="s1", facts=known, now=1.5, parent="s0"
+        "vm1", seen, wish, names=Names("abcd", 7), operation=7, name="s1", files=files, now=1.5, parent="s0"
     )
 
 
@@ -186,7 +189,7 @@ def test_same_request_gives_the_same_plan() -> None:
     ],
 )
 def test_generated_name(image: str, name: str) -> None:
-    (choice,), _left_out = choose("vm1", observed(Plug("vda", file=image)), SnapshotWish(), "s1")
+    (choice,), _left_out = choose("vm1", observed(Plug("vda", file=image)), SnapshotWish(), "s1", SnapshotCreate(0))
     assert choice.file == name
 
 
@@ -201,7 +204,6 @@ UNSUITABLE = {
     "empty": Plug("vdc", empty=True),
     "cdrom": Plug("vdc", device="cdrom"),
     "read-only": Plug("vdc", read_only=True),
-    "throttle": Plug("vdc", filter="throttle"),
     "vmdk": Plug("vdc", fmt="vmdk"),
     "bare file": Plug("vdc", fmt="file"),
 }
@@ -250,10 +252,25 @@ def test_shared_image_is_ambiguous() -> None:
         plan(seen, SnapshotWish(disks=(DiskWish(name="/same"),)))
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "block", "other"])
-def test_file_that_exists(kind: str) -> None:
-    with pytest.raises(errors.DestinationExists):
+@pytest.mark.parametrize(
+    ("kind", "refusal"),
+    [
+        ("file", errors.DestinationExists),
+        ("directory", errors.DestinationUnusable),
+        ("other", errors.DestinationUnusable),
+    ],
+)
+def test_file_that_exists(kind: str, refusal: type[errors.Refused]) -> None:
+    with pytest.raises(refusal):
         plan(TWO, SnapshotWish(), there=fact("/img/vdb.s1", kind=kind))
+
+
+def test_a_block_device_is_overwritten_and_that_is_said() -> None:
+    made = plan(TWO, SnapshotWish(), there=fact("/img/vdb.s1", kind="block", size=GIB))
+    assert made.notes == ("/img/vdb.s1 is a block device: what was on it is overwritten",)
+    assert [step.path for step in made.prepare if isinstance(step, ClaimFile)] == ["/img/vda.s1"]
+    with pytest.raises(errors.NoRoom):
+        plan(TWO, SnapshotWish(), there=fact("/img/vdb.s1", kind="block", size=4096))
 
 
 def test_file_that_can_not_be_created() -> None:

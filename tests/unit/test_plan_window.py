@@ -117,7 +117,7 @@ def test_shared_base_is_the_node_that_is_there() -> None:
 def test_own_chain_is_opened_from_the_bottom_read_only() -> None:
     made = plan(CHAIN, mirrors=(BACKED,), bases={"vda": (image("/base.copy"), image("/deep", format="raw"))})
     added = [
-        (step.node, step.options.get("filename"), step.options["read-only"])
+        (step.node, step.options.get("filename"), step.options.get("read-only", step.options.get("auto-read-only")))
         for step in made.prepare
         if isinstance(step, AddNode)
     ]
@@ -226,4 +226,4 @@ def test_as_it_is() -> None:
     truth = as_it_is(window(windowed()), seen)
     assert truth.authoritative == {"vda": "/vda.dst", "vdb": "/vdb.src"}
     assert truth.ended == {"vda": "pivoted", "vdb": "lost"}
-    assert truth.forget_snapshot is None
+    assert truth.forget == ()

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from blockferry.model.blockjob import ChainJob, Layer, Mirror
 from blockferry.model.domain import Capabilities, Observation
 from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.job import STATES, Job
 from blockferry.model.operation import OPEN
-from blockferry.model.blockjob import Mirror
 from blockferry.plan.copy import plan_cancel
 from blockferry.plan.plan import Plan, Record, Window, WindowDisk
 from blockferry.plan.recover import ROWS, Evidence, Interrupted, decide
@@ -247,6 +248,51 @@ def test_l_the_guest_runs_with_a_disk_switched() -> None:
 @pytest.mark.parametrize("plan", [SNAPSHOT, windowed()])
 def test_w_it_can_not_be_asked(state: str, plan: Plan) -> None:
     assert row(state, plan, Evidence(seen=None), ALL_DONE) == ("W", "wait")
+
+
+COMMIT = ChainJob(
+    domain="vm1",
+    target="vda",
+    operation=1,
+    job="c",
+    type="commit",
+    top=Layer(node="mid", file="/mid", format="qcow2"),
+    base=Layer(node="low", file="/low", format="qcow2"),
+    above="top",
+)
+IN_CHAIN = Plan(
+    what="job-end", text="", window=Window(ends_on="destination", resume=True, disks=(), steps=(), chain=COMMIT)
+)
+
+
+def chain_seen(backing: str) -> Evidence:
+    node = Node(name="top", driver="qcow2", filename="/top", virtual_size=1, read_only=False)
+    seen = msgspec.structs.replace(
+        observed({}, {}), graph=Graph({"top": node}, frozenset({Edge("top", "backing", backing)}))
+    )
+    return Evidence(seen=seen)
+
+
+def test_m_the_graph_shows_the_end_of_a_commit() -> None:
+    assert row("window", IN_CHAIN, chain_seen("low")) == ("M", "record")
+
+
+def test_n_the_chain_is_the_old_one() -> None:
+    assert row("window", IN_CHAIN, chain_seen("mid")) == ("N", "leave-chain")
+
+
+def test_p_some_disks_have_switched_one_after_the_other() -> None:
+    pairs = [Pair(target=t, node=f"{t}-n", overlay=f"{t}-s", job="u") for t in TARGETS]
+    plan = Plan(
+        what="snapshot",
+        text="",
+        in_part=True,
+        prepare=tuple(TakeSnapshots(pairs=(pair,), together=False) for pair in pairs),
+    )
+    one = msgspec.structs.replace(observed({}, {}), graph=Graph({}, frozenset({Edge("vda-s", "backing", "vda-n")})))
+    steps = {0: "done", 1: "failed"}
+    assert row("preparing", plan, Evidence(seen=one), steps) == ("P", "record-part")
+    assert row("preparing", plan, Evidence(seen=observed({}, {})), steps) == ("D", "undo")
 
 
 def test_every_row_has_a_test() -> None:

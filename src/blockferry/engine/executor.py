@@ -173,12 +173,13 @@ class Executor:
     # --- nodes ------------------------------------------------------------------------------------------------
 
     async def _add_node(self, step: steps.AddNode) -> None:
-        if step.node in (await self.graph()).nodes:
-            return
+        """Open it; looked at only when QEMU refuses: a look costs more than all else here."""
         for attempt in range(LOCK_TRIES):
             try:
                 await self._session.execute("blockdev-add", **{"node-name": step.node, **step.options})
             except CommandRefused as refusal:
+                if step.node in (await self.graph()).nodes:
+                    return  # done before
                 if " lock" not in refusal.words or attempt == LOCK_TRIES - 1:
                     raise
                 await asyncio.sleep(LOCK_PAUSE_SECONDS)
@@ -186,9 +187,13 @@ class Executor:
                 return
 
     async def _remove_node(self, step: steps.RemoveNode) -> None:
-        graph = await self.graph()
-        if step.node in graph.nodes and not (step.if_unused and graph.parents(step.node)):
+        """Close it; looked at only when QEMU refuses, which it does for one that is used or not there."""
+        try:
             await self._session.execute("blockdev-del", node_name=step.node)
+        except CommandRefused:
+            graph = await self.graph()
+            if step.node in graph.nodes and not (step.if_unused and graph.parents(step.node)):
+                raise
 
     async def _set_backing(self, step: steps.SetBacking) -> None:
         graph = await self.graph()

@@ -30,6 +30,8 @@ from blockferry.qemu.process import born, ends
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
+# So often somebody who waits for jobs looks whether the connection still stands.
+LOOK_SECONDS = 1.0
 WATCHED = (
     "JOB_STATUS_CHANGE",
     "BLOCK_JOB_COMPLETED",
@@ -330,9 +332,9 @@ class Keeper:
 
     async def _follow(self, job: ChainJob) -> None:
         """Do what follows a commit or stream that has ended; one whose end can't be carried out is lost."""
+        seen = await self.observe()
         operation = self._journal.reserve_operation()
         try:
-            seen = await self.observe()
             await self.run(operation, plan_end(seen, job, self._journal.snapshots(self.name)))
         except (errors.Refused, errors.OperationFailed) as failure:
             if any(each == job for each in self.active()):
@@ -356,11 +358,21 @@ class Keeper:
 
         Raises:
             JobFailed: one was lost or cancelled.
+            QmpUnreachable, QmpBusy, GuestGone: QEMU can't be asked any more; the jobs may go on.
         """
         with self._bus.listen() as heard:
             while any(job.operation == operation and job.state == "active" for job in self._journal.jobs(self.name)):
-                if await heard.get() is None:
-                    break
+                try:
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        if await heard.get() is None:
+                            break
+                except TimeoutError:
+                    # Not that it has ended, but that nobody could have told us: the connection broke meanwhile.
+                    if self._session is None or not self._session.alive:
+                        await self._check()
+        # What follows an end is recorded first and settled then, under the lock.
+        async with self.lock:
+            pass
         for job in self._journal.jobs(self.name):
             if job.operation == operation and job.state in ("lost", "cancelled"):
                 reason = job.reason or "no reason is known"
@@ -385,8 +397,7 @@ class Keeper:
         if mirror.job in self._said_ready:
             return
         self._said_ready.add(mirror.job)
-        recorded = self._journal.events(self.name, 0)
-        if not any(each.type == "mirror-ready" and each.data.get("job") == mirror.job for each in recorded):
+        if not self._journal.was_said(self.name, "mirror-ready", mirror.job):
             self._say("mirror-ready", mirror.target, file=mirror.file, job=mirror.job)
 
     # --- what happens while nobody asks -----------------------------------------------------------------------
@@ -424,10 +435,16 @@ class Keeper:
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
+        # What can't be asked or settled now is looked at again by the next request, or when the connection is made anew.
+        with contextlib.suppress(errors.BlockferryError, LostReply):
+            await self._check()
+
+    async def _check(self) -> None:
         async with self.lock:
-            if not self._journal.open_operations(self.name):
-                with contextlib.suppress(errors.BlockferryError, LostReply):
-                    await self.check_jobs(await self.observe())
+            if self._journal.open_operations(self.name):
+                await self.reconcile()
+            else:
+                await self.check_jobs(await self.observe())
 
     async def _lost_connection(self) -> None:
         async with self.lock:
@@ -438,3 +455,7 @@ class Keeper:
                 self.problem = errors.GuestGone(domain=self.name, reason="its process has ended")
                 if not self._journal.open_operations(self.name):
                     self._guest_gone("its process has ended")
+                return
+        if self.active():
+            # Jobs go on without us, and nobody else may ask for the domain soon.
+            await self._check_soon()

@@ -15,7 +15,7 @@ class NoSuchJob(Refused):
     disk: str
     code = "no-such-job"
     exit_status = 50
-    template = "{domain}: disk {disk} has no copy or mirror. `blockferry job list {domain}` shows those that there are."
+    template = "{domain}: disk {disk} has no job of ours. `blockferry job list {domain}` shows those that there are."
 
 
 @dataclass(eq=False)

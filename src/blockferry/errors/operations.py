@@ -94,5 +94,6 @@ class SnapshotInPart(Unknown):
     template = (
         "{domain}: operation {operation} failed at «{step}»: {reason}. Its QEMU has no `transaction`, so the disks were "
         "switched one after the other: {switched} now on the new images, the others as they were, and there is no snapshot of "
-        "that name. `blockferry show {domain}` shows the images; `blockferry commit {domain} DISK --wait` takes one back."
+        "that name. `blockferry show {domain}` shows the images; `blockferry commit {domain} DISK --base IMAGE --wait`, with "
+        "the image under the new one, takes one back."
     )

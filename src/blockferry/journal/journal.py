@@ -7,6 +7,7 @@ QMP command that depends on it is sent. Past beliefs only: what is so now is ask
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import sqlite3
 import time
@@ -19,7 +20,7 @@ import msgspec
 from blockferry import errors
 from blockferry.journal.schema import MIGRATIONS
 from blockferry.model.blockjob import BlockJob, JobEnd, Mirror
-from blockferry.model.operation import ENDED, OPEN, OperationState, StepState, Stretch
+from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepState, Stretch
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.plan import Plan, Record
@@ -269,12 +270,14 @@ class Journal:
             )
             return tuple(self._put_event(event) for event in events)
 
-    def operations(self, domain: str | None = None) -> tuple[OperationRecord, ...]:
-        """Operations, oldest first, of one domain or of all."""
+    def operations(
+        self, domain: str | None = None, *, states: frozenset[OperationState] = ALL
+    ) -> tuple[OperationRecord, ...]:
+        """Operations in these states, oldest first, of one domain or of all."""
         rows = self._all(
             "SELECT id, domain, plan, state, started, ended, error, row, pause_ms FROM operation"
-            " WHERE ?1 IS NULL OR domain = ?1 ORDER BY id",
-            (domain,),
+            " WHERE (?1 IS NULL OR domain = ?1) AND state IN (SELECT value FROM json_each(?2)) ORDER BY id",
+            (domain, json.dumps(sorted(states))),
         )
         return tuple(_operation(row) for row in rows)
 
@@ -288,7 +291,7 @@ class Journal:
 
     def open_operations(self, domain: str | None = None) -> tuple[OperationRecord, ...]:
         """Those that recovery has something to do with."""
-        return tuple(each for each in self.operations(domain) if each.state in OPEN)
+        return self.operations(domain, states=OPEN)
 
     def steps(self, operation: int) -> tuple[StepRecord, ...]:
         """An operation's steps, in the order in which they were begun."""
@@ -381,6 +384,15 @@ class Journal:
             "SELECT record FROM event WHERE seq > ?1 AND (?2 IS NULL OR domain = ?2) ORDER BY seq", (since, domain)
         )
         return tuple(msgspec.json.decode(row[0], type=Event) for row in rows)
+
+    def was_said(self, domain: str, kind: str, job: str) -> bool:
+        """Whether an event of that type about that job is recorded."""
+        (count,) = self._one(
+            "SELECT COUNT(*) FROM event WHERE domain = ?1 AND json_extract(CAST(record AS TEXT), '$.type') = ?2"
+            " AND json_extract(CAST(record AS TEXT), '$.data.job') = ?3",
+            (domain, kind, job),
+        )
+        return bool(count)
 
     def last_event(self) -> int:
         """The newest event's number, 0 when there is none."""

@@ -12,5 +12,7 @@ ENDED: frozenset[OperationState] = frozenset({"done", "undone"})
 # In these recovery has something to do; an operation in progress is looked after by its mirrors.
 OPEN: frozenset[OperationState] = frozenset({"planned", "preparing", "window", "recorded", "unsettled"})
 
+ALL: frozenset[OperationState] = ENDED | OPEN | {"in-progress"}
+
 StepState = Literal["intent", "done", "failed", "undone"]
 Stretch = Literal["prepare", "window", "settle", "undo"]

@@ -141,13 +141,20 @@ def plan_commit(
         domain, seen, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE)
     )
     job = msgspec.structs.replace(job, speed=request.bandwidth)
-    _changed, forgotten = after_commit(snapshots, job)
+    changed, forgotten = after_commit(snapshots, job, _above(disk, job))
     return Plan(
         what="commit",
         text=f"commit {_span(job)} of {disk.target} into {base.file}",
         prepare=(_start(job, disk),),
         record=Record(authoritative={disk.target: disk.active.file}, jobs=(job,)),
-        notes=tuple(f"snapshot {name} will be no more: what it kept is written over" for name in forgotten),
+        notes=(
+            *(f"snapshot {name} will be no more: what it kept is written over" for name in forgotten),
+            *(
+                f"snapshot {each.name} will keep nothing of {disk.target} any more: that is written over"
+                for each in changed
+                if all(kept.target != disk.target for kept in each.disks)
+            ),
+        ),
     )
 
 
@@ -191,14 +198,17 @@ def plan_merge(
         jobs.append(msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed)))
         starts.append(_start(jobs[-1], disk))
     which = ", ".join(each.name for each in doomed)
+    removed = ", ".join(layer.file for job in jobs for layer in job.leaving)
     return Plan(
         what="delete",
-        text=f"delete snapshot {which}: " + "; ".join(f"merge {_span(job)} into {_base(job).file}" for job in jobs),
+        text=f"delete snapshot{'s' if len(doomed) > 1 else ''} {which}: "
+        + "; ".join(f"merge {_span(job)} into {_base(job).file}" for job in jobs),
         prepare=tuple(starts),
         record=Record(
             authoritative={job.target: find_disk(domain, seen, job.target).active.file for job in jobs},
             jobs=tuple(jobs),
         ),
+        notes=(f"removed once they are merged: {removed}",),
     )
 
 
@@ -294,6 +304,11 @@ def _base(job: ChainJob) -> Layer:
     return job.base
 
 
+def _above(disk: Disk, job: ChainJob) -> str | None:
+    """The file of the overlay of a commit's topmost layer."""
+    return next((image.file for image in disk.chain if image.node == job.above), None)
+
+
 def _is_active(disk: Disk, name: str | None) -> bool:
     return name is None or same_file(name, disk.active.file)
 
@@ -328,14 +343,15 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
     """
     if job.type == "fill":
         return _end_fill(job)
-    changed, forgotten = after_commit(snapshots, job) if job.type != "rebase" else ((), ())
     disk = find_disk(job.domain, seen, job.target)
+    changed, forgotten = after_commit(snapshots, job, _above(disk, job)) if job.type != "rebase" else ((), ())
     active = _base(job).file if job.type == "active-commit" else disk.active.file
     done = has_ended(job, seen)
     window = None if done or job.type == "commit" else _window(seen, job, disk)
     return Plan(
         what="job-end",
-        text=f"the {job.type} of {job.target} has ended" + (f": it goes over to {active}" if window else ""),
+        text=f"the {job.type} of {job.target} has ended"
+        + (f": the guest goes over to {active}" if window and job.type == "active-commit" else ""),
         prepare=_before(job, disk, done=done),
         window=window,
         record=Record(

@@ -353,7 +353,7 @@ def _open_file(mirror: Mirror, wish: Wish, files: Files, like: Node) -> list[Ste
                 path=mirror.file,
                 format=mirror.format,
                 size=disk.active.virtual_size,
-                backing=mirror.backing,
+                backing=dest.header_name(None, mirror.backing, mirror.file) if mirror.backing else None,
                 backing_format=mirror.backing_format,
                 overwrites=fact.kind == "block",
             )

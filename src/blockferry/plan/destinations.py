@@ -14,6 +14,8 @@ from blockferry.model.graph import Node
 
 # A new qcow2 with a backing file takes three clusters of 64 KiB; a fourth comes with its first write.
 NEW_OVERLAY_BYTES = 4 * 64 * 1024
+# The qcow2 format's own limit (docs/interop/qcow2.rst).
+HEADER_NAME_MAX = 1023
 _KINDS = {"directory": "it is a directory", "other": "it is neither a file nor a block device"}
 
 
@@ -174,9 +176,18 @@ def header_name(mode: str | None, backing: str, path: str) -> str | None:
         mode: `absolute` (or None), `relative` to the overlay's directory, or `none`.
         backing: the backing's absolute path or URI.
         path: the overlay's.
+
+    Raises:
+        DestinationUnusable: the name does not fit into a header.
     """
     if mode == "none":
         return None
-    if mode == "relative" and backing.startswith("/"):
-        return os.path.relpath(backing, os.path.dirname(path))
-    return backing
+    relative = mode == "relative" and backing.startswith("/")
+    name = os.path.relpath(backing, os.path.dirname(path)) if relative else backing
+    if len(name.encode()) > HEADER_NAME_MAX:
+        raise errors.DestinationUnusable(
+            path=path,
+            reason=f"its header has {HEADER_NAME_MAX} bytes for the name of its backing file, and {backing} is longer "
+            "(modes relative and none name it shorter or not at all)",
+        )
+    return name

@@ -24,12 +24,20 @@ def children(name: str, snapshots: tuple[Snapshot, ...]) -> tuple[str, ...]:
     return tuple(snapshot.name for snapshot in snapshots if snapshot.parent == name)
 
 
-def after_commit(snapshots: tuple[Snapshot, ...], job: ChainJob) -> tuple[tuple[Snapshot, ...], tuple[str, ...]]:
+def after_commit(
+    snapshots: tuple[Snapshot, ...], job: ChainJob, above: str | None
+) -> tuple[tuple[Snapshot, ...], tuple[str, ...]]:
     """The snapshots that are others once a commit has ended, and those that are no more.
 
     What a snapshot kept of a disk is the image under its overlay. Where that was written over, the snapshot keeps
     nothing of the disk any more; where the overlay stays and what is under it was merged down, the same data is now in the
     commit's base.
+
+    Args:
+        snapshots: the domain's.
+        job: the commit.
+        above: the file of the overlay of its topmost layer; None for an active commit. No other image that backs onto a
+            merged layer (of a snapshot that the guest has left behind) finds its data in the base.
     """
     base, leaving = job.base, {layer.file for layer in job.leaving}
     if base is None:
@@ -40,7 +48,7 @@ def after_commit(snapshots: tuple[Snapshot, ...], job: ChainJob) -> tuple[tuple[
         disks = tuple(
             kept
             for disk in snapshot.disks
-            if (kept := disk if disk.target != job.target else _merged(disk, base.file, base.format, leaving))
+            if (kept := disk if disk.target != job.target else _merged(disk, base.file, base.format, leaving, above))
         )
         if not disks:
             gone[snapshot.name] = snapshot.parent
@@ -56,11 +64,15 @@ def after_commit(snapshots: tuple[Snapshot, ...], job: ChainJob) -> tuple[tuple[
     return tuple(changed.values()), tuple(gone)
 
 
-def _merged(disk: SnapshotDisk, base: str, base_format: str, leaving: set[str]) -> SnapshotDisk | None:
+def _merged(
+    disk: SnapshotDisk, base: str, base_format: str, leaving: set[str], above: str | None
+) -> SnapshotDisk | None:
     """A snapshot's disk once these layers are merged into that base; None when what it kept is written over."""
     if disk.file in leaving or disk.backing == base:
         return None
     if disk.backing in leaving:
+        if disk.file != above:
+            return None
         return msgspec.structs.replace(disk, backing=base, backing_format=base_format)
     return disk
 

@@ -134,9 +134,7 @@ def plan_snapshot(
     parent: str | None,
     flags: int = 0,
 ) -> Plan:
-    """The plan of one snapshot: all disks at one instant, all mirrors or none, without a pause.
-
-    On a QEMU without `transaction` the disks are switched one after the other, and a failure leaves those that are.
+    """The plan of one snapshot: all disks at one instant (with `transaction`), all mirrors or none, without a pause.
 
     Args:
         domain: its name.
@@ -148,7 +146,7 @@ def plan_snapshot(
         files: of every path in `files_of`, with the headers of `existing_files`.
         now: seconds since 1970.
         parent: the current snapshot.
-        flags: SnapshotCreate's; ATOMIC, REUSE_EXT and NO_METADATA mean something here.
+        flags: SnapshotCreate's.
 
     Raises:
         Refused: any of its kinds, with nothing done.
@@ -157,14 +155,7 @@ def plan_snapshot(
     choices, left_out = choose(domain, seen, wish, name, asked)
     together = require_transaction(domain, seen, asked, len(choices))
     _check_files(choices, files)
-    steps: list[Step] = []
-    for choice in choices:
-        steps += _images(choice, names, files, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
-    pairs = tuple(_pair(choice.disk, names) for choice in choices)
-    if together:
-        steps.append(TakeSnapshots(pairs=pairs))
-    else:
-        steps += [TakeSnapshots(pairs=(pair,), together=False) for pair in pairs]
+    steps = _switch(choices, names, files, seen, together=together)
     # A snapshot's mirrors are ended by its name; without one they are ended as copies are.
     kept_name = None if asked & SnapshotCreate.NO_METADATA else name
     mirrors = tuple(
@@ -196,12 +187,27 @@ def plan_snapshot(
             jobs=mirrors,
         ),
         left_out=left_out,
-        notes=_notes(choices, files),
+        notes=_notes(choices, files, kept_name),
         in_part=not together and len(choices) > 1,
     )
 
 
-def _notes(choices: tuple[Choice, ...], files: Files) -> tuple[str, ...]:
+def _switch(
+    choices: tuple[Choice, ...], names: Names, files: Files, seen: Observation, *, together: bool
+) -> list[Step]:
+    """Make and open every image, then switch to them."""
+    steps: list[Step] = []
+    for choice in choices:
+        steps += _images(choice, names, files, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
+    pairs = tuple(_pair(choice.disk, names) for choice in choices)
+    if together:
+        steps.append(TakeSnapshots(pairs=pairs))
+    else:
+        steps += [TakeSnapshots(pairs=(pair,), together=False) for pair in pairs]
+    return steps
+
+
+def _notes(choices: tuple[Choice, ...], files: Files, kept_name: str | None) -> tuple[str, ...]:
     blocks = [path for choice in choices for path in choice.files if files.facts[path].kind == "block"]
     notes = [f"{path} is a block device: what was on it is overwritten" for path in blocks]
     notes += [
@@ -210,6 +216,7 @@ def _notes(choices: tuple[Choice, ...], files: Files) -> tuple[str, ...]:
         if choice.mode == "none"
         for path in choice.files
     ]
+    notes += [] if kept_name else ["it is not remembered as a snapshot (NO_METADATA)"]
     return tuple(notes)
 
 

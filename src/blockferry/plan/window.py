@@ -63,10 +63,8 @@ def plan_window(
         names: of nodes and jobs.
         ends_on: where the guest goes on.
         what: `pivot`, `finish` or `reopen`.
-        bases: per target, the destination's own backing chain, top first, as its files' headers say; empty where the
-            destination has none of its own.
-        forget_snapshot: the snapshot that a reopen deletes.
-        changed: the snapshots that are others without it.
+        bases: target -> the destination's own chain, top first; empty where it has none.
+        forget_snapshot: the snapshot that a reopen deletes; `changed` are those that are others without it.
 
     Raises:
         ImageUnsuitable: a destination's backing is not whole or not what it should be.
@@ -96,10 +94,10 @@ def plan_window(
         RequireRoots(roots=roots),
         *([ReadBack(disks={disk.target: disk.drive for disk in disks})] if ends_on == "destination" else []),
     )
-    targets = ", ".join(mirror.target for mirror in mirrors)
     return Plan(
         what=what,
-        text=f"{what} {targets}" + (f" and delete snapshot {forget_snapshot}" if forget_snapshot else ""),
+        text=f"{what} {', '.join(mirror.target for mirror in mirrors)}"
+        + (f" and delete snapshot {forget_snapshot}" if forget_snapshot else ""),
         prepare=tuple(prepare),
         window=Window(ends_on=ends_on, resume=seen.running, disks=window_disks, steps=steps),
         record=Record(

@@ -21,10 +21,6 @@ from qemu.qmp import StateError as QmpStateError
 from blockferry import errors
 from blockferry.sockets import connect_unix
 
-# QEMU answers in milliseconds; `stop` waits for the host's fsync, which was seen to take 200 ms. A command that has
-# not been answered after this long is given up as unknown, and the connection with it.
-COMMAND_SECONDS = 30.0
-
 # Called before and after every command with ("before"|"after", command): for logs, and for tests that die there.
 Witness = Callable[[str, str], None]
 
@@ -60,6 +56,10 @@ class Session:
         version: such as `7.2.22`.
         witness: told of every command.
     """
+
+    # QEMU answers in milliseconds; `stop` waits for the host's fsync, which was seen to take 200 ms. A command that has
+    # not been answered after this long is given up as unknown, and the connection with it.
+    COMMAND_SECONDS = 30.0
 
     def __init__(self, client: QMPClient, pid: int | None, version: str, witness: Witness) -> None:
         self._client = client
@@ -122,27 +122,28 @@ class Session:
             return str(error) or "QEMU closed the connection"
         return "the connection was closed"
 
-    async def execute(self, command: str, *, seconds: float = COMMAND_SECONDS, **arguments: Any) -> Any:
+    async def execute(self, command: str, *, seconds: float | None = None, **arguments: Any) -> Any:
         """Execute a command; in argument names `_` stands for `-`.
 
         Args:
             command: a QMP command.
-            seconds: the bound of the wait.
+            seconds: the bound of the wait; COMMAND_SECONDS unless told.
             arguments: its arguments; None is sent as null.
 
         Raises:
             CommandRefused: QEMU's error.
             LostReply: no reply; the connection is given up, so that a late one can't be taken for another's.
         """
+        bound = self.COMMAND_SECONDS if seconds is None else seconds
         sent = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._witness("before", command)
         try:
-            reply = await asyncio.wait_for(self._client.execute(command, sent or None), seconds)
+            reply = await asyncio.wait_for(self._client.execute(command, sent or None), bound)
         except ExecuteError as error:
             raise CommandRefused(command, str(error)) from error
         except TimeoutError as error:
             await self.close()
-            raise LostReply(command, f"no answer within {seconds:g} s") from error
+            raise LostReply(command, f"no answer within {bound:g} s") from error
         except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
             raise LostReply(command, str(error) or "the connection broke") from error
         self._witness("after", command)

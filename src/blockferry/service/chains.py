@@ -30,9 +30,7 @@ class Chains:
             copy = joined(request.domain, seen, request, self._desk.journal.jobs(request.domain))
             if copy is not None:
                 answer = answers.job_view(copy, seen)
-                note = (
-                    f"joined the copy to {answer.dest}: once the guest is pivoted onto it, its chain is the one asked for"
-                )
+                note = f"joined the copy to {answer.dest}: once the guest is pivoted onto it, its chain is the one asked for"
                 return msgspec.structs.replace(answer, notes=(note,))
             operation, names = self._desk.names(dry_run=request.dry_run)
             plan = plan_rebase(request.domain, seen, request, names=names, operation=operation)

@@ -9,7 +9,10 @@ from blockferry.engine.keeper import Keeper
 from blockferry.journal.journal import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
+from blockferry.model.operation import OperationState
 from blockferry.service.desk import Desk
+
+IN_PROGRESS: frozenset[OperationState] = frozenset({"in-progress"})
 
 
 class History:
@@ -61,9 +64,9 @@ class History:
             rows = dict(await keeper.reconcile())
         jobs = self._desk.journal.jobs(keeper.name)
         found = []
-        for record in self._desk.journal.operations(keeper.name):
-            if record.id not in rows and record.state != "in-progress":
-                continue
+        working = {record.id: record for record in self._desk.journal.operations(keeper.name, states=IN_PROGRESS)}
+        settled = {number: self._desk.journal.operation(number) for number in rows}
+        for record in (each for _number, each in sorted((working | settled).items()) if each is not None):
             decision = rows.get(record.id)
             shown = self._operation_view(record)
             found.append(

@@ -11,7 +11,7 @@ from blockferry.engine.keeper import Keeper
 from blockferry.journal.journal import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
-from blockferry.model.blockjob import BlockJob, Mirror
+from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
 from blockferry.plan import copy as copying
 from blockferry.plan.destinations import Files
@@ -130,8 +130,11 @@ class Jobs:
             done = await keeper.run(operation, copying.plan_cancel(jobs, "cancel", "cancelled"))
         copies = [job if isinstance(job, Mirror) else job.then for job in jobs]
         files = ", ".join(copy.file for copy in copies if copy is not None)
-        left = f"; left behind, incomplete: {files}" if files else "; the chain is as it was"
-        return view.Done(text=f"cancelled{left}", operation=done.id)
+        left = [f"left behind, incomplete: {files}"] if files else []
+        chains = [job for job in jobs if isinstance(job, ChainJob) and job.then is None]
+        left += ["the chain is as it was"] if chains else []
+        left += [f"written in part: {job.base.file}" for job in chains if job.type != "rebase" and job.base]
+        return view.Done(text="; ".join(["cancelled", *left]), operation=done.id)
 
     async def set_speed(self, request: ask.SetJobSpeed) -> view.Done:
         """Limit a job."""

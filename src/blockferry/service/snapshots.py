@@ -186,13 +186,11 @@ class Snapshots:
                 return plan_view(request.domain, plan)
             await keeper.run(operation, plan)
         await keeper.wait_over(operation)
-        files = ", ".join(
-            f"{layer.file}" for job in plan.record.jobs if isinstance(job, ChainJob) for layer in job.leaving
-        )
-        names_ = ", ".join(
-            dict.fromkeys(n for job in plan.record.jobs if isinstance(job, ChainJob) for n in job.deletes)
-        )
-        return view.Done(text=f"snapshot {names_} is deleted: {files} merged into what lay under", operation=operation)
+        merges = [job for job in plan.record.jobs if isinstance(job, ChainJob)]
+        files = ", ".join(layer.file for job in merges for layer in job.leaving)
+        deleted = tuple(dict.fromkeys(name for job in merges for name in job.deletes))
+        which = f"snapshots {', '.join(deleted)} are" if len(deleted) > 1 else f"snapshot {deleted[0]} is"
+        return view.Done(text=f"{which} deleted; merged down and removed: {files}", operation=operation)
 
     async def _reopen(self, request: ask.DeleteSnapshot, snapshot: Snapshot) -> view.Done:
         keeper = self._desk.keeper(request.domain)

@@ -89,10 +89,13 @@ def _start(session: Session, request: str, wish: dict[str, object], *, wait: boo
         session.answer(render.plan, request, dry_run=True, **wish)
         return
     job = session.ask(request, **wish)
-    session.show(job, render.started_chain)
-    # One that it has joined is a copy, which is not done until it is pivoted: don't wait for that.
-    if wait:
-        wait_for(session, job)
+    session.show(job, render.started_chain if wait else render.left_alone)
+    if not wait:
+        return
+    # A copy that it has joined is done when it is pivoted: that is not waited for.
+    wait_for(session, job)
+    if not session.json:
+        click.echo(render.ended_chain(job))
 
 
 COMMANDS = {"rebase": rebase, "commit": commit}

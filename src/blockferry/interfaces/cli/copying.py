@@ -39,7 +39,7 @@ NEWEST = 2**62  # no event has such a number: the answer has none, and says whic
 @click.option(
     "--base", metavar="FILE", help="An image of the chain, which the copy is to back onto and which is not copied."
 )
-@click.option("--reuse-ext", is_flag=True, help="DEST is an image that is there; nothing is written to its header.")
+@click.option("--reuse-ext", is_flag=True, help="DEST is an image that is there already.")
 @click.option("--bandwidth", type=Rate(), metavar="RATE", help="Bytes per second: 50M, 1G; 0 for no limit.")
 @click.option("--granularity", type=Size(), metavar="BYTES", help="Copied at once: a power of two, 512 to 64M.")
 @click.option("--buf-size", type=Size(), metavar="BYTES", help="In flight at most.")

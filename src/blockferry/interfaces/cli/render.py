@@ -146,15 +146,39 @@ def started(view: Json) -> str:
 
 
 def started_chain(view: Json) -> str:
-    """`rebase` and `commit`."""
-    what = view["type"].removeprefix("active-")
-    text = f"{view['domain']}: {what} of {view['disk']} into {view['dest']} (operation {view['operation']})"
-    return with_notes(view, text)
+    """`rebase` and `commit` with --wait."""
+    name, disk, ours = view["domain"], view["disk"], view["type"].removeprefix("active-")
+    work = f"{ours} of {disk} into" if ours in ("rebase", "commit") else f"copying {disk} to"
+    return with_notes(view, f"{name}: {work} {view['dest']} (operation {view['operation']})")
+
+
+def left_alone(view: Json) -> str:
+    """`rebase` and `commit` without --wait."""
+    name, disk = view["domain"], view["disk"]
+    hints = (
+        ". It goes on by itself:",
+        f"  blockferry job list {name}          how far it is",
+        f"  blockferry job cancel {name} {disk}    stop it",
+    )
+    first, *notes = started_chain(view).splitlines()
+    return "\n".join([first + hints[0], *hints[1:], *notes])
+
+
+def ended_chain(view: Json) -> str:
+    """What a rebase or commit has come to, at the end of --wait."""
+    disk, dest, base = view["disk"], view["dest"], view["base"]
+    if view["type"] == "rebase":
+        return f"{disk} now backs onto {base}" if base else f"{disk} now backs onto nothing"
+    if view["type"] == "active-commit":
+        return f"{disk} now on {dest}"
+    if view["type"] == "commit":
+        return f"{view['source']} is committed into {dest}"
+    return f"the copy has caught up; `blockferry job pivot {view['domain']} {disk}` lets the guest go on on it"
 
 
 def _amounts(job: Json) -> tuple[str, str, str]:
     """How far a job is; of one that has ended QEMU tells nothing any more."""
-    if job["state"] not in ("copying", "ready", "running"):
+    if job["state"] not in ("copying", "ready", "running") or (job["state"] != "ready" and not job["total"]):
         return "-", "-", "-"
     limit = rate(job["speed"]) if job["speed"] else "no limit"
     return percent(job["current"], job["total"]), f"{size(job['current'])} of {size(job['total'])}", limit
@@ -179,8 +203,9 @@ def jobs(view: Json) -> str:
 
 def progress(data: Json) -> str:
     """One line of `copy --wait`, and of a progress event."""
-    words = [data["disk"], paint(data["state"]), percent(data["current"], data["total"])]
-    words.append(f"{size(data['current'])} of {size(data['total'])}")
+    words = [data["disk"], paint(data["state"])]
+    if data["total"] or data["state"] == "ready":  # QEMU says nothing of a job between two, or of one that is over
+        words += [percent(data["current"], data["total"]), f"{size(data['current'])} of {size(data['total'])}"]
     words += [rate(data["rate"])] if data.get("rate") is not None else []
     words += [f"{duration(data['remaining_seconds'])} left"] if data.get("remaining_seconds") is not None else []
     words += [data["reason"]] if data.get("reason") else []

@@ -40,7 +40,7 @@ def snapshot() -> None:
 @click.option("--mirror-backing", "backings", multiple=True, metavar="TARGET=FILE", help="What the mirror backs onto.")
 @click.option("--mode", "modes", multiple=True, metavar="TARGET=MODE", help=f"What headers say: {', '.join(MODES)}.")
 @click.option("--atomic", is_flag=True, help="All disks at one instant, or nothing is changed.")
-@click.option("--reuse-ext", is_flag=True, help="Take files that are there, overlays of the present images; --atomic.")
+@click.option("--reuse-ext", is_flag=True, help="Take overlays that are there already, none is made; --atomic with it.")
 @click.option("--no-metadata", is_flag=True, help="Don't remember the snapshot, only switch to the new images.")
 @click.option("--description", metavar="TEXT", help="Free text.")
 @click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
@@ -178,7 +178,9 @@ def delete(
     A merge writes what its images hold down into the images under them, and removes its files: nothing that the guest sees
     changes. It costs what was written since the snapshot. Ctrl-C ends the command, not the merge.
     """
-    if children + children_only + reopen_mirror + remove_mirror + metadata > 1 or (merge and metadata + reopen_mirror):
+    if children + children_only + reopen_mirror + remove_mirror + metadata > 1 or (
+        merge and reopen_mirror + remove_mirror + metadata
+    ):
         raise click.UsageError(
             "Only one of --merge, --children, --children-only, --reopen-mirror, --remove-mirror and --metadata can be done."
         )

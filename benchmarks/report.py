@@ -1,0 +1,97 @@
+"""The report: what machine it was, docs/performance.md's table, and the plot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+from figures import NOTES, OURS, PEER, SIDES, Series, markdown_table
+
+from blockferry.testing import QemuBinaries
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN, END = "<!-- figures: benchmarks/storage.py --docs -->", "<!-- end of figures -->"
+COLOURS = {OURS: "#1f6f8b", PEER: "#b8b8b8"}
+
+
+def machine(folder: Path, binaries: QemuBinaries, versions: dict[str, str]) -> dict[str, str]:
+    """What it was run on, without the names of machines and places.
+
+    Args:
+        folder: where the images are.
+        binaries: which QEMU.
+        versions: of the sides.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
+    processor = Path("/proc/cpuinfo").read_text()
+    model = re.search(r"^model name\s*: (.*)$", processor, re.MULTILINE)
+    virtual = ", a virtual machine" if "hypervisor" in processor else ""
+    qemu = subprocess.run([str(binaries.system), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\S+)", qemu)
+    return {
+        "processor": f"{os.cpu_count()} cores of {model[1] if model else 'an unknown model'}{virtual}",
+        "memory": f"{memory:.0f} GiB",
+        "file system": f"{_file_system(folder)}, and tmpfs where it is said",
+        "kernel": f"Linux {platform.release().split('-')[0]}",
+        "QEMU": f"{found[1] if found else qemu}, TCG",
+        "Python": platform.python_version(),
+        **versions,
+    }
+
+
+def _file_system(folder: Path) -> str:
+    """The kind of the file system that holds a folder: the longest mount point above it (proc_pid_mountinfo(5))."""
+    best, kind = "", "unknown"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split()[4]
+        if len(point) >= len(best) and folder.resolve().is_relative_to(point):
+            best, kind = point, after.split()[0]
+    return kind
+
+
+def load(begun: tuple[float, float, float], ended: tuple[float, float, float]) -> str:
+    """Load averages, of one minute, before and after."""
+    return f"{begun[0]:.2f} when it began, {ended[0]:.2f} when it ended (one minute's average)"
+
+
+def write(every: list[Series], about: dict[str, str]) -> None:
+    """Put table and machine between the marks of docs/performance.md, and draw docs/performance.png."""
+    page = DOCS / "performance.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    notes = "\n".join(f"- {note}" for note in NOTES)
+    parts = (BEGIN, markdown_table(every), notes, f"| measured on | |\n| --- | --- |\n{rows}", END)
+    page.write_text(before + "\n\n".join(parts) + after)
+    _plot(every, DOCS / "performance.png")
+
+
+def _plot(every: list[Series], path: Path) -> None:
+    """Every round as a point, every median as a bar; a panel a figure, since their units differ."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = 2
+    lines = (len(every) + columns - 1) // columns
+    drawing, axes = plt.subplots(lines, columns, figsize=(10, 1.5 * lines), squeeze=False)
+    for panel in axes.flat[len(every) :]:
+        panel.set_visible(False)
+    for panel, series in zip(axes.flat, every, strict=False):
+        sides = [side for side in SIDES if side in series.rounds]
+        for place, side in enumerate(reversed(sides)):
+            values = series.rounds[side]
+            panel.barh(place, series.median(side), color=COLOURS[side], height=0.6)
+            panel.plot(values, [place] * len(values), "o", color="black", markersize=3, alpha=0.6)
+        panel.set_yticks(range(len(sides)), reversed(sides), fontsize=8)
+        panel.set_title(f"{series.figure.text}, {series.figure.unit} {series.figure.peer_text}", fontsize=8, loc="left")
+        panel.set_xlim(left=0)
+        panel.tick_params(axis="x", labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110, metadata={"Software": None})

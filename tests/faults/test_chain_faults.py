@@ -1,0 +1,240 @@
+"""Every QMP command that changes something, of every operation on chains and files: it answers an error, its reply is lost, the connection breaks.
+
+Each operation is carried out once to the end, which tells what it sends; then once for every command and kind of fault, on one
+guest that is brought back to where it was in between. After each: done or undone, as it says; the guest runs, every disk
+holds what was written, and nothing of ours is left.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rig import ALL, KIB, MIB, SIZE, Rig, open_rig
+
+from blockferry import errors
+from blockferry.model import request as ask
+from blockferry.model.flags import BlockCommit, BlockCopy, SnapshotCreate, SnapshotDelete
+from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.qemu.session import Session
+from blockferry.testing import Fault, FaultKind, QemuBinaries, make_image
+
+# Those that change something. Their reply can be lost while the connection stands; to the others a cut is the same.
+CHANGING = frozenset(
+    [
+        "blockdev-add",
+        "blockdev-del",
+        "blockdev-reopen",
+        "blockdev-snapshot",
+        "transaction",
+        "blockdev-mirror",
+        "block-commit",
+        "block-stream",
+        "job-complete",
+        "job-finalize",
+        "job-dismiss",
+        "job-cancel",
+        "stop",
+        "cont",
+    ]
+)
+REPLY_SECONDS = 0.5  # for a reply that never comes; QEMU's are here within milliseconds
+Request = Callable[[Rig, int], ask.Request]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What leads up to it, itself, and what a chain of vda may be afterwards, as snapshot numbers and names."""
+
+    layers: int
+    itself: Request
+    hidden: bool = False
+    snapshot: bool = False
+
+
+def take(rig: Rig, number: int, *, flags: int = 0, mirrored: bool = False, made: bool = False) -> ask.Request:
+    """Onto files of their own each time: what a failed one leaves would be found."""
+    disks = []
+    for target in ALL:
+        file = rig.path / f"{target}.new{number}"
+        mirror = rig.dst / f"{target}.new{number}"
+        if made:
+            fmt = "raw" if target == "vdb" else "qcow2"
+            file.unlink(missing_ok=True)
+            make_image(rig.qemu, file, "qcow2", SIZE, backing=rig.source(target), backing_fmt=fmt)
+        wish = MirrorWish(file=str(mirror)) if mirrored else None
+        disks.append(DiskWish(name=target, file=str(file), mirror=wish))
+    wish_ = SnapshotWish(name=f"n{number}", disks=tuple(disks), only_these=True)
+    return ask.CreateSnapshot(domain="vm1", wish=wish_, flags=int(flags))
+
+
+def copy(rig: Rig, number: int, *, base: int | None, flags: int = 0) -> ask.Request:
+    dest = rig.dst / f"vda.copy{number}"
+    if flags & BlockCopy.REUSE_EXT:
+        make_image(rig.qemu, dest, "qcow2", SIZE)
+    below = rig.layer("vda", base) if base is not None else None
+    return ask.StartCopy(domain="vm1", disk="vda", dest=str(dest), base=below, flags=flags)
+
+
+OPERATIONS = {
+    "snapshot-one-by-one": Operation(0, lambda rig, n: take(rig, n, mirrored=True), hidden=True, snapshot=True),
+    "snapshot-reuse-ext": Operation(
+        0, lambda rig, n: take(rig, n, flags=SnapshotCreate.REUSE_EXT, made=True), snapshot=True
+    ),
+    "copy-reuse-ext": Operation(0, lambda rig, n: copy(rig, n, base=None, flags=BlockCopy.REUSE_EXT)),
+    "copy-shallow": Operation(2, lambda rig, n: copy(rig, n, base=1)),
+    "copy-base": Operation(2, lambda rig, n: copy(rig, n, base=0)),
+    "rebase": Operation(2, lambda rig, _n: ask.Rebase(domain="vm1", disk="vda", base=rig.layer("vda", 0))),
+    "rebase-all": Operation(2, lambda _rig, _n: ask.Rebase(domain="vm1", disk="vda")),
+    "commit-active": Operation(2, lambda _rig, _n: ask.Commit(domain="vm1", disk="vda", flags=BlockCommit.SHALLOW)),
+    "commit-middle": Operation(2, lambda rig, _n: ask.Commit(domain="vm1", disk="vda", top=rig.layer("vda", 1))),
+    "delete": Operation(2, lambda _rig, _n: ask.DeleteSnapshot(domain="vm1", snapshot="s1")),
+    "delete-children": Operation(
+        2, lambda _rig, _n: ask.DeleteSnapshot(domain="vm1", snapshot="s1", flags=int(SnapshotDelete.CHILDREN))
+    ),
+}
+
+
+async def over(rig: Rig) -> None:
+    """Wait until commits and rebases work no more, and copies are ready or gone."""
+    async with asyncio.timeout(20):
+        last = (await rig.ask(ask.ListEvents(domain="vm1", since=2**62))).last
+        async for _event in rig.service.watch("vm1", last - 1):
+            await rig.settled()
+            jobs = await rig.jobs()
+            if all(job.state in ("done", "lost", "cancelled", "ready") for job in jobs.values()):
+                return
+
+
+async def reset(rig: Rig) -> None:
+    """Without faults: no copy, no snapshot, every disk on its first image again."""
+    ready = [target for target, state in (await rig.states()).items() if state in ("ready", "copying")]
+    if ready:
+        await rig.ask(ask.CancelJobs(domain="vm1", disks=tuple(ready)))
+    for name in await rig.snapshots():
+        await rig.delete(name, SnapshotDelete.METADATA_ONLY)
+    for target in ALL:
+        if (await rig.chain(target))[0] != str(rig.source(target)):
+            # A rebase leaves nothing to commit into; the guest goes back by a copy.
+            if len(await rig.chain(target)) == 1:
+                rig.source(target).unlink()
+                await rig.copy(target, rig.source(target), format="raw" if target == "vdb" else "qcow2")
+                await rig.pivot(target)
+            else:
+                await rig.commit(target)
+                await over(rig)
+        assert await rig.chain(target) == [str(rig.source(target))]
+    for left in [*rig.dst.iterdir(), *rig.path.glob("*.s?"), *rig.path.glob("*.new*")]:
+        left.unlink()
+
+
+async def attempt(rig: Rig, operation: Operation, number: int) -> errors.BlockferryError | None:
+    """Carry it out with whatever faults are set; what was answered."""
+    try:
+        await rig.ask(operation.itself(rig, number))
+    except errors.BlockferryError as error:
+        return error
+    return None
+
+
+async def consistent(rig: Rig, operation: Operation, answer: errors.BlockferryError | None, number: int) -> None:
+    """Done or undone, as it says; and nothing of ours that nobody uses."""
+    assert await rig.status() == "running"
+    assert (await rig.ask(ask.Recover())).unreachable == {}
+    settled = (await rig.ask(ask.Recover())).operations
+    assert {row.state for row in settled} <= {"in-progress"}, "nothing is left to settle"
+    jobs = await rig.jobs()
+    assert not [job for job in jobs.values() if job.state == "running"]
+    used = {node for disk in (await rig.show()).disks for node in [disk.source]}
+    chains = {target: await rig.chain(target) for target in ALL}
+    files = {name.split()[0] for name in rig.files()}
+    if operation.snapshot:
+        switched = {target for target in ALL if f".new{number}" in chains[target][0]}
+        if answer is None:
+            assert switched == set(ALL)
+        elif isinstance(answer, errors.SnapshotInPart):
+            assert ", ".join(t for t in ("vda", "sda", "vdb") if t in switched) == answer.switched
+        elif isinstance(answer, errors.OperationFailed):
+            assert switched == set()
+            if operation.hidden:
+                assert not [file for file in files if f".new{number}" in file], "files of ours are removed"
+        assert (f"n{number}" in await rig.snapshots()) == (switched == set(ALL) and answer is None)
+    working = {f"-{target}-" for target, job in jobs.items() if job.state == "ready"}
+    in_chain = {name for name, node in (await rig.nodes()).items() if node["file"] in used or _in(node, chains)}
+    left = {name for name in await rig.our_nodes() - in_chain if not any(part in name for part in working)}
+    assert left == set()
+    await rig.write("vda", 0x10 + number % 200, 3 * MIB, 4 * KIB)
+
+
+def _in(node: dict, chains: dict[str, list[str]]) -> bool:
+    return any(node["file"] == file for chain in chains.values() for file in chain)
+
+
+Kinds = dict[FaultKind, Callable[[str], bool]]
+KINDS: Kinds = {
+    FaultKind.ERROR: lambda command: command in CHANGING,
+    FaultKind.CUT_BEFORE: lambda command: command in CHANGING,
+    FaultKind.CUT_AFTER: lambda command: command in CHANGING,
+    FaultKind.DROP_REPLY: lambda command: command in CHANGING,
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_every_command(qemu: QemuBinaries, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "COMMAND_SECONDS", REPLY_SECONDS * 20)
+    operation = OPERATIONS[name]
+    async with open_rig(qemu, tmp_path, proxy=True) as rig:
+        if operation.hidden:
+            rig.proxy.inject(Fault("transaction", FaultKind.HIDE))
+            await rig.reopen_service()
+        sent = await commands_of(rig, operation)
+        number = cases = 0
+        for kind, wanted in KINDS.items():
+            for command, count in sent.items():
+                for nth in range(1, count + 1) if wanted(command) else ():
+                    number += 1
+                    cases += await one_case(rig, operation, Fault(command, kind, nth=nth), number, monkeypatch)
+        assert cases >= 0.9 * number, "the faults struck"
+        await rig.guest.stop()
+        for target in ALL:
+            assert rig.holds(target, rig.source(target), "raw" if target == "vdb" else "qcow2")
+
+
+async def commands_of(rig: Rig, operation: Operation) -> Counter[str]:
+    """What it sends, from the request to the end of its jobs."""
+    await rig.layers(operation.layers)
+    begun = len(rig.proxy.commands())
+    assert await attempt(rig, operation, 0) is None
+    await over(rig)
+    sent = Counter(rig.proxy.commands()[begun:])
+    await consistent(rig, operation, None, 0)
+    await reset(rig)
+    return sent
+
+
+async def one_case(rig: Rig, operation: Operation, fault: Fault, number: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """One fault; whether it struck."""
+    await rig.layers(operation.layers)
+    fired = len(rig.proxy.fired)
+    rig.proxy.inject(fault)
+    if fault.kind is FaultKind.DROP_REPLY:
+        monkeypatch.setattr(Session, "COMMAND_SECONDS", REPLY_SECONDS)
+    try:
+        answer = await attempt(rig, operation, number)
+        await over(rig)
+    finally:
+        monkeypatch.setattr(Session, "COMMAND_SECONDS", REPLY_SECONDS * 20)
+        rig.proxy.clear()
+        if operation.hidden:
+            rig.proxy.inject(Fault("transaction", FaultKind.HIDE))
+    struck = len(rig.proxy.fired) > fired
+    try:
+        await rig.settled()
+        await consistent(rig, operation, answer, number)
+        await reset(rig)
+    except (AssertionError, errors.BlockferryError, TimeoutError) as problem:
+        raise AssertionError(f"{fault}, answered {answer}") from problem
+    return struck
