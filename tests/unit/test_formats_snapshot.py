@@ -137,7 +137,7 @@ def test_accepted(xml: str, wish: SnapshotWish) -> None:
         (disk_xml(snapshot="manual"), "domainsnapshot/disks/disk", "manual"),
         (disk_xml(snapshot=""), "domainsnapshot/disks/disk", "means nothing"),
         (disk_xml("<source dev='/dev/sda'/>", type="network"), "domainsnapshot/disks/disk", "'network'"),
-        (disk_xml("<source file='/dev/sda'/>", type="block"), "domainsnapshot/disks/disk", "'file'"),
+        (disk_xml("<source file='/dev/sda'/>", type="block"), "domainsnapshot/disks/disk/source", "'file'"),
         (disk_xml("<source file='/s'/>", mode="other"), "domainsnapshot/disks/disk", "none of existing, absolute"),
         (disk_xml("<source protocol='nbd'/>", type="network"), "domainsnapshot/disks/disk", "'network'"),
         (disk_xml(type="volume"), "domainsnapshot/disks/disk", "'volume'"),

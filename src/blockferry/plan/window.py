@@ -64,18 +64,18 @@ def plan_window(
         ends_on: where the guest goes on.
         what: `pivot`, `finish` or `reopen`.
         bases: target -> the destination's own chain, top first; empty where it has none.
-        forget_snapshot: the snapshot that a reopen deletes; `changed` are those that are others without it.
+        forget_snapshot: the snapshot that a reopen deletes.
+        changed: the snapshots that are others without it.
 
     Raises:
         ImageUnsuitable: a destination's backing is not whole or not what it should be.
         JobLost, JobNotReady: a mirror is not ready.
     """
     disks = [_disk(domain, seen, mirror) for mirror in mirrors]
-    for mirror in mirrors:
-        _require_ready(domain, mirror, seen.jobs.get(mirror.job))
     prepare: list[Step] = []
-    if ends_on == "destination":
-        for disk, mirror in zip(disks, mirrors, strict=True):
+    for disk, mirror in zip(disks, mirrors, strict=True):
+        _require_ready(domain, mirror, seen.jobs.get(mirror.job))
+        if ends_on == "destination":
             prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
     jobs = tuple(mirror.job for mirror in mirrors)
     files = tuple(file for mirror in mirrors for file in (mirror.source, mirror.file) if file.startswith("/"))
