@@ -15,7 +15,7 @@ from blockferry.model.graph import Disk, Image, Node
 from blockferry.model.request import StartCopy
 from blockferry.plan import destinations as dest
 from blockferry.plan.destinations import Files
-from blockferry.plan.disks import find_disk, require_suitable
+from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable
 from blockferry.plan.plan import Names, Plan, Record
 from blockferry.plan.steps import (
     AddNode,
@@ -113,6 +113,7 @@ def understand(domain: str, seen: Observation, request: StartCopy) -> Wish:
     require_flags("block_copy", flags, CARRIED_OUT)
     disk = find_disk(domain, seen, request.disk)
     require_suitable(domain, disk, seen)
+    require_mirrorable(domain, disk, seen)
     base = _base(disk, request.base, flags)
     image_format = _format(disk, request, flags)
     if base is not None and image_format == "raw":

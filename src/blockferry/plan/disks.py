@@ -58,6 +58,28 @@ def require_suitable(domain: str, disk: Disk, seen: Observation) -> None:
         raise errors.DiskBusy(domain=domain, disk=disk.target, job=job)
 
 
+def require_mirrorable(domain: str, disk: Disk, seen: Observation) -> None:
+    """Refuse a disk whose mirror QEMU could not switch.
+
+    QEMU 7.2 hangs for ever when it switches a disk with an iothread under a throttle filter; 10.0 does not. The graph does
+    not show iothreads.
+
+    Raises:
+        DiskUnsuitable: a throttle filter, and a QEMU before 10.
+    """
+    major = seen.capabilities.version.partition(".")[0]
+    if disk.filtered is None or not major.isdecimal() or int(major) >= THROTTLED_MIRRORS_SINCE:
+        return
+    name: str | None = disk.root
+    while name is not None and name != disk.active.node:
+        if seen.graph.nodes[name].driver == "throttle":
+            reason = (
+                f"QEMU {seen.capabilities.version} may hang when it switches a mirrored disk under a throttle filter"
+            )
+            raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
+        name = seen.graph.child(name, "file")
+
+
 def job_on(disk: Disk, seen: Observation) -> str | None:
     """The job that uses the disk's images, or a filter that it has put above them; a second one QEMU would refuse."""
     graph = seen.graph
@@ -75,6 +97,9 @@ def job_on(disk: Disk, seen: Observation) -> str | None:
                 return above.name
     return None
 
+
+# The version of the first QEMU that was seen to switch such a disk.
+THROTTLED_MIRRORS_SINCE = 10
 
 # Not plain read-only: into an image whose file was opened so QEMU refuses to commit ("Block node is read-only").
 READ_ONLY_FILE: dict[str, Any] = {"auto-read-only": True}

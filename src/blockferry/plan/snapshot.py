@@ -15,7 +15,7 @@ from blockferry.model.graph import Disk, Node
 from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, Snapshot, SnapshotDisk, SnapshotWish
 from blockferry.plan import destinations as dest
 from blockferry.plan.destinations import Apart, Files, Room
-from blockferry.plan.disks import find_disk, require_suitable, unsuitable
+from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
 from blockferry.plan.plan import Names, Plan, Record
 from blockferry.plan.steps import AddNode, ClaimFile, CreateImage, Pair, StartMirror, Step, TakeSnapshots
 
@@ -68,6 +68,8 @@ def choose(
         file = entry_or_none.file if entry_or_none is not None else None
         mirror = entry_or_none.mirror if entry_or_none is not None else None
         mode = _mode(disk, entry_or_none, flags)
+        if mirror is not None:
+            require_mirrorable(domain, disk, seen)
         choices.append(Choice(disk=disk, file=file or _generated(domain, disk, name), mode=mode, mirror=mirror))
     if not choices:
         raise errors.BadRequest(reason="no disk is left to take a snapshot of")
