@@ -152,13 +152,13 @@ async def test_nbd_destination_that_does_not_fit(rig: Rig) -> None:
         ({"dest": "relative"}, errors.DestinationUnusable, "absolute"),
         ({"dest": "/nowhere/x"}, errors.DestinationUnusable, "No such file"),
         ({"dest": "DIR/vdb.img"}, errors.DestinationExists, "vdb.img"),
-        ({"dest": "DIR/vda.img"}, errors.DestinationExists, "vda.img"),
+        ({"dest": "DIR/vda.img"}, errors.DestinationUnusable, "in the chain of vda"),
         ({"dest": "nbd+unix:///x"}, errors.DestinationUnusable, "socket="),
         ({"format": "vmdk"}, errors.BadRequest, "vmdk"),
         ({"bandwidth": -1}, errors.BadRequest, "bytes per second"),
-        ({"base": "/x"}, errors.UnsupportedFlag, "base"),
-        ({"flags": BlockCopy.SHALLOW}, errors.UnsupportedFlag, "SHALLOW"),
-        ({"flags": BlockCopy.REUSE_EXT}, errors.UnsupportedFlag, "REUSE_EXT"),
+        ({"base": "/x"}, errors.ImageUnsuitable, "no image under vda"),
+        ({"flags": 1 << 12}, errors.UnsupportedFlag, "0x1000"),
+        ({"flags": BlockCopy.REUSE_EXT}, errors.ImageUnsuitable, "does not exist"),
     ],
 )
 async def test_refused(rig: Rig, what: dict[str, object], kind: type[errors.BlockferryError], match: str) -> None:
