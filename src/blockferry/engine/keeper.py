@@ -332,13 +332,23 @@ class Keeper:
 
     async def _follow(self, job: ChainJob) -> None:
         """Do what follows a commit or stream that has ended; one whose end can't be carried out is lost."""
+        problem = ""
         seen = await self.observe()
-        operation = self._journal.reserve_operation()
-        try:
-            await self.run(operation, plan_end(seen, job, self._journal.snapshots(self.name)))
-        except (errors.Refused, errors.OperationFailed) as failure:
-            if any(each == job for each in self.active()):
-                await self._lose({job.target: failure.message}, seen)
+        # A failure may have come after the job had ended, its reply being lost: then the second plan only records that.
+        for attempt in range(2):
+            if attempt and not has_ended(job, seen):
+                break
+            try:
+                await self.run(
+                    self._journal.reserve_operation(), plan_end(seen, job, self._journal.snapshots(self.name))
+                )
+            except (errors.Refused, errors.OperationFailed) as failure:
+                problem = failure.message
+                seen = await self.observe()
+            else:
+                return
+        if any(each == job for each in self.active()):
+            await self._lose({job.target: problem}, seen)
 
     async def run(self, operation: int, plan: Plan) -> OperationRecord:
         """Run a plan that was just made; the caller holds the lock. See `Runner.run`."""
