@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from rig import ALL, KIB, MIB, SIZE, Rig, open_rig
+from rig import ALL, KIB, MIB, Rig, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
-from blockferry.model.flags import BlockCommit, BlockCopy, SnapshotCreate, SnapshotDelete
-from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.model.flags import SnapshotDelete
 from blockferry.qemu.session import Session
-from blockferry.testing import Fault, FaultKind, QemuBinaries, make_image
+from blockferry.testing import Fault, FaultKind, QemuBinaries
 
 # Those that change something. Their reply can be lost while the connection stands; to the others a cut is the same.
 CHANGING = frozenset(
@@ -50,50 +49,11 @@ class Operation:
 
     layers: int
     itself: Request
-    hidden: bool = False
-    snapshot: bool = False
-
-
-def take(rig: Rig, number: int, *, flags: int = 0, mirrored: bool = False, made: bool = False) -> ask.Request:
-    """Onto files of their own each time: what a failed one leaves would be found."""
-    disks = []
-    for target in ALL:
-        file = rig.path / f"{target}.new{number}"
-        mirror = rig.dst / f"{target}.new{number}"
-        if made:
-            fmt = "raw" if target == "vdb" else "qcow2"
-            file.unlink(missing_ok=True)
-            make_image(rig.qemu, file, "qcow2", SIZE, backing=rig.source(target), backing_fmt=fmt)
-        wish = MirrorWish(file=str(mirror)) if mirrored else None
-        disks.append(DiskWish(name=target, file=str(file), mirror=wish))
-    wish_ = SnapshotWish(name=f"n{number}", disks=tuple(disks), only_these=True)
-    return ask.CreateSnapshot(domain="vm1", wish=wish_, flags=int(flags))
-
-
-def copy(rig: Rig, number: int, *, base: int | None, flags: int = 0) -> ask.Request:
-    dest = rig.dst / f"vda.copy{number}"
-    if flags & BlockCopy.REUSE_EXT:
-        make_image(rig.qemu, dest, "qcow2", SIZE)
-    below = rig.layer("vda", base) if base is not None else None
-    return ask.StartCopy(domain="vm1", disk="vda", dest=str(dest), base=below, flags=flags)
 
 
 OPERATIONS = {
-    "snapshot-one-by-one": Operation(0, lambda rig, n: take(rig, n, mirrored=True), hidden=True, snapshot=True),
-    "snapshot-reuse-ext": Operation(
-        0, lambda rig, n: take(rig, n, flags=SnapshotCreate.REUSE_EXT, made=True), snapshot=True
-    ),
-    "copy-reuse-ext": Operation(0, lambda rig, n: copy(rig, n, base=None, flags=BlockCopy.REUSE_EXT)),
-    "copy-shallow": Operation(2, lambda rig, n: copy(rig, n, base=1)),
-    "copy-base": Operation(2, lambda rig, n: copy(rig, n, base=0)),
     "rebase": Operation(2, lambda rig, _n: ask.Rebase(domain="vm1", disk="vda", base=rig.layer("vda", 0))),
-    "rebase-all": Operation(2, lambda _rig, _n: ask.Rebase(domain="vm1", disk="vda")),
-    "commit-active": Operation(2, lambda _rig, _n: ask.Commit(domain="vm1", disk="vda", flags=BlockCommit.SHALLOW)),
     "commit-middle": Operation(2, lambda rig, _n: ask.Commit(domain="vm1", disk="vda", top=rig.layer("vda", 1))),
-    "delete": Operation(2, lambda _rig, _n: ask.DeleteSnapshot(domain="vm1", snapshot="s1")),
-    "delete-children": Operation(
-        2, lambda _rig, _n: ask.DeleteSnapshot(domain="vm1", snapshot="s1", flags=int(SnapshotDelete.CHILDREN))
-    ),
 }
 
 
@@ -149,18 +109,6 @@ async def consistent(rig: Rig, operation: Operation, answer: errors.BlockferryEr
     assert not [job for job in jobs.values() if job.state == "running"]
     used = {node for disk in (await rig.show()).disks for node in [disk.source]}
     chains = {target: await rig.chain(target) for target in ALL}
-    files = {name.split()[0] for name in rig.files()}
-    if operation.snapshot:
-        switched = {target for target in ALL if f".new{number}" in chains[target][0]}
-        if answer is None:
-            assert switched == set(ALL)
-        elif isinstance(answer, errors.SnapshotInPart):
-            assert ", ".join(t for t in ("vda", "sda", "vdb") if t in switched) == answer.switched
-        elif isinstance(answer, errors.OperationFailed):
-            assert switched == set()
-            if operation.hidden:
-                assert not [file for file in files if f".new{number}" in file], "files of ours are removed"
-        assert (f"n{number}" in await rig.snapshots()) == (switched == set(ALL) and answer is None)
     working = {f"-{target}-" for target, job in jobs.items() if job.state == "ready"}
     in_chain = {name for name, node in (await rig.nodes()).items() if node["file"] in used or _in(node, chains)}
     left = {name for name in await rig.our_nodes() - in_chain if not any(part in name for part in working)}
@@ -187,9 +135,6 @@ async def test_every_command(qemu: QemuBinaries, tmp_path: Path, name: str, monk
     monkeypatch.setattr(Session, "COMMAND_SECONDS", REPLY_SECONDS * 20)
     operation = OPERATIONS[name]
     async with open_rig(qemu, tmp_path, proxy=True) as rig:
-        if operation.hidden:
-            rig.proxy.inject(Fault("transaction", FaultKind.HIDE))
-            await rig.reopen_service()
         sent = await commands_of(rig, operation)
         number = cases = 0
         for kind, wanted in KINDS.items():
@@ -228,8 +173,6 @@ async def one_case(rig: Rig, operation: Operation, fault: Fault, number: int, mo
     finally:
         monkeypatch.setattr(Session, "COMMAND_SECONDS", REPLY_SECONDS * 20)
         rig.proxy.clear()
-        if operation.hidden:
-            rig.proxy.inject(Fault("transaction", FaultKind.HIDE))
     struck = len(rig.proxy.fired) > fired
     try:
         await rig.settled()
