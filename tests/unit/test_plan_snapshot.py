@@ -32,10 +32,28 @@ class Plug:
     filter: str | None = None
     empty: bool = False
     direct: bool = False
+    size: int = SIZE
+    below: tuple[tuple[str, int], ...] = ()  # what it backs onto, top first: path (raw where it ends so) and size
 
     @property
     def path(self) -> str:
         return self.file or f"/img/{self.target}.img"
+
+    def chain(self) -> Graph:
+        """The format nodes TARGET-n, -n1, -n2... with a protocol node each, TARGET-f, -f1..."""
+        nodes: dict[str, Node] = {}
+        edges: set[Edge] = set()
+        above = None
+        for index, (path, size) in enumerate(((self.path, self.size), *self.below)):
+            top, file = (f"{self.target}-{kind}{index or ''}" for kind in "nf")
+            common = {"filename": path, "virtual_size": size, "direct": self.direct}
+            fmt = self.fmt if index == 0 else "raw" if path.endswith(".raw") else "qcow2"
+            read_only = self.read_only or index > 0
+            nodes[top] = Node(name=top, driver=fmt, read_only=read_only, **common)
+            nodes[file] = Node(name=file, driver=self.driver, read_only=read_only, **common)
+            edges |= {Edge(top, "file", file), *([Edge(above, "backing", top)] if above else [])}
+            above = top
+        return Graph(nodes, frozenset(edges))
 
 
 def observed(*plugs: Plug) -> Observation:
@@ -48,14 +66,13 @@ def observed(*plugs: Plug) -> Observation:
                 Disk(target=plug.target, backend=plug.target, qdev=plug.target, drive=plug.target, bus="virtio")
             )
             continue
-        top, file, root = f"{plug.target}-n", f"{plug.target}-f", f"{plug.target}-n"
-        common = {"virtual_size": SIZE, "read_only": plug.read_only, "direct": plug.direct}
-        nodes[top] = Node(name=top, driver=plug.fmt, filename=plug.path, **common)
-        nodes[file] = Node(name=file, driver=plug.driver, filename=plug.path, **common)
-        edges.add(Edge(top, "file", file))
+        top = root = f"{plug.target}-n"
+        chain = plug.chain()
+        nodes |= chain.nodes
+        edges |= chain.edges
         if plug.filter:
             root = f"{plug.target}-flt"
-            nodes[root] = Node(name=root, driver=plug.filter, filename="", **common)
+            nodes[root] = Node(name=root, driver=plug.filter, filename="", virtual_size=plug.size, read_only=False)
             edges.add(Edge(root, "backing" if plug.filter.endswith("_top") else "file", top))
         edges.add(Edge(f"{plug.target}-dev", "root", root))
         graph = Graph(nodes, frozenset(edges))
