@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import get_args
 from xml.sax.saxutils import escape, quoteattr
 
 import pytest
@@ -15,7 +16,7 @@ from lxml import etree
 from blockferry.errors import InvalidName, InvalidXml
 from blockferry.formats.names import path_flaw, valid_name
 from blockferry.formats.snapshot import parse_snapshot, snapshot_xml
-from blockferry.model.snapshot import DiskWish, MirrorWish, Snapshot, SnapshotDisk, SnapshotWish
+from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, Snapshot, SnapshotDisk, SnapshotWish
 from blockferry.model.view import MirrorView
 
 SCHEMAS = Path(os.environ.get("LIBVIRT_SCHEMAS", "/usr/share/libvirt/schemas"))
@@ -61,7 +62,7 @@ def wish_xml(wish: SnapshotWish) -> str:
         inner = "" if disk.file is None else element("source", file=disk.file)
         if (mirror := disk.mirror) is not None:
             inner += element("mirror", file=mirror.file, backing=mirror.backing, backingFormat=mirror.backing_format)
-        disks += element("disk", inner, name=disk.name, snapshot=disk.snapshot)
+        disks += element("disk", inner, name=disk.name, snapshot=disk.snapshot, mode=disk.mode)
     inner = element("disks", disks)
     for tag, content in (("description", wish.description), ("name", wish.name)):
         inner += "" if content is None else element(tag, escape(content, {"\r": "&#13;"}))
@@ -251,9 +252,10 @@ IDS = st.from_regex(r"[a-z][a-z0-9._-]{0,20}", fullmatch=True)
 PATHS = XML_TEXT.map(lambda tail: "/" + tail).filter(lambda path: path_flaw(path) is None)
 FORMATS = st.sampled_from(["raw", "qcow2", "vmdk"])
 MIRRORS = st.builds(MirrorWish, file=PATHS, backing=st.none() | PATHS, backing_format=st.none() | FORMATS)
-DISK_WISHES = st.builds(DiskWish, name=IDS | PATHS, file=st.none() | PATHS, mirror=st.none() | MIRRORS) | st.builds(
-    DiskWish, name=IDS | PATHS, snapshot=st.just("no")
-)
+MODES = st.none() | st.sampled_from(get_args(Mode))
+DISK_WISHES = st.builds(
+    DiskWish, name=IDS | PATHS, file=st.none() | PATHS, mode=MODES, mirror=st.none() | MIRRORS
+) | st.builds(DiskWish, name=IDS | PATHS, snapshot=st.just("no"))
 WISHES = st.builds(
     SnapshotWish,
     name=st.none() | NAMES,
@@ -267,6 +269,8 @@ SNAPSHOT_DISKS = st.builds(
     format=st.just("qcow2"),
     backing=PATHS,
     backing_format=FORMATS,
+    block=st.booleans(),
+    mode=MODES,
     mirror=PATHS,
     mirror_backing=st.none() | PATHS,
 ) | st.builds(SnapshotDisk, target=IDS, file=PATHS, format=st.just("qcow2"), backing=PATHS, backing_format=FORMATS)
@@ -302,6 +306,7 @@ def test_a_dump_is_a_request_for_the_same(snapshot: Snapshot, state: str, curren
             DiskWish(
                 name=disk.target,
                 file=disk.file,
+                mode=disk.mode,
                 mirror=None if disk.mirror is None else MirrorWish(file=disk.mirror, backing=disk.mirror_backing),
             )
             for disk in snapshot.disks
@@ -316,8 +321,24 @@ def test_whatever_a_snapshot_holds_its_dump_is_xml(description: str, file: str) 
 
 
 TAGS = ["domainsnapshot", "name", "description", "memory", "disks", "disk", "driver", "source", "mirror", "domain", "x"]
-ATTRIBUTES = ["name", "snapshot", "type", "file", "dev", "backing", "backingFormat", "state", "ready", "x"]
-VALUES = ["", "vda", "no", "external", "internal", "file", "block", "qcow2", "raw", "/a", "a", "/a/../b", "..", "a&#0;"]
+ATTRIBUTES = ["name", "snapshot", "type", "mode", "file", "dev", "backing", "backingFormat", "state", "ready", "x"]
+VALUES = [
+    "",
+    "relative",
+    "vda",
+    "no",
+    "external",
+    "internal",
+    "file",
+    "block",
+    "qcow2",
+    "raw",
+    "/a",
+    "a",
+    "/a/../b",
+    "..",
+    "a&#0;",
+]
 
 
 @st.composite

@@ -210,7 +210,8 @@ def _switch(
 
 
 def _notes(choices: tuple[Choice, ...], files: Files, kept_name: str | None) -> tuple[str, ...]:
-    blocks = [path for choice in choices for path in choice.files if files.facts[path].kind == "block"]
+    made = [choice for choice in choices if choice.mode != "existing"]
+    blocks = [path for choice in made for path in choice.files if files.facts[path].kind == "block"]
     notes = [f"{path} is a block device: what was on it is overwritten" for path in blocks]
     notes += [
         f"{path} names no backing file: whoever opens it must say that it backs onto {choice.disk.active.file}"
@@ -253,6 +254,11 @@ def _check_existing(choice: Choice, path: str, files: Files) -> None:
         wanted = choice.mirror.backing if choice.mirror else None
         if wanted is not None and not dest.same_file(head.backing, wanted):
             raise errors.ImageUnsuitable(path=path, reason=f"it backs onto {head.backing}, not onto {wanted} as asked")
+        asked = choice.mirror.backing_format if choice.mirror else None
+        if asked not in (None, head.backing_format):
+            raise errors.ImageUnsuitable(
+                path=path, reason=f"it says that {head.backing} is {head.backing_format}, and {asked} was asked for"
+            )
         return
     real = files.facts[active.file].real if active.file in files.facts else active.file
     if head.real_backing != real:
@@ -317,7 +323,8 @@ def image_steps(
     """
     steps: list[Step] = []
     if mode != "existing":
-        name = dest.header_name(mode, backing, fact.path)
+        # A relative name leads from where the file really is: the system follows links before it goes up from them.
+        name = dest.header_name(mode, backing, fact.real if fact.kind == "absent" else fact.path)
         if fact.kind == "absent":
             steps.append(ClaimFile(path=fact.path, like=dest.owner_like(like)))
         steps.append(
