@@ -1,5 +1,6 @@
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from blockferry.testing import QemuBinaries, find_qemu
 
 # Test folders are not packages; what tests/qemu and tests/faults share lies in tests/qemu/rig.py.
 sys.path.insert(0, str(Path(__file__).parent / "qemu"))
-from rig import Rig, open_rig  # found by the line before
+from rig import MIB, Rig, open_rig  # found by the line before
 
 # A loaded two-core machine is slow now and then; that is no failure of what is tested.
 settings.register_profile("blockferry", deadline=None)
@@ -40,3 +41,16 @@ async def faulty(qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Rig]:
     """As `rig`, with a fault-injecting proxy between the service and QEMU."""
     async with open_rig(qemu, tmp_path, proxy=True) as rig:
         yield rig
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of 12 MiB, with something on it."""
+    backing = tmp_path / "device"
+    backing.write_bytes(b"\xee" * 12 * MIB)
+    done = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=True, timeout=20)
+    name = done.stdout.strip()
+    try:
+        yield Path(name)
+    finally:
+        subprocess.run(["losetup", "-d", name], check=True, timeout=20)

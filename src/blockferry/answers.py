@@ -164,8 +164,7 @@ def job_view(ours: BlockJob, seen: Observation | None) -> JobView:
     """A job as people look at it."""
     job = seen.jobs.get(ours.job) if seen is not None else None
     source, dest, image_format = _ends(ours)
-    mirror = ours if isinstance(ours, Mirror) else ours.then
-    base = mirror.backing if mirror is not None else None
+    base = ours.copy.backing if ours.copy is not None else None
     if isinstance(ours, ChainJob) and ours.base is not None:
         base = base or ours.base.file
     return JobView(
@@ -236,7 +235,7 @@ def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...], *, unsett
     if unsettled:
         return ("blockferry recover",)
     own = [job for job in jobs if job.state == "active" and (job.operation == record.id or job.job in _jobs(record))]
-    copies = [copy for job in own if (copy := job if isinstance(job, Mirror) else job.then) is not None]
+    copies = [job.copy for job in own if job.copy is not None]
     commands: list[str] = []
     for snapshot in dict.fromkeys(copy.snapshot for copy in copies if copy.snapshot):
         commands += [
@@ -246,7 +245,7 @@ def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...], *, unsett
     targets = " ".join(copy.target for copy in copies if copy.snapshot is None)
     if targets:
         commands += [f"blockferry job {verb} {record.domain} {targets}" for verb in ("pivot", "finish", "cancel")]
-    chains = " ".join(job.target for job in own if isinstance(job, ChainJob) and job.then is None)
+    chains = " ".join(job.target for job in own if job.copy is None)
     if chains:
         commands += [f"blockferry job list {record.domain}", f"blockferry job cancel {record.domain} {chains}"]
     return tuple(commands)

@@ -16,22 +16,17 @@ from blockferry import hostprocess
 from blockferry.errors import (
     HostProcessUnreachable,
     InternalError,
-    JobFailed,
-    JobLost,
     NoSuchJob,
 )
 from blockferry.model import request as requests
 from blockferry.model import view as views
 from blockferry.model.job import Progress
 from blockferry.model.snapshot import SnapshotWish
+from blockferry.model.states import CAUGHT_UP, LOST, NEWEST, lost
 from blockferry.transport import HttpTransport, reach
 
 T = TypeVar("T", bound=views.View)
 TIMEOUT_S = 60.0  # as the command's --timeout
-CAUGHT_UP = frozenset({"ready", "pivoted", "finished", "done"})
-LOST = frozenset({"lost", "cancelled", "removed"})
-CHAIN = frozenset({"commit", "active-commit", "rebase"})  # these have nothing to pivot to
-NEWEST = 2**62  # no event has such a number: the answer has none, and says which is the last
 
 
 class Transport(Protocol):
@@ -441,11 +436,7 @@ class BlockJob:
 
     def _over(self, progress: Progress) -> bool:
         if progress.state in LOST:
-            words = [] if progress.state == "lost" else [f"it was {progress.state}"]
-            reason = ", ".join([*words, *([progress.reason] if progress.reason else [])]) or "no reason is known"
-            if self.view.type in CHAIN:
-                raise JobFailed(domain=self._domain.name, disk=self.disk, what=self.view.type, reason=reason)
-            raise JobLost(domain=self._domain.name, disk=self.disk, reason=reason)
+            raise lost(self._domain.name, self.disk, self.view.type, progress.state, progress.reason)
         return progress.state in CAUGHT_UP
 
     async def pivot(self, timeout: float = TIMEOUT_S) -> views.Done:

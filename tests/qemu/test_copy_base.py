@@ -3,7 +3,6 @@
 import asyncio
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -162,19 +161,6 @@ async def test_options_of_the_mirror(rig: Rig, options: dict[str, int], more: di
 
 
 # --- block devices --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Iterator[Path]:
-    """A block device of 12 MiB, with something on it."""
-    backing = tmp_path / "device"
-    backing.write_bytes(b"\xee" * 12 * MIB)
-    done = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=True, timeout=20)
-    name = done.stdout.strip()
-    try:
-        yield Path(name)
-    finally:
-        subprocess.run(["losetup", "-d", name], check=True, timeout=20)
 
 
 async def test_copy_to_a_block_device(rig: Rig, device: Path) -> None:

@@ -1,8 +1,7 @@
 """Snapshots onto files that are there, with other names in their headers, onto block devices, without being remembered;
 and on a QEMU without `transaction`, one disk after the other."""
 
-import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -181,18 +180,6 @@ async def test_no_metadata(rig: Rig) -> None:
 
 
 # --- block devices --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Iterator[Path]:
-    backing = tmp_path / "device"
-    backing.write_bytes(b"\xee" * 12 * MIB)
-    done = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=True, timeout=20)
-    name = done.stdout.strip()
-    try:
-        yield Path(name)
-    finally:
-        subprocess.run(["losetup", "-d", name], check=True, timeout=20)
 
 
 async def test_overlay_on_a_block_device(rig: Rig, device: Path) -> None:

@@ -276,59 +276,52 @@ class Executor:
 
         await self._session.wait_until(met, JOB_EVENTS, what=f"wait for {', '.join(names)}", seconds=seconds)
 
-    async def _start_mirror(self, step: steps.StartMirror) -> None:
+    async def _start_job(
+        self, command: str, step: steps.StartMirror | steps.StartCommit | steps.StartStream, **arguments: Any
+    ) -> None:
+        """Start a job that is kept after its end and not finalized by itself, unless `arguments` say otherwise.
+
+        Those that are None are left out.
+        """
         if step.job in await self.jobs():
             return
-        more: dict[str, Any] = {**step.options, **({"replaces": step.replaces} if step.replaces else {})}
+        common = {"auto_dismiss": False, "auto_finalize": False, "speed": step.speed}
+        given = {name: value for name, value in arguments.items() if value is not None}
         await self._session.execute(
+            command,
+            **{"job_id": step.job, "device": step.device, "filter_node_name": step.filter_node, **common, **given},
+        )
+
+    async def _start_mirror(self, step: steps.StartMirror) -> None:
+        await self._start_job(
             "blockdev-mirror",
-            job_id=step.job,
-            device=step.device,
+            step,
             target=step.node,
             sync=step.sync,
-            speed=step.speed,
-            filter_node_name=step.filter_node,
-            auto_dismiss=False,
-            auto_finalize=False,
-            **more,
+            replaces=step.replaces,
+            **step.options,
             # The guest never stops for a mirror: an error on either side ends the job, and the job says why.
             on_source_error="report",
             on_target_error="report",
         )
 
     async def _start_commit(self, step: steps.StartCommit) -> None:
-        if step.job in await self.jobs():
-            return
-        more: dict[str, Any] = {"backing-file": step.backing_file} if step.backing_file else {}
-        await self._session.execute(
+        await self._start_job(
             "block-commit",
-            job_id=step.job,
-            device=step.device,
-            **more,
+            step,
             top_node=step.top,
             base_node=step.base,
-            speed=step.speed,
-            filter_node_name=step.filter_node,
-            auto_dismiss=False,
-            auto_finalize=False,
+            backing_file=step.backing_file,
             on_error="report",
         )
 
     async def _start_stream(self, step: steps.StartStream) -> None:
-        if step.job in await self.jobs():
-            return
-        more: dict[str, Any] = {}
-        if step.base:
-            more = {"base-node": step.base, **({"backing-file": step.backing_file} if step.backing_file else {})}
-        await self._session.execute(
+        await self._start_job(
             "block-stream",
-            job_id=step.job,
-            device=step.device,
-            **more,
-            speed=step.speed,
-            filter_node_name=step.filter_node,
+            step,
+            base_node=step.base,
+            backing_file=step.backing_file if step.base else None,
             auto_dismiss=True,
-            auto_finalize=False,
             on_error="report",
         )
 

@@ -127,9 +127,7 @@ class Runner:
                 operation=operation,
                 step=step,
                 reason=reason,
-                switched=", ".join(
-                    in_part(after.plan, await self._look(await self._executor(step))).record.authoritative
-                ),
+                switched=", ".join(self._kept(after)),
             )
         if after.state == "done" and decision.action in ("leave-window", "record-as-is"):
             raise errors.OperationAsItIs(domain=self._link.name, operation=operation, step=step, reason=reason)
@@ -378,6 +376,16 @@ class Runner:
             await _do(executor, steps.Resume(), {})
         lost = {job.target: record.error or "its last instant was interrupted"}
         self._publish(self._journal.lose_jobs(self._link.name, lost))
+
+    def _kept(self, record: OperationRecord) -> list[str]:
+        """The disks whose switch was not undone, after `_take_in_part`."""
+        begun = self._begun(record.id)
+        return [
+            pair.target
+            for index, step in enumerate(record.plan.prepare)
+            if isinstance(step, steps.TakeSnapshots) and index in begun and begun[index].state != "undone"
+            for pair in step.pairs
+        ]
 
     async def _take_in_part(
         self, record: OperationRecord, seen: Observation, executor: Executor, row: str | None

@@ -58,6 +58,11 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
         """What people call it."""
         return "copy" if self.snapshot is None else "mirror"
 
+    @property
+    def copy(self) -> Mirror:
+        """The mirror that this job is, or leads to; as ChainJob's."""
+        return self
+
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """One image of a chain, by its node of this QEMU process."""
@@ -107,6 +112,11 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     speed: int = 0
     state: JobEnd = "active"
     reason: str | None = None
+
+    @property
+    def copy(self) -> Mirror | None:
+        """The mirror that this job is, or leads to: a fill's; None for the others."""
+        return self.then
 
 
 BlockJob = Mirror | ChainJob

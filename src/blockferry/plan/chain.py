@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import msgspec
 
 from blockferry import errors
-from blockferry.model.blockjob import BlockJob, ChainJob, Layer, Mirror
+from blockferry.model.blockjob import BlockJob, ChainJob, Layer
 from blockferry.model.domain import Observation
 from blockferry.model.flags import BlockCommit, BlockRebase, require_flags
-from blockferry.model.graph import Disk, Graph, Image
+from blockferry.model.graph import Disk, Image
 from blockferry.model.request import Commit, Rebase
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import image_below
 from blockferry.plan.destinations import same_file
-from blockferry.plan.disks import find_disk, require_suitable
+from blockferry.plan.disks import close_images, find_disk, require_suitable
 from blockferry.plan.history import after_commit, descendants
 from blockferry.plan.plan import Names, Plan, Record, Window
 from blockferry.plan.steps import (
@@ -24,7 +22,6 @@ from blockferry.plan.steps import (
     DropFile,
     FinalizeJobs,
     FinalizeStream,
-    RemoveNode,
     RequireBacking,
     RequireReady,
     RequireRoots,
@@ -48,7 +45,7 @@ def joined(domain: str, seen: Observation, request: Rebase, jobs: tuple[BlockJob
     """
     disk = find_disk(domain, seen, request.disk)
     job = next((job for job in jobs if job.target == disk.target and job.state == "active"), None)
-    copy = job if isinstance(job, Mirror) or job is None else job.then
+    copy = job.copy if job is not None else None
     if copy is None:
         return None
     if copy.snapshot is None and (
@@ -360,7 +357,7 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
         settle=(
             *([Resume()] if window is not None and window.resume else []),
             DismissJobs(jobs=(job.job,)),
-            *_close(seen.graph, job.leaving),
+            *close_images(seen.graph, (layer.node for layer in job.leaving)),
             *_drop(job),
         ),
     )
@@ -397,7 +394,7 @@ def _window(seen: Observation, job: ChainJob, disk: Disk) -> Window:
             FinalizeJobs(jobs=jobs),
             RequireRoots(roots={disk.backend: _base(job).node}),
         )
-    return Window(ends_on="destination", resume=seen.running, disks=(), steps=steps, chain=job, backend=disk.backend)
+    return Window(ends_on="destination", resume=seen.running, disks=(), steps=steps, chain=job)
 
 
 def _end_fill(job: ChainJob) -> Plan:
@@ -411,18 +408,6 @@ def _end_fill(job: ChainJob) -> Plan:
         prepare=(FinalizeStream(job=job.job), _require_end(job), StartMirror.of(mirror, "top", job.speed)),
         record=Record(authoritative={job.target: mirror.source}, jobs=(mirror,)),
     )
-
-
-def _close(graph: Graph, leaving: Iterable[Layer]) -> list[Step]:
-    """Close the nodes that have left the chain, from the top; those that nobody named QEMU has freed by itself."""
-    steps: list[Step] = []
-    for layer in leaving:
-        name: str | None = layer.node
-        while name is not None:
-            if not name.startswith("#"):
-                steps.append(RemoveNode(node=name, if_unused=True))
-            name = graph.child(name, "file")
-    return steps
 
 
 def _drop(job: ChainJob) -> list[Step]:

@@ -381,8 +381,7 @@ def _open_file(mirror: Mirror, wish: Wish, files: Files, like: Node) -> list[Ste
 
 def close_job(job: BlockJob) -> tuple[Step, ...]:
     """Forget a job that is over without having switched anything: the job, and a destination's nodes. Files stay."""
-    mirror = job if isinstance(job, Mirror) else job.then
-    nodes = (mirror.node, mirror.file_node) if mirror is not None else ()
+    nodes = (job.copy.node, job.copy.file_node) if job.copy is not None else ()
     return (CancelJob(job=job.job), *(RemoveNode(node=node) for node in nodes))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from blockferry import errors
 from blockferry.model.domain import Observation
 from blockferry.model.graph import JOB_FILTERS, PROTOCOL_DRIVERS, Disk, Graph
 from blockferry.model.job import ENDED
+from blockferry.plan.steps import RemoveNode, Step
 
 
 def find_disk(domain: str, seen: Observation, name: str) -> Disk:
@@ -131,3 +133,21 @@ def source_options(graph: Graph, node: str) -> dict[str, Any]:
     elif here.driver == "qcow2":
         options["backing"] = None
     return options
+
+
+def close_images(graph: Graph, nodes: Iterable[str]) -> list[Step]:
+    """Close images that have left a chain, so that their locks are released; one with another user stays.
+
+    Args:
+        graph: as it was while they were in the chain.
+        nodes: their format nodes, from the top.
+    """
+    steps: list[Step] = []
+    for node in nodes:
+        name: str | None = node
+        while name is not None:
+            # QEMU frees a node that nobody named by itself, with its last user.
+            if not name.startswith("#"):
+                steps.append(RemoveNode(node=name, if_unused=True))
+            name = graph.child(name, "file")
+    return steps

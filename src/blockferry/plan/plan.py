@@ -45,7 +45,6 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
         disks: those that take part.
         steps: in their order.
         chain: an active commit or a rebase that ends in it, instead of mirrors.
-        backend: what the graph calls that job's device.
     """
 
     ends_on: Literal["destination", "source"]
@@ -53,7 +52,6 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[WindowDisk, ...]
     steps: tuple[Step, ...]
     chain: ChainJob | None = None
-    backend: str | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from blockferry.model.graph import Disk, Image
 from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import close_job, is_uri
-from blockferry.plan.disks import READ_ONLY_FILE, source_options
+from blockferry.plan.disks import READ_ONLY_FILE, close_images, source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
     AddNode,
@@ -191,17 +191,7 @@ def _window_disk(seen: Observation, disk: Disk, mirror: Mirror, names: Names) ->
 
 
 def _close_sources(seen: Observation, disks: list[Disk]) -> list[Step]:
-    """Close the images that the guest has left, so that their locks are released; those with another user stay."""
-    steps: list[Step] = []
-    for disk in disks:
-        for image in disk.chain:
-            name: str | None = image.node
-            while name is not None:
-                # QEMU frees a node that nobody named by itself, with its last user.
-                if not name.startswith("#"):
-                    steps.append(RemoveNode(node=name, if_unused=True))
-                name = seen.graph.child(name, "file")
-    return steps
+    return close_images(seen.graph, (image.node for disk in disks for image in disk.chain))
 
 
 def _close_destinations(mirrors: tuple[Mirror, ...]) -> list[Step]:
@@ -279,13 +269,8 @@ def settle_as_it_is(window: Window, seen: Observation, settle: tuple[Step, ...])
 
 
 def stands_on(disk: WindowDisk, seen: Observation) -> str | None:
-    """The node under the device now, filters of jobs left aside."""
-    return under(disk.backend, seen)
-
-
-def under(backend: str | None, seen: Observation) -> str | None:
-    """The image's node under a device, filters left aside."""
-    root = seen.graph.child(backend, "root") if backend is not None else None
+    """The node under the device now, filters left aside."""
+    root = seen.graph.child(disk.backend, "root")
     return None if root is None else seen.graph.below_filters(root)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +212,20 @@ def _fact(path: str) -> FileFact:
     )
 
 
-def _capacity(path: str) -> int:
-    """A block device's bytes: where its end is."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+@contextlib.contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    """A descriptor of the path, closed with the block."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
-        return os.lseek(descriptor, 0, os.SEEK_END)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _capacity(path: str) -> int:
+    """A block device's bytes: where its end is."""
+    with _opened(path, os.O_RDONLY) as descriptor:
+        return os.lseek(descriptor, 0, os.SEEK_END)
 
 
 def _locked(path: str) -> bool:
@@ -226,14 +234,11 @@ def _locked(path: str) -> bool:
     Source: QEMU's block/file-posix.c, RAW_LOCK_PERM_BASE (100) and RAW_LOCK_SHARED_BASE (200), one byte a permission.
     Only asked for, never taken (F_OFD_GETLK, fcntl(2)). An image opened with locking=off has none.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
+    with _opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
         # struct flock: type, whence, start, length, pid.
         asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
         return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
-    finally:
-        os.close(descriptor)
 
 
 def _drop(path: str) -> bool:
@@ -283,25 +288,19 @@ def _claim(path: str, like: str | None) -> dict[str, Any]:
 def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool:
     """Write an image into an empty regular file, and onto disk; False where it is none, with nothing done."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            return False
-        if image_format == "qcow2":
-            contents = empty_image(size, backing, backing_format)
-            # Done twice it writes the same: nobody else has opened it yet.
-            if os.pwrite(descriptor, contents, 0) != len(contents):
-                raise ImageError(f"{path}: {os.strerror(errno.ENOSPC)}")
-        else:
-            os.ftruncate(descriptor, size)
-        os.fdatasync(descriptor)
+        with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return False
+            if image_format == "qcow2":
+                contents = empty_image(size, backing, backing_format)
+                # Done twice it writes the same: nobody else has opened it yet.
+                if os.pwrite(descriptor, contents, 0) != len(contents):
+                    raise ImageError(f"{path}: {os.strerror(errno.ENOSPC)}")
+            else:
+                os.ftruncate(descriptor, size)
+            os.fdatasync(descriptor)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from error
-    finally:
-        os.close(descriptor)
     return True
 
 
@@ -341,8 +340,5 @@ def _sync(paths: tuple[str, ...]) -> None:
 
 def _sync_folder(path: str) -> None:
     """A new or removed name reaches the disk with its directory, not with the file."""
-    descriptor = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

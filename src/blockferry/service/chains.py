@@ -5,12 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from blockferry import answers
-from blockferry.engine.keeper import Keeper
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.plan.chain import joined, plan_commit, plan_rebase
-from blockferry.plan.plan import Plan
-from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
+from blockferry.service.desk import Desk, require_bandwidth, require_path
 
 
 class Chains:
@@ -34,7 +32,7 @@ class Chains:
                 return msgspec.structs.replace(answer, notes=(note,))
             operation, names = self._desk.names(dry_run=request.dry_run)
             plan = plan_rebase(request.domain, seen, request, names=names, operation=operation)
-            return await self._start(keeper, operation, plan, dry_run=request.dry_run)
+            return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
 
     async def commit(self, request: ask.Commit) -> view.View:
         """Start a commit."""
@@ -43,19 +41,10 @@ class Chains:
             operation, names = self._desk.names(dry_run=request.dry_run)
             snapshots = self._desk.journal.snapshots(request.domain)
             plan = plan_commit(request.domain, seen, request, snapshots, names=names, operation=operation)
-            return await self._start(keeper, operation, plan, dry_run=request.dry_run)
+            return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
 
     def _check(self, bandwidth: int, *paths: str | None) -> None:
         require_bandwidth(bandwidth)
         for path in paths:
             if path is not None and "://" not in path:
                 require_path(path)
-
-    async def _start(self, keeper: Keeper, operation: int, plan: Plan, *, dry_run: bool) -> view.View:
-        if dry_run:
-            return plan_view(keeper.name, plan)
-        await keeper.run(operation, plan)
-        (started,) = plan.record.jobs
-        now = next(job for job in self._desk.journal.jobs(keeper.name) if job.target == started.target)
-        answer = answers.job_view(now, await self._desk.seen_or_none(keeper))
-        return msgspec.structs.replace(answer, notes=plan.notes)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from blockferry import errors
+import msgspec
+
+from blockferry import answers, errors
 from blockferry.engine.bus import Bus
 from blockferry.engine.keeper import Keeper
 from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
-from blockferry.model.blockjob import Mirror
+from blockferry.model.blockjob import BlockJob
 from blockferry.model.domain import Observation
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
@@ -79,28 +82,48 @@ class Desk:
         operation = self.journal.next_operation() if dry_run else self.journal.reserve_operation()
         return operation, Names(self.journal.tag, operation)
 
-    async def files(self, paths: tuple[str, ...], headers: dict[str, str], *, uri: str | None = None) -> Files:
-        """What is known of these files; who uses them is asked of all domains only where one of them is there already.
+    async def start_job(self, keeper: Keeper, operation: int, plan: Plan, *, dry_run: bool) -> view.View:
+        """Run a plan that begins one job, and answer with that job; or only with the plan. The caller holds the domain."""
+        if dry_run:
+            return plan_view(keeper.name, plan)
+        await keeper.run(operation, plan)
+        (started,) = plan.record.jobs
+        answer = answers.job_view(self.job(keeper, started.target), await self.seen_or_none(keeper))
+        return msgspec.structs.replace(answer, notes=plan.notes)
+
+    def job(self, keeper: Keeper, target: str) -> BlockJob:
+        """The newest job of a disk.
+
+        Raises:
+            NoSuchJob: it has had none.
+        """
+        found = next((each for each in self.journal.jobs(keeper.name) if each.target == target), None)
+        if found is None:
+            raise errors.NoSuchJob(domain=keeper.name, disk=target)
+        return found
+
+    async def files(self, keeper: Keeper, seen: Observation, paths: tuple[str, ...], headers: dict[str, str]) -> Files:
+        """What is known of these files, and who uses which file, of all domains.
 
         Args:
-            paths: their paths.
+            keeper: of the domain that the request is about.
+            seen: that domain as observed; it is not asked again.
+            paths: the files.
             headers: path -> format, of those whose headers are to be read.
-            uri: an NBD export that is to be written to as well.
         """
         facts = await self.images.facts(paths)
         images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
-        present = uri is not None or any(facts[path].kind in ("file", "block") for path in paths)
-        return Files(facts=facts, images=images, users=await self._users() if present else {})
+        return Files(facts=facts, images=images, users=await self._users(keeper, seen))
 
-    async def _users(self) -> dict[str, str]:
+    async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
         """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
+        others = [keeper for keeper in self.keepers.values() if keeper is not own]
+        observed = [own_seen, *await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))]
         users: dict[str, str] = {}
-        for keeper in self.keepers.values():
+        for keeper, seen in zip([own, *others], observed, strict=True):
             for job in keeper.active():
-                mirror = job if isinstance(job, Mirror) else job.then
-                if mirror is not None:
-                    users[_real(mirror.file)] = f"{keeper.name} copies its {mirror.target} to it"
-            seen = await self.seen_or_none(keeper)
+                if job.copy is not None:
+                    users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
             for disk in seen.disks if seen is not None else ():
                 users |= {
                     _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-
 from blockferry import answers, errors
 from blockferry.engine.keeper import Keeper
 from blockferry.journal.journal import OperationRecord
@@ -16,7 +14,7 @@ from blockferry.model.domain import Observation
 from blockferry.plan import copy as copying
 from blockferry.plan.destinations import Files
 from blockferry.plan.disks import find_disk
-from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
+from blockferry.service.desk import Desk, require_bandwidth, require_path
 from blockferry.service.windows import run_window
 
 
@@ -39,33 +37,27 @@ class Jobs:
             wish = copying.understand(request.domain, seen, request)
             operation, names = self._desk.names(dry_run=request.dry_run)
             plan = copying.plan_copy(
-                request.domain, seen, request, names=names, operation=operation, files=await self._files(wish)
+                request.domain,
+                seen,
+                request,
+                names=names,
+                operation=operation,
+                files=await self._files(keeper, seen, wish),
             )
-            if request.dry_run:
-                return plan_view(request.domain, plan)
-            await keeper.run(operation, plan)
-            (job,) = plan.record.jobs
-            answer = answers.job_view(self._job(keeper, job.target), await self._desk.seen_or_none(keeper))
-            return msgspec.structs.replace(answer, notes=plan.notes)
+            return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
 
-    async def _files(self, wish: copying.Wish) -> Files:
+    async def _files(self, keeper: Keeper, seen: Observation, wish: copying.Wish) -> Files:
         paths = [image.file for image in wish.disk.chain if image.file.startswith("/")]
-        if copying.is_uri(wish.file):
-            return await self._desk.files(tuple(paths), {}, uri=wish.file)
-        return await self._desk.files((*paths, wish.file), {wish.file: wish.format} if wish.reuse else {})
-
-    def _job(self, keeper: Keeper, target: str) -> BlockJob:
-        found = next((each for each in self._desk.journal.jobs(keeper.name) if each.target == target), None)
-        if found is None:
-            raise errors.NoSuchJob(domain=keeper.name, disk=target)
-        return found
+        if not copying.is_uri(wish.file):
+            paths.append(wish.file)
+        return await self._desk.files(keeper, seen, tuple(paths), {wish.file: wish.format} if wish.reuse else {})
 
     def _jobs(self, keeper: Keeper, seen: Observation, disks: tuple[str, ...]) -> tuple[BlockJob, ...]:
         """The working jobs of these disks, each once."""
         targets = dict.fromkeys(find_disk(keeper.name, seen, disk).target for disk in disks)
         if not targets:
             raise errors.BadRequest(reason="name at least one disk")
-        found = tuple(self._job(keeper, target) for target in targets)
+        found = tuple(self._desk.job(keeper, target) for target in targets)
         for job in found:
             if job.state == "lost" and isinstance(job, Mirror):
                 raise errors.JobLost(domain=keeper.name, disk=job.target, reason=job.reason or "no reason is known")
@@ -77,12 +69,11 @@ class Jobs:
         """The working copies and mirrors of these disks, each once; a copy that is still being filled is none yet."""
         found = []
         for job in self._jobs(keeper, seen, disks):
-            mirror = job if isinstance(job, Mirror) else job.then
-            if mirror is None:
+            if job.copy is None:
                 raise errors.BadRequest(
                     reason=f"the {job.type} of {job.target} ends by itself: there is nothing to pivot or finish"
                 )
-            found.append(mirror)
+            found.append(job.copy)
         return tuple(found)
 
     async def list(self, request: ask.ListJobs) -> view.JobList:
@@ -128,10 +119,9 @@ class Jobs:
             jobs = self._jobs(keeper, seen, request.disks)
             operation, _names = self._desk.names()
             done = await keeper.run(operation, copying.plan_cancel(jobs, "cancel", "cancelled"))
-        copies = [job if isinstance(job, Mirror) else job.then for job in jobs]
-        files = ", ".join(copy.file for copy in copies if copy is not None)
+        files = ", ".join(job.copy.file for job in jobs if job.copy is not None)
         left = [f"left behind, incomplete: {files}"] if files else []
-        chains = [job for job in jobs if isinstance(job, ChainJob) and job.then is None]
+        chains = [job for job in jobs if isinstance(job, ChainJob) and job.copy is None]
         left += ["the chain is as it was"] if chains else []
         left += [f"written in part: {job.base.file}" for job in chains if job.type != "rebase" and job.base]
         return view.Done(text="; ".join(["cancelled", *left]), operation=done.id)

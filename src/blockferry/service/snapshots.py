@@ -33,11 +33,11 @@ CREATE = (
     | SnapshotCreate.VALIDATE
 )
 DELETE = (
-    SnapshotDelete.METADATA_ONLY,
-    SnapshotDelete.CHILDREN,
-    SnapshotDelete.CHILDREN_ONLY,
-    SnapshotDelete.REOPEN_MIRROR,
-    SnapshotDelete.REMOVE_MIRROR,
+    SnapshotDelete.METADATA_ONLY
+    | SnapshotDelete.CHILDREN
+    | SnapshotDelete.CHILDREN_ONLY
+    | SnapshotDelete.REOPEN_MIRROR
+    | SnapshotDelete.REMOVE_MIRROR
 )
 
 
@@ -70,7 +70,9 @@ class Snapshots:
                 names=names,
                 operation=operation,
                 name=name,
-                files=await self._desk.files(files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")),
+                files=await self._desk.files(
+                    keeper, seen, files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")
+                ),
                 now=time.time(),
                 parent=answers.current_snapshot(snapshots, seen),
                 flags=flags,
@@ -143,7 +145,7 @@ class Snapshots:
     async def delete(self, request: ask.DeleteSnapshot) -> view.View:
         """Delete a snapshot: merge it, or what its flags say."""
         flags = SnapshotDelete(request.flags)
-        require_flags("snapshot_delete", flags, SnapshotDelete(sum(DELETE)))
+        require_flags("snapshot_delete", flags, DELETE)
         if len([*flags]) > 1:
             raise errors.BadRequest(reason=f"{flags!r} contradict each other: say one")
         snapshot = self._desk.snapshot(request.domain, request.snapshot)

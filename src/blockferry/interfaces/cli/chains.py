@@ -7,14 +7,18 @@ import click
 from blockferry.interfaces.cli import render
 from blockferry.interfaces.cli.copying import wait_for
 from blockferry.interfaces.cli.names import disks, domain_argument
-from blockferry.interfaces.cli.session import Rate, Session, absolute, disk_name, examples, json_option
+from blockferry.interfaces.cli.session import (
+    Session,
+    absolute,
+    bandwidth_option,
+    disk_name,
+    dry_run_option,
+    examples,
+    json_option,
+)
 
 disk_argument = click.argument("disk", shell_complete=disks)
-bandwidth_option = click.option(
-    "--bandwidth", type=Rate(), metavar="RATE", help="Bytes per second: 50M, 1G; 0 for no limit."
-)
 wait_option = click.option("--wait", is_flag=True, help="Show its progress until it is done.")
-dry_run_option = click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
 
 
 @click.command(

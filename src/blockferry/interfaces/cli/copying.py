@@ -10,15 +10,20 @@ import click
 from blockferry.interfaces.cli import render, wire
 from blockferry.interfaces.cli.names import disks, domain_argument
 from blockferry.interfaces.cli.progress import display
-from blockferry.interfaces.cli.session import Rate, Session, Size, Stopped, absolute, disk_name, examples, json_option
+from blockferry.interfaces.cli.session import (
+    Session,
+    Size,
+    Stopped,
+    absolute,
+    bandwidth_option,
+    disk_name,
+    dry_run_option,
+    examples,
+    json_option,
+)
 from blockferry.interfaces.cli.wire import Json
 from blockferry.model.flags import BlockCopy
-
-CAUGHT_UP = frozenset({"ready", "pivoted", "finished", "done"})
-LOST = frozenset({"lost", "cancelled", "removed"})
-CHAIN = frozenset({"commit", "active-commit", "rebase"})
-WORDS = {"active-commit": "commit", "commit": "commit", "rebase": "rebase"}
-NEWEST = 2**62  # no event has such a number: the answer has none, and says which is the last
+from blockferry.model.states import CAUGHT_UP, CHAIN, LOST, NEWEST, lost
 
 
 @click.command(
@@ -40,11 +45,11 @@ NEWEST = 2**62  # no event has such a number: the answer has none, and says whic
     "--base", metavar="FILE", help="An image of the chain, which the copy is to back onto and which is not copied."
 )
 @click.option("--reuse-ext", is_flag=True, help="DEST is an image that is there already.")
-@click.option("--bandwidth", type=Rate(), metavar="RATE", help="Bytes per second: 50M, 1G; 0 for no limit.")
+@bandwidth_option
 @click.option("--granularity", type=Size(), metavar="BYTES", help="Copied at once: a power of two, 512 to 64M.")
 @click.option("--buf-size", type=Size(), metavar="BYTES", help="In flight at most.")
 @click.option("--converge", is_flag=True, help="Hold the guest's writes until they are on the copy too.")
-@click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
+@dry_run_option
 @json_option
 @click.pass_obj
 def copy(
@@ -129,7 +134,8 @@ def _watch(session: Session, job: Json) -> None:
             show(event)
             data = event["data"]
             if data["state"] in LOST:
-                raise _lost(job, data)
+                error = lost(job["domain"], job["disk"], job["type"], data["state"], data["reason"])
+                raise wire.Told(error.to_dict())
             if data["state"] in CAUGHT_UP:
                 return
 
@@ -166,21 +172,11 @@ def _look(session: Session, job: Json) -> Json:
     return {**head, "domain": job["domain"], "disk": job["disk"], "data": data}
 
 
-def _lost(job: Json, data: Json) -> wire.Told:
-    from blockferry.errors import JobFailed, JobLost
-
-    words = [] if data["state"] == "lost" else [f"it was {data['state']}"]
-    reason = ", ".join([*words, *([data["reason"]] if data["reason"] else [])]) or "no reason is known"
-    if job["type"] in CHAIN:
-        failed = JobFailed(domain=job["domain"], disk=job["disk"], what=job["type"], reason=reason)
-        return wire.Told(failed.to_dict())
-    return wire.Told(JobLost(domain=job["domain"], disk=job["disk"], reason=reason).to_dict())
-
-
 def _goes_on(job: Json) -> str:
     name, disk = job["domain"], job["disk"]
+    what = job["type"].removeprefix("active-") if job["type"] in CHAIN else "copy"
     return (
-        f"stopped waiting; the {WORDS.get(job['type'], 'copy')} of {disk} to {job['dest']} goes on.\n"
+        f"stopped waiting; the {what} of {disk} to {job['dest']} goes on.\n"
         f"  blockferry job list {name}          how far it is\n"
         f"  blockferry events {name} --follow   watch it\n"
         f"  blockferry job cancel {name} {disk}    stop it"

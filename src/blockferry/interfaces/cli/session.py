@@ -108,3 +108,9 @@ class Rate(click.ParamType["int"]):
         if count is None:
             self.fail(f"{value!r} is not a rate: bytes per second, such as 50M, 1G, or 0 for no limit.", param, ctx)
         return count
+
+
+bandwidth_option = click.option(
+    "--bandwidth", type=Rate(), metavar="RATE", help="Bytes per second: 50M, 1G; 0 for no limit."
+)
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")

@@ -9,7 +9,15 @@ import click
 
 from blockferry.interfaces.cli import render
 from blockferry.interfaces.cli.names import disks, domain_argument, snapshots
-from blockferry.interfaces.cli.session import Session, Stopped, absolute, disk_name, examples, json_option
+from blockferry.interfaces.cli.session import (
+    Session,
+    Stopped,
+    absolute,
+    disk_name,
+    dry_run_option,
+    examples,
+    json_option,
+)
 from blockferry.interfaces.cli.wire import Json
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete
 
@@ -43,7 +51,7 @@ def snapshot() -> None:
 @click.option("--reuse-ext", is_flag=True, help="Take overlays that are there already, none is made; --atomic with it.")
 @click.option("--no-metadata", is_flag=True, help="Don't remember the snapshot, only switch to the new images.")
 @click.option("--description", metavar="TEXT", help="Free text.")
-@click.option("--dry-run", is_flag=True, help="Print the steps, and do nothing.")
+@dry_run_option
 @json_option
 @click.pass_obj
 def create(
