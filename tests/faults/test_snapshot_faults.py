@@ -9,11 +9,12 @@ from rig import ALL, MIB, Rig, open_rig, wish_xml
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image
 
-# A snapshot of three disks, each mirrored, sends these: four nodes a disk, one transaction, a mirror a disk.
+# A snapshot of three disks, each mirrored, sends these: two images a disk, one transaction, a mirror a disk.
 COMMANDS = [
-    *[("blockdev-add", number) for number in range(1, 13)],
+    *[("blockdev-add", number) for number in range(1, 7)],
     ("transaction", 1),
     *[("blockdev-mirror", number) for number in range(1, 4)],
 ]
@@ -51,29 +52,59 @@ async def test_error_at_any_command(faulty: Rig, command: str, nth: int) -> None
     await works_now(faulty)
 
 
-async def test_a_node_that_is_there_all_the_same(faulty: Rig) -> None:
-    """blockdev-add was carried out and answered with an error: QEMU's graph is believed, not its answer."""
-    faulty.proxy.inject(Fault("blockdev-add", FaultKind.ERROR_AFTER, nth=6))
+@pytest.mark.parametrize("command", ["blockdev-add", "blockdev-mirror"])
+async def test_what_is_there_all_the_same(faulty: Rig, command: str) -> None:
+    """It was carried out and answered with an error: QEMU's graph and jobs are believed, not its answer."""
+    faulty.proxy.inject(Fault(command, FaultKind.ERROR_AFTER, nth=2))
     await faulty.snapshot(mirrors=ALL)
     assert await faulty.operations() == [("snapshot", "done")]
+    await faulty.ready(*ALL)
 
 
-@pytest.mark.parametrize(("command", "nth"), [("transaction", 1), ("blockdev-mirror", 2)])
-async def test_error_that_lies(faulty: Rig, command: str, nth: int) -> None:
-    """It was carried out and answered with an error: what is there is looked at, not believed."""
-    faulty.proxy.inject(Fault(command, FaultKind.ERROR_AFTER, nth=nth))
+async def test_error_that_lies(faulty: Rig) -> None:
+    """The switch was carried out and answered with an error: it is undone."""
+    faulty.proxy.inject(Fault("transaction", FaultKind.ERROR_AFTER))
     await fails(faulty, errors.OperationFailed, "injected")
+
+
+@pytest.mark.parametrize("command", ["blockdev-add", "blockdev-mirror"])
+async def test_errors_at_several_of_a_wave(faulty: Rig, command: str) -> None:
+    """They are under way at the same time: all are waited for, the first is named, and what went well is undone."""
+    for nth in (2, 3):
+        faulty.proxy.inject(Fault(command, FaultKind.ERROR, nth=nth, error_desc=f"no luck {nth}"))
+    await fails(faulty, errors.OperationFailed, "no luck 2")
+    (operation,) = (await faulty.ask(ask.ListOperations())).operations
+    steps = (await faulty.operation(operation.id)).steps
+    assert sorted(step.error for step in steps if step.error) == ["no luck 2", "no luck 3"]
+    await works_now(faulty)
 
 
 @pytest.mark.parametrize("kind", [FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER])
 @pytest.mark.parametrize(
     ("command", "nth"),
-    [("blockdev-add", 1), ("blockdev-add", 8), ("transaction", 1), ("blockdev-mirror", 2)],
+    [("blockdev-add", 1), ("blockdev-add", 4), ("transaction", 1)],
 )
 async def test_connection_cut(faulty: Rig, command: str, nth: int, kind: FaultKind) -> None:
     faulty.proxy.inject(Fault(command, kind, nth=nth))
     await fails(faulty, errors.OperationFailed, "no reply")
     await works_now(faulty)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER])
+async def test_connection_cut_among_the_mirrors(faulty: Rig, kind: FaultKind) -> None:
+    """Those after the cut may have reached QEMU or not: with all of them there it is done, else undone."""
+    before = await faulty.state()
+    faulty.proxy.inject(Fault("blockdev-mirror", kind, nth=2))
+    try:
+        await faulty.snapshot(mirrors=ALL)
+    except errors.OperationFailed:
+        assert await faulty.state() == before
+        assert await faulty.operations() == [("snapshot", "undone")]
+        await works_now(faulty)
+    else:
+        assert kind is FaultKind.CUT_AFTER
+        assert await faulty.operations() == [("snapshot", "done")]
+        await faulty.ready(*ALL)
 
 
 async def test_reply_to_the_last_command_is_lost(faulty: Rig) -> None:
@@ -158,18 +189,21 @@ async def test_bad_destination_of_the_second_disk(
 
 async def test_file_that_appears_after_the_look(faulty: Rig) -> None:
     """Created by somebody else between our look and our claim: theirs stays, ours go."""
-    gate = faulty.proxy.pause_before("blockdev-add", 1)
-    before = await faulty.state()
-    task = asyncio.create_task(faulty.snapshot(mirrors=ALL))
-    await gate.reached()
     theirs = faulty.dst / "sda.s1"
-    theirs.write_text("somebody's")
-    gate.release()
+
+    def writes(when: str, what: str) -> None:
+        if (when, what) == ("before", "plan snapshot") and not theirs.exists():
+            theirs.write_text("somebody's")
+
+    before = await faulty.state()
+    await faulty.service.close()
+    faulty.service = await Service.open(faulty.path / "state", witness=writes)
     with pytest.raises(errors.OperationFailed, match=r"sda\.s1 exists already"):
-        await task
+        await faulty.snapshot(mirrors=ALL)
     assert theirs.read_text() == "somebody's"
     theirs.unlink()
     assert await faulty.state() == before
+    await faulty.reopen_service()
     await works_now(faulty)
 
 

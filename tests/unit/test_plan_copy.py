@@ -120,9 +120,9 @@ def test_room_is_what_is_allocated_but_not_more_than_the_disk() -> None:
 
 def test_steps_of_a_file() -> None:
     made = plan("vdb", bandwidth=5)
-    assert [type(step) for step in made.prepare] == [ClaimFile, CreateImage, AddNode, AddNode, StartMirror]
-    nodes = [step.options for step in made.prepare if isinstance(step, AddNode)]
-    for options in nodes:  # holes are kept, the source's cache mode too
+    assert [type(step) for step in made.prepare] == [ClaimFile, CreateImage, AddNode, StartMirror]
+    (node,) = [step.options for step in made.prepare if isinstance(step, AddNode)]
+    for options in (node, node["file"]):  # holes are kept, the source's cache mode too
         assert (options["discard"], options["cache"]["direct"]) == ("unmap", True)
     start = made.prepare[-1]
     assert isinstance(start, StartMirror)
@@ -132,7 +132,7 @@ def test_steps_of_a_file() -> None:
 
 def test_steps_of_an_export() -> None:
     made = plan(dest="nbd://h/x")
-    assert [type(step) for step in made.prepare] == [AddNode, AddNode, RequireSize, StartMirror]
+    assert [type(step) for step in made.prepare] == [AddNode, RequireSize, StartMirror]
     (check,) = [step for step in made.prepare if isinstance(step, RequireSize)]
     assert check.size == SIZE
     assert made.record.jobs[0].format == "raw"
@@ -144,4 +144,4 @@ def test_cancel_records_before_it_closes() -> None:
     made = plan_cancel((mirror,), "cancel", "cancelled")
     assert (made.prepare, made.window) == ((), None)
     assert (made.record.ended, made.record.authoritative) == ({"vda": "cancelled"}, {"vda": "/img/vda.img"})
-    assert made.settle == (CancelJob(job=mirror.job), RemoveNode(node=mirror.node), RemoveNode(node=mirror.file_node))
+    assert made.settle == (CancelJob(job=mirror.job), RemoveNode(node=mirror.node))

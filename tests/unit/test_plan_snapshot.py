@@ -120,8 +120,7 @@ def test_steps_in_their_order() -> None:
     wish = SnapshotWish(disks=(DiskWish(name="vda", file="/o", mirror=MirrorWish(file="/m")),))
     made = plan(TWO, wish)
     kinds = [type(step) for step in made.prepare]
-    image = [ClaimFile, CreateImage, AddNode, AddNode]
-    assert kinds == [*image, *image, *image, TakeSnapshots, StartMirror]
+    assert kinds == [*[ClaimFile] * 3, *[CreateImage] * 3, *[AddNode] * 3, TakeSnapshots, StartMirror]
     assert made.window is None
     assert made.settle == ()
 
@@ -185,7 +184,7 @@ def test_undo_of_each_step() -> None:
 def test_dry_run_lines() -> None:
     lines = plan(TWO, SnapshotWish(disks=(DiskWish(name="vda", file="/o", mirror=MirrorWish(file="/m")),))).lines()
     assert lines[0] == "prepare: create /o, which must not exist"
-    assert lines[1] == f"prepare: make /o an empty qcow2 image of {SIZE} bytes backing onto /img/vda.img (qcow2)"
+    assert lines[3] == f"prepare: make /o an empty qcow2 image of {SIZE} bytes backing onto /img/vda.img (qcow2)"
     assert "prepare: switch to the overlays at one instant: vda, vdb" in lines
     assert "prepare: mirror vda: bfabcd-7-vda-s to bfabcd-7-vda-x (top)" in lines
     assert lines[-1] == "record: vda is /o, vdb is /img/vdb.s1"

@@ -6,6 +6,7 @@ and from what is there now, whether we have just seen it or have died in between
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from blockferry.plan import steps
 from blockferry.plan.plan import Plan, Record, Window
 from blockferry.plan.recover import Decision, Evidence, Interrupted, decide
 from blockferry.plan.snapshot import in_part
+from blockferry.plan.waves import waves
 from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.session import CommandRefused, LostReply
@@ -145,26 +147,27 @@ class Runner:
         self._record(operation, plan.record, outcomes)
 
     async def _prepare(self, operation: int, plan: Plan, executor: Executor) -> None:
-        """Each outcome is written together with the next intent: one durable write a step."""
+        """The outcomes of a wave are written together with the intents of the next: one durable write a wave."""
         claims: dict[str, dict[str, Any]] = {}
-        last: tuple[StepRecord, ...] = ()
-        for index, step in enumerate(plan.prepare):
-            intent = _intent(index, "prepare", step)
-            self._journal.step(operation, *last, intent, state="preparing")
-            try:
-                outcome = await _do(executor, step, claims)
-            except Failure as failure:
+        last: list[StepRecord] = []
+        for wave in waves(plan.prepare):
+            intents = [_intent(index, "prepare", step) for index, step in wave]
+            self._journal.step(operation, *last, *intents, state="preparing")
+            results = await asyncio.gather(*(_try(executor, step, claims) for _index, step in wave))
+            last, failures = [], []
+            for (_index, step), intent, result in zip(wave, intents, results, strict=True):
+                if not isinstance(result, Failure):
+                    last.append(_outcome(intent, "done", result))
+                    if isinstance(step, steps.ClaimFile):
+                        claims[step.path] = result
+                    continue
+                failures.append(result)
                 # No reply is no failure: the step stays an intent, and whoever looks decides.
-                if not failure.unknown:
-                    self._journal.step(operation, _outcome(intent, "failed", error=failure.reason))
-                raise
-            if isinstance(step, steps.ClaimFile):
-                claims[step.path] = outcome
-            last = (_outcome(intent, "done", outcome),)
-            if isinstance(step, steps.ClaimFile):
-                # What is written into the file later must find its identity in the journal.
+                if not result.unknown:
+                    last.append(_outcome(intent, "failed", error=result.reason))
+            if failures:
                 self._journal.step(operation, *last)
-                last = ()
+                raise min(failures, key=lambda failure: failure.unknown)
         if last:
             self._journal.step(operation, *last)
 
@@ -335,7 +338,8 @@ class Runner:
             for back in reversed(step.undo()):
                 if not gone or isinstance(back, steps.RemoveFile):
                     await _do(executor, back, claims)
-            self._journal.step(record.id, _outcome(begun[index], "undone", begun[index].outcome))
+            was = begun[index]
+            self._journal.step(record.id, _outcome(was, "undone", was.outcome, error=was.error))
 
     def _undone(self, record: OperationRecord, row: str | None) -> None:
         event = item(self._link.name, "operation-undone", None, operation=record.id, what=record.plan.what)
@@ -407,6 +411,14 @@ class Runner:
             return await executor.observe()
         except (LostReply, CommandRefused) as error:
             raise Failure("observe", str(error)) from error
+
+
+async def _try(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any] | Failure:
+    """As `_do`, for several at the same time: a failure is an answer, so that all of them are waited for."""
+    try:
+        return await _do(executor, step, claims)
+    except Failure as failure:
+        return failure
 
 
 async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -336,9 +336,9 @@ def _existing_backing(wish: Wish, files: Files) -> tuple[str, str] | None:
 
 
 def _open_export(mirror: Mirror, disk: Disk) -> list[Step]:
+    export = {**nbd_options(mirror.file), "node-name": mirror.file_node}
     return [
-        AddNode(node=mirror.file_node, options=nbd_options(mirror.file)),
-        AddNode(node=mirror.node, options={"driver": "raw", "file": mirror.file_node, "discard": "unmap"}),
+        AddNode(node=mirror.node, options={"driver": "raw", "file": export, "discard": "unmap"}),
         RequireSize(node=mirror.node, size=disk.active.virtual_size),
     ]
 
@@ -359,21 +359,12 @@ def _open_file(mirror: Mirror, wish: Wish, files: Files, like: Node) -> list[Ste
                 overwrites=fact.kind == "block",
             )
         )
-    top: dict[str, Any] = {
-        "driver": mirror.format,
-        "file": mirror.file_node,
-        "cache": dest.cache_of(like),
-        "discard": "unmap",
-    }
+    top = dest.image_options(mirror.format, mirror.file_node, fact, like)
     if mirror.format == "qcow2":
         # While it is filled it stands on what the disk stands on; else it is given its chain before the switch.
         fills = wish.base is not None and wish.base != disk.chain[1]
         top["backing"] = disk.chain[1].node if fills else None
-    return [
-        *steps,
-        AddNode(node=mirror.file_node, options=dest.file_options(fact, like)),
-        AddNode(node=mirror.node, options=top),
-    ]
+    return [*steps, AddNode(node=mirror.node, options=top)]
 
 
 # --- ends -----------------------------------------------------------------------------------------------------
@@ -381,8 +372,7 @@ def _open_file(mirror: Mirror, wish: Wish, files: Files, like: Node) -> list[Ste
 
 def close_job(job: BlockJob) -> tuple[Step, ...]:
     """Forget a job that is over without having switched anything: the job, and a destination's nodes. Files stay."""
-    nodes = (job.copy.node, job.copy.file_node) if job.copy is not None else ()
-    return (CancelJob(job=job.job), *(RemoveNode(node=node) for node in nodes))
+    return (CancelJob(job=job.job), *([RemoveNode(node=job.copy.node)] if job.copy is not None else []))
 
 
 def plan_cancel(jobs: tuple[BlockJob, ...], what: str, ended: JobEnd) -> Plan:

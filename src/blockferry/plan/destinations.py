@@ -150,13 +150,18 @@ def same_file(one: str, other: str) -> bool:
     return one == other or os.path.normpath(one) == os.path.normpath(other)
 
 
-def file_options(fact: FileFact, like: Node) -> dict[str, Any]:
-    """How to open a destination's bytes (QAPI BlockdevOptions), with the cache mode of the image that it stands for.
+def image_options(image_format: str, file_node: str, fact: FileFact, like: Node) -> dict[str, Any]:
+    """How to open a destination (QAPI BlockdevOptions), with the cache mode of the image that it stands for.
 
-    discard=unmap here and on the format above it: holes stay holes, also in a raw file.
+    discard=unmap on the file and on the format above it: holes stay holes, also in a raw file.
     """
     driver = "host_device" if fact.kind == "block" else "file"
-    return {"driver": driver, "filename": fact.path, "cache": cache_of(like), "discard": "unmap"}
+    common = {"cache": cache_of(like), "discard": "unmap"}
+    return {
+        "driver": image_format,
+        "file": {"driver": driver, "node-name": file_node, "filename": fact.path, **common},
+        **common,
+    }
 
 
 def cache_of(like: Node) -> dict[str, bool]:

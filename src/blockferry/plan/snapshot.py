@@ -198,9 +198,13 @@ def _switch(
     choices: tuple[Choice, ...], names: Names, files: Files, seen: Observation, *, together: bool
 ) -> list[Step]:
     """Make and open every image, then switch to them."""
-    steps: list[Step] = []
+    images: list[Step] = []
     for choice in choices:
-        steps += _images(choice, names, files, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
+        images += _images(choice, names, files, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
+    # One verb after the other, each for all disks at the same time.
+    steps: list[Step] = [
+        step for verb in (ClaimFile, CreateImage, AddNode) for step in images if isinstance(step, verb)
+    ]
     pairs = tuple(_pair(choice.disk, names) for choice in choices)
     if together:
         steps.append(TakeSnapshots(pairs=pairs))
@@ -337,15 +341,8 @@ def image_steps(
                 overwrites=fact.kind == "block",
             )
         )
-    cache = dest.cache_of(like)
-    return [
-        *steps,
-        AddNode(node=file_node, options=dest.file_options(fact, like)),
-        AddNode(
-            node=node,
-            options={"driver": "qcow2", "file": file_node, "backing": None, "cache": cache, "discard": "unmap"},
-        ),
-    ]
+    options = {**dest.image_options("qcow2", file_node, fact, like), "backing": None}
+    return [*steps, AddNode(node=node, options=options)]
 
 
 def mirror_backing(choice: Choice, files: Files) -> tuple[str, str]:
@@ -411,15 +408,14 @@ def in_part(plan: Plan, seen: Observation) -> Part:
 
     They stay on their overlays, without a snapshot of that name: the caller was to have all or to look.
     """
-    opened = {step.node: step.options for step in plan.prepare if isinstance(step, AddNode)}
+    opened = {step.node: step for step in plan.prepare if isinstance(step, AddNode)}
     switched: dict[str, str] = {}
     nodes: set[str] = set()
     for step in plan.prepare:
         for pair in step.pairs if isinstance(step, TakeSnapshots) else ():
             if seen.graph.child(pair.overlay, "backing") == pair.node:
-                file_node = opened[pair.overlay]["file"]
-                switched[pair.target] = opened[file_node]["filename"]
-                nodes |= {pair.overlay, file_node}
+                switched[pair.target] = str(opened[pair.overlay].filename)
+                nodes.add(pair.overlay)
     keep = frozenset(
         index
         for index, step in enumerate(plan.prepare)

@@ -5,7 +5,7 @@ A step that is done twice finds what it did before: names are derived from the o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -13,6 +13,9 @@ from blockferry.model.blockjob import Mirror
 
 
 class _Step(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
+    # Whether neighbours of the same verb may be under way at the same time (plan.waves).
+    alongside: ClassVar[bool] = False
+
     def undo(self) -> tuple[Step, ...]:
         """The steps that take this one back, in their order; none for steps that change nothing."""
         return ()
@@ -29,6 +32,7 @@ class _Step(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
 class ClaimFile(_Step, frozen=True, kw_only=True, tag="claim-file"):
     """Create the file exclusively, empty, with owner and mode of `like`; its inode is remembered as ours."""
 
+    alongside: ClassVar[bool] = True
     path: str
     like: str | None = None
 
@@ -45,6 +49,7 @@ class ClaimFile(_Step, frozen=True, kw_only=True, tag="claim-file"):
 class CreateImage(_Step, frozen=True, kw_only=True, tag="create-image"):
     """Write an empty image of `size` bytes into a claimed file, or over a block device (`overwrites`)."""
 
+    alongside: ClassVar[bool] = True
     path: str
     format: str
     size: int
@@ -87,8 +92,12 @@ class SyncFiles(_Step, frozen=True, kw_only=True, tag="sync-files"):
 
 
 class AddNode(_Step, frozen=True, kw_only=True, tag="add-node"):
-    """blockdev-add with these options (QAPI BlockdevOptions); the driver is always named."""
+    """blockdev-add with these options (QAPI BlockdevOptions); the driver is always named.
 
+    The file below is opened with it, under a name of its own, and closed with it.
+    """
+
+    alongside: ClassVar[bool] = True
     node: str
     options: dict[str, Any]
 
@@ -99,8 +108,13 @@ class AddNode(_Step, frozen=True, kw_only=True, tag="add-node"):
     @property
     def text(self) -> str:
         """A line for people."""
-        where = self.options.get("filename") or self.options.get("file") or ""
-        return f"open {self.node} ({self.options.get('driver')}{f' on {where}' if isinstance(where, str) else ''})"
+        return f"open {self.node} ({self.options.get('driver')}{f' on {self.filename}' if self.filename else ''})"
+
+    @property
+    def filename(self) -> str | None:
+        """The path of the image's file; None for one that is no file."""
+        file = self.options.get("file")
+        return file.get("filename") if isinstance(file, dict) else None
 
 
 class RemoveNode(_Step, frozen=True, kw_only=True, tag="remove-node"):
@@ -198,6 +212,7 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
     arguments of blockdev-mirror.
     """
 
+    alongside: ClassVar[bool] = True
     target: str
     job: str
     device: str

@@ -149,9 +149,9 @@ def _give_backing(disk: Disk, mirror: Mirror, names: Names, bases: tuple[ImageFa
     below: str | None = None
     for index in reversed(range(len(bases))):
         node, base = names.of(mirror.target, f"y{index}"), bases[index]
-        file_node = names.of(mirror.target, f"z{index}")
-        steps.append(AddNode(node=file_node, options={"driver": "file", "filename": base.path, **READ_ONLY_FILE}))
-        options = {"driver": base.format, "file": file_node, "read-only": True}
+        name = names.of(mirror.target, f"z{index}")
+        file = {"driver": "file", "node-name": name, "filename": base.path, **READ_ONLY_FILE}
+        options = {"driver": base.format, "file": file, "read-only": True}
         if base.format == "qcow2":
             options["backing"] = below
         steps.append(AddNode(node=node, options=options))
@@ -195,7 +195,7 @@ def _close_sources(seen: Observation, disks: list[Disk]) -> list[Step]:
 
 
 def _close_destinations(mirrors: tuple[Mirror, ...]) -> list[Step]:
-    return [RemoveNode(node=node) for mirror in mirrors for node in (mirror.node, mirror.file_node)]
+    return [RemoveNode(node=mirror.node) for mirror in mirrors]
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,7 +234,7 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
             error = "the guest was let run while the mirror was drained"
         if error is not None:
             lost[disk.target] = error
-            steps += [RemoveNode(node=kept.node), RemoveNode(node=kept.file_node)]
+            steps.append(RemoveNode(node=kept.node))
         else:
             steps += [StartMirror.of(kept, "none"), AwaitReady(jobs=(kept.job,))]
             mirrors.append(kept)

@@ -1,0 +1,32 @@
+"""Waves: which of a plan's prepared steps may be under way at the same time.
+
+Eight disks need the same few steps each. One after the other, every step costs a durable write and a round trip; in waves
+the writes are those of one disk. All of a wave may then be found half done after a crash, so every step of it has to be
+one whose undo finds out by itself whether there is anything to undo.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from blockferry.plan.steps import AddNode, Step
+
+Wave = tuple[tuple[int, Step], ...]
+
+
+def waves(prepare: Sequence[Step]) -> tuple[Wave, ...]:
+    """The steps with their indices, in their order: neighbours of one verb together, unless one stands on another."""
+    found: list[list[tuple[int, Step]]] = []
+    for index, step in enumerate(prepare):
+        if found and _joins(step, [each for _index, each in found[-1]]):
+            found[-1].append((index, step))
+        else:
+            found.append([(index, step)])
+    return tuple(tuple(wave) for wave in found)
+
+
+def _joins(step: Step, wave: Sequence[Step]) -> bool:
+    if not step.alongside or type(step) is not type(wave[-1]):
+        return False
+    opened = {each.node for each in wave if isinstance(each, AddNode)}
+    return not (isinstance(step, AddNode) and step.options.get("backing") in opened)
