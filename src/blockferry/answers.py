@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from blockferry.engine.progress import state_of
+from blockferry.formats.defined import live_xml
 from blockferry.formats.domain import domain_xml
 from blockferry.formats.snapshot import snapshot_xml
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
@@ -24,10 +25,15 @@ from blockferry.model.view import (
 
 if TYPE_CHECKING:
     from blockferry.journal.journal import DomainRecord, OperationRecord, StepRecord
+    from blockferry.model.definition import Definition, DiskDef
     from blockferry.model.domain import Observation
+    from blockferry.model.files import ImageFact
     from blockferry.model.graph import Disk
     from blockferry.model.job import Job
     from blockferry.model.snapshot import Snapshot, SnapshotDisk
+
+# A mirror in one of these is not shown at its disk any more.
+OVER = frozenset({"pivoted", "finished", "cancelled", "removed"})
 
 
 def mirror_views(mirrors: tuple[Mirror, ...], seen: Observation | None) -> dict[str, MirrorView]:
@@ -56,8 +62,18 @@ def domain_view(
     *,
     problem: tuple[str, str] | None = None,
     current: str | None = None,
+    definition: str | None = None,
 ) -> DomainView:
-    """A domain with its disks; `problem` is (`gone` or `unreachable`, why) when it could not be observed."""
+    """A domain with its disks.
+
+    Args:
+        record: the domain.
+        seen: as observed.
+        mirrors: of its disks.
+        problem: (`gone` or `unreachable`, why) when it could not be observed.
+        current: its current snapshot.
+        definition: the XML that it is started from, when we start it.
+    """
     views = mirror_views(mirrors, seen)
     if seen is None:
         state, reason = problem or ("unreachable", "it was not asked")
@@ -70,11 +86,7 @@ def domain_view(
             disks=(),
             current_snapshot=current,
         )
-    shown = {
-        target: view
-        for target, view in views.items()
-        if view.state not in ("pivoted", "finished", "cancelled", "removed")
-    }
+    shown = {target: view for target, view in views.items() if view.state not in OVER}
     return DomainView(
         name=record.name,
         qmp=record.qmp,
@@ -83,7 +95,47 @@ def domain_view(
         qemu=seen.capabilities.version,
         disks=tuple(_disk(disk, shown.get(disk.target)) for disk in seen.disks),
         current_snapshot=current,
-        xml=domain_xml(record.name, seen, views),
+        xml=domain_xml(record.name, seen, views) if definition is None else live_xml(definition, seen, views),
+        defined=record.defined,
+    )
+
+
+def shut_off_view(
+    record: DomainRecord,
+    definition: Definition,
+    chains: Mapping[str, tuple[ImageFact, ...]],
+    mirrors: tuple[Mirror, ...],
+    xml: str,
+) -> DomainView:
+    """A domain that is shut off, with its disks as they are started next."""
+    views = mirror_views(mirrors, None)
+    return DomainView(
+        name=record.name,
+        qmp=record.qmp,
+        state="shut off",
+        pid=None,
+        disks=tuple(
+            _defined_disk(disk, chains.get(disk.target, ()), views.get(disk.target)) for disk in definition.disks
+        ),
+        xml=xml,
+        defined=True,
+    )
+
+
+def _defined_disk(disk: DiskDef, chain: tuple[ImageFact, ...], mirror: MirrorView | None) -> DiskView:
+    return DiskView(
+        target=disk.target,
+        qdev=disk.id,
+        bus=disk.bus,
+        device=disk.device,
+        read_only=disk.read_only,
+        source=disk.source.where if disk.source is not None else None,
+        format=disk.source.format if disk.source is not None else None,
+        virtual_size=chain[0].virtual_size if chain else None,
+        chain=tuple(
+            ImageView(file=each.path, format=each.format, virtual_size=each.virtual_size or 0) for each in chain
+        ),
+        mirror=mirror if mirror is not None and mirror.state not in OVER else None,
     )
 
 

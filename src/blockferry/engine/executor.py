@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
 from blockferry.plan import steps
 from blockferry.qemu.images import Images
+from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
 from blockferry.qemu.nbd import reachable
 from blockferry.qemu.observe import Observer
-from blockferry.qemu.session import CommandRefused, Session
+from blockferry.qemu.process import born, ends, kill
+from blockferry.qemu.session import CommandRefused, LostReply, Session
 
 # Draining and switching took 83 ms for 8 disks; a window that takes this long has gone wrong and is left.
 WINDOW_SECONDS = 10.0
@@ -25,6 +28,8 @@ COMMIT_SECONDS = 300.0
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
 # A destination that has not answered a read of one sector by then is not one to leave a guest on.
 READ_BACK_SECONDS = 2.0
+# QEMU closes its images within this time, or is ended without.
+QUIT_SECONDS = 10.0
 # blockdev-del of a name that no node has, also of one that was closed with what stood on it (block.c, bdrv_lookup_bs); a
 # QEMU with other words is looked at.
 NO_SUCH_NODE = "Failed to find node"
@@ -43,10 +48,14 @@ class Executor:
         session: to its QEMU; None when QEMU is gone: then only files are left to be dealt with.
         observer: of the same QEMU.
         images: the host's image files.
+        home: where the QEMU of a defined domain lives.
     """
 
-    def __init__(self, domain: str, session: Session | None, observer: Observer | None, images: Images) -> None:
+    def __init__(
+        self, domain: str, session: Session | None, observer: Observer | None, images: Images, home: Home
+    ) -> None:
         self._domain = domain
+        self._home = home
         self._maybe_session = session
         self._maybe_observer = observer
         self._images = images
@@ -99,10 +108,16 @@ class Executor:
                         raise StepFailed(f"the server of {target}'s destination does not answer: {words}")
             case steps.DropFile():
                 return {"removed": await self._images.drop(step.path)}
+            case steps.Launch():
+                return await self._launch(step)
+            case steps.EndQemu():
+                await self._end_qemu()
+            case steps.SetLimits():
+                await self._session.execute("block_set_io_throttle", **_limits(step))
             case steps.Stop():
                 await self._session.execute("stop")
             case steps.Resume():
-                await self._resume()
+                await self._resume(step)
             case _:
                 await self._do_node(step)
         return {}
@@ -384,13 +399,45 @@ class Executor:
         await self.wait_jobs((step.job,), frozenset({"concluded"}), COMMIT_SECONDS)
         await self._session.execute("job-dismiss", id=step.job)
 
+    # --- QEMU itself ------------------------------------------------------------------------------------------
+
+    async def _launch(self, step: steps.Launch) -> dict[str, Any]:
+        try:
+            launched = await launch(self._home, step.program, list(step.arguments), step.environment)
+        except (LaunchFailed, AlreadyRuns) as failure:
+            raise StepFailed(str(failure)) from failure
+        return {"pid": launched.pid, "born": launched.born}
+
+    async def _end_qemu(self) -> None:
+        session = self._maybe_session
+        if session is None or session.pid is None:
+            return
+        started = born(session.pid)
+        # It closes its connections before it has answered, now and then.
+        with contextlib.suppress(CommandRefused, LostReply):
+            await session.execute("quit", seconds=QUIT_SECONDS)
+        if not await ends(session.pid, started, QUIT_SECONDS):
+            kill(session.pid, started)
+            await ends(session.pid, started, QUIT_SECONDS)
+
     # --- the guest --------------------------------------------------------------------------------------------
 
-    async def _resume(self) -> None:
+    async def _resume(self, step: steps.Resume) -> None:
         """Let the guest run if it is paused; a guest that is stopped for another reason (io-error) is not ours."""
         status = await self._session.execute("query-status")
-        if status["status"] == "paused":
+        if status["status"] == "paused" or (step.first and status["status"] == "prelaunch"):
             await self._session.execute("cont")
+
+
+def _limits(step: steps.SetLimits) -> dict[str, Any]:
+    """The arguments of block_set_io_throttle, of libvirt's `<iotune>` names; the first six have to be there."""
+    names = {"total_bytes": "bps", "read_bytes": "bps_rd", "write_bytes": "bps_wr"}
+    names |= {"total_iops": "iops", "read_iops": "iops_rd", "write_iops": "iops_wr"}
+    said: dict[str, Any] = {"id": step.device, **dict.fromkeys(names.values(), 0)}
+    for name, number in step.limits.items():
+        what, _, more = name.partition("_sec")
+        said["iops_size" if what == "size_iops" else names[what] + more] = number
+    return said
 
 
 def _words(name: str, job: Job | None) -> str:

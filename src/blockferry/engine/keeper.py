@@ -22,11 +22,13 @@ from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
 from blockferry.plan.chain import has_ended, plan_end
 from blockferry.plan.copy import close_job
+from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
 from blockferry.qemu.images import Images
+from blockferry.qemu.launch import Home
 from blockferry.qemu.observe import Observer
-from blockferry.qemu.process import born, ends
+from blockferry.qemu.process import born, ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
@@ -53,10 +55,12 @@ class Keeper:
         images: the host's image files.
         bus: where events go.
         witness: told of every QMP command.
+        home: where its QEMU lives, when it is one that we start.
     """
 
-    def __init__(self, name: str, journal: Journal, images: Images, bus: Bus, witness: Witness) -> None:
+    def __init__(self, name: str, journal: Journal, images: Images, bus: Bus, witness: Witness, *, home: Home) -> None:
         self.name = name
+        self.home = home
         self.lock = asyncio.Lock()
         self._connecting = asyncio.Lock()
         self.problem: errors.BlockferryError | None = None
@@ -88,6 +92,7 @@ class Keeper:
 
         Raises:
             QmpUnreachable, QmpBusy: see `Session.connect`.
+            NotRunning: a domain that we start, and it is shut off.
             MissingCapability: this QEMU lacks what everything stands on.
         """
         async with self._connecting:
@@ -97,6 +102,8 @@ class Keeper:
 
     async def _connect(self, timeout: float) -> Session:
         record = self.record
+        if record.defined and not self.home.taken():
+            raise errors.NotRunning(domain=self.name)
         try:
             session = await Session.connect(record.qmp, timeout, self._witness)
             observer = await self._observer_of(session, record)
@@ -142,7 +149,11 @@ class Keeper:
     async def executor(self) -> Executor:
         """See runner.Link."""
         session = await self.connect()
-        return Executor(self.name, session, self._observer, self._images)
+        return Executor(self.name, session, self._observer, self._images, self.home)
+
+    def nobody(self) -> Executor:
+        """See runner.Link."""
+        return Executor(self.name, None, None, self._images, self.home)
 
     @contextlib.contextmanager
     def stopwatch(self) -> Iterator[Any]:
@@ -156,7 +167,11 @@ class Keeper:
     async def is_gone(self, seconds: float = 0.0) -> bool:
         """Whether the QEMU that we were attached to has ended, or does within `seconds`."""
         record = self.record
-        return record.gone or (record.pid is not None and await ends(record.pid, record.born, seconds))
+        if record.gone:
+            return True
+        ended = record.pid is not None and await ends(record.pid, record.born, seconds)
+        # Of one that we start its lock says so, also of one that died before we knew its process.
+        return not self.home.taken() if record.defined else ended
 
     async def observe(self) -> Observation:
         """The domain now; its targets are kept from here on.
@@ -214,8 +229,33 @@ class Keeper:
         with contextlib.suppress(errors.BlockferryError):
             if await self.is_gone():
                 self._guest_gone("its process has ended")
-            await self.check_jobs(await self.observe())
+            seen = await self.observe()
+            await self.check_jobs(seen)
+            await self._end_if_shut_down(seen)
         return found
+
+    # --- the end of a guest that we start ---------------------------------------------------------------------
+
+    async def end(self, reason: str) -> None:
+        """End the QEMU of a domain that we start, whatever its guest does; the caller holds the lock."""
+        seen = await self.observe()
+        await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen))
+        status_of(seen.pid or 0)
+        self._journal.put_domain(msgspec.structs.replace(self.record, pid=None, born=None, gone=True))
+        self._say("domain-stopped", None, reason=reason)
+
+    async def _end_if_shut_down(self, seen: Observation) -> None:
+        """A guest that has shut down by itself leaves its QEMU standing (-no-shutdown), for us to end in good order."""
+        if self.record.defined and seen.status == "shutdown":
+            await self.end("the guest has shut down")
+
+    async def wait_stopped(self, timeout: float) -> bool:
+        """Wait until the domain is shut off; whether it is, after `timeout` seconds."""
+        with self._bus.listen() as heard, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not self.record.gone and await heard.get() is not None:
+                    pass
+        return self.record.gone
 
     # --- jobs -------------------------------------------------------------------------------------------------
 
@@ -389,13 +429,17 @@ class Keeper:
                 raise errors.JobFailed(domain=self.name, disk=job.target, what=job.type, reason=reason)
 
     def _guest_gone(self, reason: str) -> None:
-        """The QEMU that we were attached to has ended, its jobs with it: said once."""
-        if self.record.gone:
+        """The domain's QEMU has ended without our doing, its jobs with it: said once."""
+        record = self.record
+        if record.gone:
             return
+        if record.defined:
+            words = (status_of(record.pid) if record.pid is not None else None, self.home.last_words())
+            reason = ": ".join([reason, *(each for each in words if each)])
         lost = {job.target: f"{GONE}: {reason}" for job in self.active()}
         if lost:
             self._bus.publish(self._journal.lose_jobs(self.name, lost))
-        self._say("domain-gone", None, reason=reason)
+        self._say("domain-crashed" if record.defined else "domain-gone", None, reason=reason)
         self._journal.put_domain(msgspec.structs.replace(self.record, gone=True))
 
     def _say(self, kind: str, disk: str | None, **data: Any) -> None:
@@ -431,6 +475,8 @@ class Keeper:
                 self._say("domain-resumed", None)
             case "SHUTDOWN":
                 self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
+                if self.record.defined:
+                    self._spawn(self._check_soon())
             # A stream is forgotten by QEMU with its end: this is all that is ever said of it.
             case "BLOCK_JOB_COMPLETED" if data.get("error"):
                 self._last_words[data["device"]] = data["error"]
@@ -454,7 +500,9 @@ class Keeper:
             if self._journal.open_operations(self.name):
                 await self.reconcile()
             else:
-                await self.check_jobs(await self.observe())
+                seen = await self.observe()
+                await self.check_jobs(seen)
+                await self._end_if_shut_down(seen)
 
     async def _lost_connection(self) -> None:
         async with self.lock:

@@ -57,6 +57,9 @@ class Link(Protocol):
     async def executor(self) -> Executor:
         """Carry steps out on the present connection; connect again where it broke."""
 
+    def nobody(self) -> Executor:
+        """Carry steps out where there is no QEMU."""
+
     def stopwatch(self) -> Any:
         """Measure a pause; see qemu.session.Session.stopwatch."""
 
@@ -140,7 +143,8 @@ class Runner:
         outcomes: tuple[StepRecord, ...] = ()
         # A plan that only forgets needs no QEMU: the guest may be gone.
         if plan.prepare or plan.window is not None:
-            executor = await self._executor("begin")
+            launches = any(isinstance(step, steps.Launch) for step in plan.prepare)
+            executor = self._link.nobody() if launches else await self._executor("begin")
             await self._prepare(operation, plan, executor)
             if plan.window is not None:
                 outcomes = await self._pass_window(operation, plan.window, executor)
@@ -168,6 +172,8 @@ class Runner:
             if failures:
                 self._journal.step(operation, *last)
                 raise min(failures, key=lambda failure: failure.unknown)
+            if isinstance(wave[-1][1], steps.Launch):
+                executor = await self._executor("connect")
         if last:
             self._journal.step(operation, *last)
 
@@ -256,7 +262,7 @@ class Runner:
         return {step.index: step for step in self._journal.steps(operation) if step.stretch == "prepare"}
 
     async def _evidence(self, record: OperationRecord) -> tuple[Evidence, Executor]:
-        nobody = Executor(self._link.name, None, None, self._images)
+        nobody = self._link.nobody()
         try:
             executor = await self._link.executor()
             seen = await executor.observe()

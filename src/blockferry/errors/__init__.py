@@ -43,6 +43,13 @@ from blockferry.errors.jobs import (
     NoSuchJob,
     RebaseElsewhere,
 )
+from blockferry.errors.lifecycle import (
+    AlreadyRunning,
+    CannotShutDown,
+    NotDefined,
+    NotRunning,
+    StillRunning,
+)
 from blockferry.errors.operations import (
     NoSuchOperation,
     OperationAsItIs,
@@ -78,9 +85,11 @@ from blockferry.errors.tree import (
 
 __all__ = [
     "BY_CODE",
+    "AlreadyRunning",
     "AmbiguousDisk",
     "BadRequest",
     "BlockferryError",
+    "CannotShutDown",
     "DestinationExists",
     "DestinationUnusable",
     "DiskBusy",
@@ -108,6 +117,8 @@ __all__ = [
     "NoSuchJob",
     "NoSuchOperation",
     "NoSuchSnapshot",
+    "NotDefined",
+    "NotRunning",
     "OperationAsItIs",
     "OperationFailed",
     "OperationUnsettled",
@@ -123,6 +134,7 @@ __all__ = [
     "SnapshotNotMergeable",
     "StateDirBusy",
     "StateDirUnusable",
+    "StillRunning",
     "Unknown",
     "Unsettled",
     "UnsupportedFlag",

@@ -47,14 +47,14 @@ def domain_xml(name: str, observation: Observation, mirrors: Mapping[str, Mirror
 
 def _add_disk(devices: Element, disk: Disk, mirror: MirrorView | None, host_devices: frozenset[str]) -> None:
     active = disk.chain[0] if disk.chain else None
-    kind = "file" if active is None else _kind(active.file, host_devices)
+    kind = "file" if active is None else kind_of(active.file, host_devices)
     element = xmlio.add(devices, "disk", type=kind, device=disk.device)
     xmlio.add(element, "driver", name="qemu", type=None if active is None else active.format)
     if active is not None:
-        _add_source(element, kind, active.file)
-        _add_backing(element, disk.chain[1:], host_devices)
-    if mirror is not None and mirror.state in _WORKING:
-        _add_mirror(element, mirror, host_devices)
+        add_source(element, kind, active.file)
+        add_backing(element, disk.chain[1:], host_devices)
+    if mirror is not None:
+        add_mirror(element, mirror, host_devices)
     xmlio.add(element, "target", dev=disk.target, bus=disk.bus)
     if disk.read_only:
         xmlio.add(element, "readonly")
@@ -63,33 +63,38 @@ def _add_disk(devices: Element, disk: Disk, mirror: MirrorView | None, host_devi
         xmlio.add(element, "alias", name=disk.qdev)
 
 
-def _kind(file: str, host_devices: frozenset[str]) -> str:
+def kind_of(file: str, host_devices: frozenset[str]) -> str:
+    """The `type` of a disk on that file or URI."""
     if file in host_devices:
         return "block"
     return "network" if file.startswith(("nbd:", "nbd+unix:")) else "file"
 
 
-def _add_backing(element: Element, layers: tuple[Image, ...], host_devices: frozenset[str]) -> None:
+def add_backing(element: Element, layers: tuple[Image, ...], host_devices: frozenset[str]) -> None:
     """One `<backingStore>` within the other, an empty one at the end: the chain ends here, don't look."""
     for image in layers:
-        kind = _kind(image.file, host_devices)
+        kind = kind_of(image.file, host_devices)
         element = xmlio.add(element, "backingStore", type=kind)
         xmlio.add(element, "format", type=image.format)
-        _add_source(element, kind, image.file)
+        add_source(element, kind, image.file)
     xmlio.add(element, "backingStore")
 
 
-def _add_mirror(element: Element, mirror: MirrorView, host_devices: frozenset[str]) -> None:
-    kind = _kind(mirror.file, host_devices)
+def add_mirror(element: Element, mirror: MirrorView, host_devices: frozenset[str]) -> None:
+    """`<mirror>`, while its job works."""
+    if mirror.state not in _WORKING:
+        return
+    kind = kind_of(mirror.file, host_devices)
     # Readers from before libvirt 1.2.10 know the attributes only.
     old = {"file": mirror.file, "format": mirror.format} if kind == "file" else {}
     ready = "yes" if mirror.state == "ready" else None
     child = xmlio.add(element, "mirror", type=kind, **old, job=mirror.job, ready=ready)
     xmlio.add(child, "format", type=mirror.format)
-    _add_source(child, kind, mirror.file)
+    add_source(child, kind, mirror.file)
 
 
-def _add_source(element: Element, kind: str, file: str) -> None:
+def add_source(element: Element, kind: str, file: str) -> None:
+    """`<source>`, by the disk's type."""
     match kind:
         case "block":
             xmlio.add(element, "source", dev=file)

@@ -38,6 +38,7 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
         pid: its QEMU process when it was last seen.
         born: when that process was started (qemu.process.born), to tell it from another of that number.
         gone: whether that process is known, and has been said, to have ended.
+        defined: whether we start it (and have its definition), rather than somebody else.
         targets: qdev -> target, kept once given.
     """
 
@@ -46,7 +47,20 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     born: int | None = None
     gone: bool = False
+    defined: bool = False
     targets: dict[str, str] = {}
+
+
+class Defined(msgspec.Struct, frozen=True, kw_only=True):
+    """A domain that we start.
+
+    Attributes:
+        xml: its definition as it was given.
+        images: target -> (file, format) of its active image, where that is another by now.
+    """
+
+    xml: str
+    images: dict[str, tuple[str, str]] = {}
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +185,35 @@ class Journal:
         with self._write(f"forget domain {name}"):
             self._db.execute("DELETE FROM domain WHERE name = ?", (name,))
 
+    def definition(self, name: str) -> Defined | None:
+        """The definition of a domain that we start; None for another."""
+        rows = self._all("SELECT record FROM definition WHERE domain = ?", (name,))
+        return msgspec.json.decode(rows[0][0], type=Defined) if rows else None
+
+    def define(self, record: DomainRecord, definition: Defined) -> None:
+        """Remember a domain that we start, or its new definition."""
+        with self._write(f"define {record.name}"):
+            self._db.execute("INSERT OR REPLACE INTO domain VALUES (?, ?)", (record.name, msgspec.json.encode(record)))
+            self._put_definition(record.name, definition)
+
+    def _put_definition(self, name: str, definition: Defined) -> None:
+        self._db.execute("INSERT OR REPLACE INTO definition VALUES (?, ?)", (name, msgspec.json.encode(definition)))
+
+    def undefine(self, name: str) -> None:
+        """Forget a domain that we start, its snapshots and jobs; its operations and events stay."""
+        with self._write(f"undefine {name}"):
+            self._db.execute("DELETE FROM domain WHERE name = ?", (name,))
+            for table in ("definition", "snapshot", "job"):
+                self._db.execute(f"DELETE FROM {table} WHERE domain = ?", (name,))  # noqa: S608 - our own names
+
+    def _put_images(self, domain: str, record: Record) -> None:
+        """What a domain that we start is to be started on from now on."""
+        definition = self.definition(domain)
+        if definition is None or not record.formats:
+            return
+        images = {target: (record.authoritative[target], found) for target, found in record.formats.items()}
+        self._put_definition(domain, msgspec.structs.replace(definition, images=definition.images | images))
+
     # --- operations -------------------------------------------------------------------------------------------
 
     def next_operation(self) -> int:
@@ -241,6 +284,7 @@ class Journal:
                 self._end_job(domain, target, end, record.reason)
             for job in record.jobs:
                 self._put_job(job)
+            self._put_images(domain, record)
             for step in steps:
                 self._put_step(operation, step)
             numbered = tuple(self._put_event(event) for event in events)

@@ -33,4 +33,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE mirror RENAME TO job",
         "UPDATE job SET record = CAST(json_set(CAST(record AS TEXT), '$.kind', 'mirror') AS BLOB)",
     ),
+    (
+        # Guests that we start.
+        "CREATE TABLE definition (domain TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT",
+    ),
 )

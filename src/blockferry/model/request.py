@@ -28,14 +28,54 @@ class Detach(_Request, frozen=True, kw_only=True, tag="detach"):
     domain: str
 
 
+class Define(_Request, frozen=True, kw_only=True, tag="define"):
+    """Remember a guest that is started here, from libvirt's domain XML; one of that name that is shut off is replaced."""
+
+    xml: str
+
+
+class Undefine(_Request, frozen=True, kw_only=True, tag="undefine"):
+    """Forget a guest that is shut off; its images stay."""
+
+    domain: str
+
+
+class Start(_Request, frozen=True, kw_only=True, tag="start"):
+    """Start a defined guest. `paused` leaves it paused."""
+
+    domain: str
+    paused: bool = False
+
+
+class Stop(_Request, frozen=True, kw_only=True, tag="stop"):
+    """Shut a defined guest down: by ACPI, within `timeout` seconds; with `force` its QEMU is ended as it is."""
+
+    domain: str
+    timeout: float = 60.0
+    force: bool = False
+
+
+class Suspend(_Request, frozen=True, kw_only=True, tag="suspend"):
+    """Pause a guest's processors."""
+
+    domain: str
+
+
+class Resume(_Request, frozen=True, kw_only=True, tag="resume"):
+    """Let a paused guest run."""
+
+    domain: str
+
+
 class ListDomains(_Request, frozen=True, kw_only=True, tag="list"):
     """All attached domains."""
 
 
 class ShowDomain(_Request, frozen=True, kw_only=True, tag="show"):
-    """One domain with its disks, chains and mirrors, and the live XML."""
+    """One domain with its disks, chains and mirrors, and its XML: of how it is now, or (`inactive`) is started next."""
 
     domain: str
+    inactive: bool = False
 
 
 class CreateSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-create"):
@@ -187,6 +227,12 @@ class Recover(_Request, frozen=True, kw_only=True, tag="recover"):
 Request = (
     Attach
     | Detach
+    | Define
+    | Undefine
+    | Start
+    | Stop
+    | Suspend
+    | Resume
     | ListDomains
     | ShowDomain
     | CreateSnapshot

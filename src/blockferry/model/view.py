@@ -57,7 +57,11 @@ class DiskView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
-    """A domain. `state` is QEMU's run state, or `unreachable` or `gone`; `reason` says why for these two."""
+    """A domain.
+
+    `state` is QEMU's run state, or `unreachable`, `gone` (of one that was attached) or `shut off` (of one that is defined);
+    `reason` says why for the first two. `notes` say what of its definition is not carried out, when it was just defined.
+    """
 
     name: str
     qmp: str
@@ -68,6 +72,8 @@ class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
     reason: str | None = None
     current_snapshot: str | None = None
     xml: str | None = None
+    defined: bool = False
+    notes: tuple[str, ...] = ()
     version: int = VERSION
 
 

@@ -352,7 +352,11 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
         prepare=_before(job, disk, done=done),
         window=window,
         record=Record(
-            authoritative={job.target: active}, changed=changed, forget=forgotten, ended={job.target: "done"}
+            authoritative={job.target: active},
+            formats={job.target: _base(job).format} if job.type == "active-commit" else {},
+            changed=changed,
+            forget=forgotten,
+            ended={job.target: "done"},
         ),
         settle=(
             *([Resume()] if window is not None and window.resume else []),

@@ -59,6 +59,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         authoritative: target -> the file that holds the guest's data.
+        formats: target -> that file's format, where the file is another than before.
         snapshot: a snapshot that now exists.
         metadata: whether it is remembered.
         changed: snapshots whose images are others now.
@@ -69,6 +70,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     authoritative: dict[str, str] = {}
+    formats: dict[str, str] = {}
     snapshot: Snapshot | None = None
     metadata: bool = True
     changed: tuple[Snapshot, ...] = ()

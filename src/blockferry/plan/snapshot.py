@@ -184,6 +184,7 @@ def plan_snapshot(
         prepare=tuple(steps),
         record=Record(
             authoritative={choice.disk.target: choice.file for choice in choices},
+            formats={choice.disk.target: "qcow2" for choice in choices},
             snapshot=snapshot,
             metadata=kept_name is not None,
             jobs=mirrors,
@@ -423,4 +424,9 @@ def in_part(plan: Plan, seen: Observation) -> Part:
         or (isinstance(step, ClaimFile | CreateImage) and step.path in switched.values())
         or (isinstance(step, TakeSnapshots) and all(pair.target in switched for pair in step.pairs))
     )
-    return Part(record=Record(authoritative=switched, reason="one disk after the other, and one failed"), keep=keep)
+    record = Record(
+        authoritative=switched,
+        formats=dict.fromkeys(switched, "qcow2"),
+        reason="one disk after the other, and one failed",
+    )
+    return Part(record=record, keep=keep)

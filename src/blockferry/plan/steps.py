@@ -399,6 +399,47 @@ class DismissJobs(_Step, frozen=True, kw_only=True, tag="dismiss-jobs"):
         return "dismiss " + ", ".join(self.jobs)
 
 
+# --- QEMU itself ----------------------------------------------------------------------------------------------
+
+
+class Launch(_Step, frozen=True, kw_only=True, tag="launch"):
+    """Start the domain's QEMU, its guest not running yet."""
+
+    program: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = {}
+
+    def undo(self) -> tuple[Step, ...]:
+        """End it: the guest has not run one instruction."""
+        return (EndQemu(),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"start {self.program}"
+
+
+class EndQemu(_Step, frozen=True, kw_only=True, tag="end-qemu"):
+    """End the domain's QEMU, which closes its images; without mercy when it does not end."""
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "end QEMU"
+
+
+class SetLimits(_Step, frozen=True, kw_only=True, tag="set-limits"):
+    """block_set_io_throttle of a device, with these of its arguments: bytes or operations per second."""
+
+    device: str
+    limits: dict[str, int]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"limit {self.device}: " + ", ".join(f"{name} {number}" for name, number in self.limits.items())
+
+
 # --- the guest ------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +453,9 @@ class Stop(_Step, frozen=True, kw_only=True, tag="stop"):
 
 
 class Resume(_Step, frozen=True, kw_only=True, tag="cont"):
-    """Let the guest run again; only in plans for a guest that ran."""
+    """Let the guest run again; only in plans for a guest that ran. `first`: also one that has never run."""
+
+    first: bool = False
 
     @property
     def text(self) -> str:
@@ -479,6 +522,9 @@ Step = (
     | FinalizeJobs
     | AwaitReady
     | DismissJobs
+    | Launch
+    | EndQemu
+    | SetLimits
     | Stop
     | Resume
     | RequireRoots

@@ -102,6 +102,7 @@ def plan_window(
         window=Window(ends_on=ends_on, resume=seen.running, disks=window_disks, steps=steps),
         record=Record(
             authoritative={m.target: m.file if ends_on == "destination" else m.source for m in mirrors},
+            formats={m.target: m.format for m in mirrors} if ends_on == "destination" else {},
             ended={m.target: "pivoted" if ends_on == "destination" else "finished" for m in mirrors},
             changed=changed,
             forget=(forget_snapshot,) if forget_snapshot is not None else (),
@@ -251,6 +252,7 @@ def as_it_is(window: Window, seen: Observation) -> Record:
             disk.target: disk.mirror.file if on_destination[disk.target] else disk.mirror.source
             for disk in window.disks
         },
+        formats={disk.target: disk.mirror.format for disk in window.disks if on_destination[disk.target]},
         ended={disk.target: "pivoted" if on_destination[disk.target] else "lost" for disk in window.disks},
         reason="the guest was let run in the middle of the window",
     )

@@ -212,6 +212,14 @@ def _fact(path: str) -> FileFact:
     )
 
 
+def is_block_device(path: str) -> bool:
+    """Whether there is a block device of that name."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def _opened(path: str, flags: int) -> Iterator[int]:
     """A descriptor of the path, closed with the block."""

@@ -144,6 +144,9 @@ class Observer:
                 found.append((device, qdev, drive))
         found.sort(key=lambda each: (each[0].order, each[1]))
         for device, qdev, _drive in found:
+            # Devices of guests that we start are named by their ids.
+            if qdev not in self.targets and _id(qdev) in self.targets:
+                self.targets[qdev] = self.targets[_id(qdev)]
             if device.slot is not None and qdev not in self.targets:
                 name = f"hd{chr(ord('a') + device.slot)}"
                 if name not in self.targets.values():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 
@@ -24,6 +26,32 @@ def lives(pid: int, started: int | None) -> bool:
     """Whether that very process still runs; a zombie does not."""
     now = born(pid)
     return now is not None and (started is None or now == started)
+
+
+def kill(pid: int, started: int | None) -> None:
+    """End that very process without mercy; nothing if it is gone."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if lives(pid, started):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
+
+
+def status_of(pid: int) -> str | None:
+    """How a child of ours ended, in words; None when it is no child of ours, or lives."""
+    try:
+        found, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if found == 0:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 async def ends(pid: int, started: int | None, seconds: float) -> bool:

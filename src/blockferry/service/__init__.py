@@ -16,6 +16,7 @@ from blockferry.service.desk import Desk, Witness
 from blockferry.service.domains import Domains
 from blockferry.service.history import History
 from blockferry.service.jobs import Jobs
+from blockferry.service.lifecycle import Lifecycle
 from blockferry.service.snapshots import Snapshots
 
 __all__ = ["Service"]
@@ -50,7 +51,7 @@ class Service:
         Raises:
             StateDirUnusable: the journal can't be opened.
         """
-        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness)
+        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness, state_dir)
         for record in desk.journal.domains():
             desk.keepers[record.name] = desk.new_keeper(record.name)
         service = cls(desk)
@@ -59,10 +60,17 @@ class Service:
 
     def _open_doors(self) -> dict[type, Door]:
         domains, snapshots = Domains(self._desk), Snapshots(self._desk)
+        lifecycle = Lifecycle(self._desk, domains)
         jobs, chains = Jobs(self._desk), Chains(self._desk)
         return {
             ask.Attach: domains.attach,
             ask.Detach: domains.detach,
+            ask.Define: lifecycle.define,
+            ask.Undefine: lifecycle.undefine,
+            ask.Start: lifecycle.start,
+            ask.Stop: lifecycle.stop,
+            ask.Suspend: lifecycle.suspend,
+            ask.Resume: lifecycle.resume,
             ask.ListDomains: domains.list,
             ask.ShowDomain: domains.show,
             ask.CreateSnapshot: snapshots.create,
@@ -90,8 +98,11 @@ class Service:
         self._desk.journal.close()
 
     def has_work(self) -> bool:
-        """Whether there is something to watch: an operation, or a job that works."""
-        return any(keeper.in_flight or keeper.active() for keeper in self._desk.keepers.values())
+        """Whether there is something to watch: an operation, a job that works, a domain that we started."""
+        return any(
+            keeper.in_flight or keeper.active() or (keeper.record.defined and not keeper.record.gone)
+            for keeper in self._desk.keepers.values()
+        )
 
     async def submit(self, request: ask.Request) -> view.View:
         """Do what is asked, and answer.

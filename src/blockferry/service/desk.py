@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,15 +15,19 @@ import msgspec
 from blockferry import answers, errors
 from blockferry.engine.bus import Bus
 from blockferry.engine.keeper import Keeper
+from blockferry.formats.defined import inactive_xml
 from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob
+from blockferry.model.definition import Definition
 from blockferry.model.domain import Observation
+from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
-from blockferry.qemu.images import Images
+from blockferry.qemu.images import Images, is_block_device
+from blockferry.qemu.launch import Home
 
 Witness = Callable[[str, str], None]
 
@@ -34,10 +39,12 @@ class Desk:
         journal: the state directory's.
         images: the host's image files.
         witness: told of every QMP command.
+        state_dir: the state directory.
     """
 
-    def __init__(self, journal: Journal, images: Images, witness: Witness) -> None:
+    def __init__(self, journal: Journal, images: Images, witness: Witness, state_dir: Path) -> None:
         self.journal = journal
+        self._state_dir = state_dir
         self.images = images
         self.bus = Bus()
         self.keepers: dict[str, Keeper] = {}
@@ -45,7 +52,8 @@ class Desk:
 
     def new_keeper(self, name: str) -> Keeper:
         """A keeper for a domain; the caller decides whether it is kept."""
-        return Keeper(name, self.journal, self.images, self.bus, self._witness)
+        home = Home(self._state_dir / "run" / "domains", self._state_dir / "log" / "domains", name)
+        return Keeper(name, self.journal, self.images, self.bus, self._witness, home=home)
 
     def keeper(self, name: str) -> Keeper:
         """The keeper of a domain.
@@ -129,6 +137,31 @@ class Desk:
                     _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
                 }
         return users
+
+    # --- definitions ------------------------------------------------------------------------------------------
+
+    def inactive(self, name: str) -> str:
+        """The XML of what is started next, of a domain that we start.
+
+        Raises:
+            NotDefined: somebody else starts it.
+        """
+        defined = self.journal.definition(name)
+        if defined is None:
+            raise errors.NotDefined(domain=name)
+        devices = frozenset(file for file, _format in defined.images.values() if is_block_device(file))
+        return inactive_xml(defined.xml, defined.images, devices)
+
+    async def chains(self, definition: Definition) -> dict[str, tuple[ImageFact, ...]]:
+        """Each disk's images as their headers say, top first; an export is taken as it is."""
+        found: dict[str, tuple[ImageFact, ...]] = {}
+        for disk in definition.disks:
+            source = disk.source
+            if source is not None and source.kind == "network":
+                found[disk.target] = (ImageFact(path=source.where, format=source.format),)
+            elif source is not None:
+                found[disk.target] = await self.images.chain(source.where, source.format)
+        return found
 
     def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from blockferry import answers, errors
 from blockferry.engine.keeper import Keeper
+from blockferry.formats.definition import parse_definition
 from blockferry.formats.names import path_flaw, valid_name
 from blockferry.journal.journal import DomainRecord
 from blockferry.model import request as ask
@@ -88,11 +91,15 @@ class Domains:
 
     async def show(self, request: ask.ShowDomain) -> view.DomainView:
         """One domain."""
-        return await self._view(self._desk.keeper(request.domain))
+        keeper = self._desk.keeper(request.domain)
+        shown = await self._view(keeper)
+        return msgspec.structs.replace(shown, xml=self._desk.inactive(keeper.name)) if request.inactive else shown
 
     async def _view(self, keeper: Keeper) -> view.DomainView:
         try:
             return self._domain_view(keeper, await keeper.observe())
+        except errors.NotRunning:
+            return await self._shut_off(keeper)
         except errors.BlockferryError as problem:
             state = "gone" if await keeper.is_gone() else "unreachable"
             mirrors = self._desk.journal.mirrors(keeper.name)
@@ -100,4 +107,12 @@ class Domains:
 
     def _domain_view(self, keeper: Keeper, seen: Observation) -> view.DomainView:
         current = answers.current_snapshot(self._desk.journal.snapshots(keeper.name), seen)
-        return answers.domain_view(keeper.record, seen, self._desk.journal.mirrors(keeper.name), current=current)
+        definition = self._desk.inactive(keeper.name) if keeper.record.defined else None
+        mirrors = self._desk.journal.mirrors(keeper.name)
+        return answers.domain_view(keeper.record, seen, mirrors, current=current, definition=definition)
+
+    async def _shut_off(self, keeper: Keeper) -> view.DomainView:
+        xml = self._desk.inactive(keeper.name)
+        definition = parse_definition(xml)
+        chains = await self._desk.chains(definition)
+        return answers.shut_off_view(keeper.record, definition, chains, self._desk.journal.mirrors(keeper.name), xml)

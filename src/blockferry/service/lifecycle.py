@@ -1,0 +1,137 @@
+"""Guests that we start: define, undefine, start, stop; and suspend and resume, of all."""
+
+from __future__ import annotations
+
+import uuid
+
+import msgspec
+
+from blockferry import errors
+from blockferry.engine.keeper import Keeper
+from blockferry.formats.defined import with_uuid
+from blockferry.formats.definition import parse_definition
+from blockferry.journal.journal import Defined, DomainRecord
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.plan.lifecycle import plan_start
+from blockferry.plan.steps import Resume, Stop
+from blockferry.qemu.launch import LaunchFailed, find_program
+from blockferry.qemu.session import CommandRefused, LostReply
+from blockferry.service.desk import Desk
+from blockferry.service.domains import Domains
+
+
+class Lifecycle:
+    """The room of beginnings and ends.
+
+    Args:
+        desk: what the rooms share.
+        domains: the room that shows them.
+    """
+
+    def __init__(self, desk: Desk, domains: Domains) -> None:
+        self._desk = desk
+        self._domains = domains
+
+    async def define(self, request: ask.Define) -> view.DomainView:
+        """Remember a guest, or another definition of one that is shut off."""
+        definition = parse_definition(request.xml)
+        name = definition.name
+        keeper = self._desk.keepers.get(name)
+        if keeper is None:
+            keeper = self._desk.new_keeper(name)
+        elif not keeper.record.defined:
+            raise errors.DomainExists(domain=name, qmp=keeper.record.qmp)
+        async with keeper.lock:
+            if keeper.home.taken():
+                raise errors.AlreadyRunning(domain=name)
+            xml = with_uuid(request.xml, str(uuid.uuid4()))
+            targets = {disk.id: disk.target for disk in definition.disks}
+            record = DomainRecord(name=name, qmp=str(keeper.home.qmp), gone=True, defined=True, targets=targets)
+            self._desk.journal.define(record, Defined(xml=xml))
+            self._desk.keepers[name] = keeper
+            self._desk.say("domain-defined", name)
+        shown = await self._domains.show(ask.ShowDomain(domain=name))
+        notes = tuple(f"<{path}> is kept, and not carried out" for path in definition.ignored)
+        return msgspec.structs.replace(shown, notes=notes)
+
+    async def undefine(self, request: ask.Undefine) -> view.Done:
+        """Forget a guest that is shut off."""
+        keeper = self._defined(request.domain)
+        async with keeper.lock:
+            if keeper.home.taken():
+                raise errors.AlreadyRunning(domain=request.domain)
+            await keeper.close()
+            self._desk.journal.undefine(request.domain)
+            del self._desk.keepers[request.domain]
+            self._desk.say("domain-undefined", request.domain)
+        return view.Done(text=f"{request.domain} is no longer defined; its images are as they were")
+
+    async def start(self, request: ask.Start) -> view.DomainView:
+        """Start a guest."""
+        keeper = self._defined(request.domain)
+        async with keeper.lock:
+            if self._desk.journal.open_operations(request.domain):
+                await keeper.reconcile()
+            for operation in self._desk.journal.open_operations(request.domain):
+                raise errors.Unsettled(domain=request.domain, operation=operation.id)
+            if keeper.home.taken():
+                raise errors.AlreadyRunning(domain=request.domain)
+            definition = parse_definition(self._desk.inactive(request.domain))
+            try:
+                program = find_program(definition.emulator, definition.arch)
+            except LaunchFailed as failure:
+                raise errors.BadRequest(reason=str(failure)) from failure
+            plan = plan_start(definition, program, await self._desk.chains(definition), paused=request.paused)
+            record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False)
+            self._desk.journal.put_domain(record)
+            number, _names = self._desk.names()
+            try:
+                await keeper.run(number, plan)
+            except errors.OperationFailed:
+                self._desk.journal.put_domain(msgspec.structs.replace(keeper.record, pid=None, gone=True))
+                raise
+            self._desk.say("domain-started", request.domain)
+        return await self._domains.show(ask.ShowDomain(domain=request.domain))
+
+    async def stop(self, request: ask.Stop) -> view.Done:
+        """Shut a guest down."""
+        keeper = self._defined(request.domain)
+        async with self._desk.writing(request.domain) as (_keeper, seen):
+            if request.force or seen.status == "shutdown":
+                await keeper.end("on request, by force" if request.force else "the guest has shut down")
+                return view.Done(text=f"{request.domain} is shut off" + (", by force" if request.force else ""))
+            if not seen.running:
+                raise errors.CannotShutDown(domain=request.domain, state=seen.status)
+            await self._execute(keeper, "system_powerdown")
+        # The guest takes its time, and other commands go on meanwhile.
+        if not await keeper.wait_stopped(request.timeout):
+            raise errors.StillRunning(domain=request.domain, seconds=request.timeout)
+        return view.Done(text=f"{request.domain} is shut off")
+
+    async def suspend(self, request: ask.Suspend) -> view.Done:
+        """Pause a guest."""
+        async with self._desk.writing(request.domain) as (keeper, _seen):
+            await (await keeper.executor()).do(Stop(), {})
+        return view.Done(text=f"{request.domain} is paused")
+
+    async def resume(self, request: ask.Resume) -> view.Done:
+        """Let a guest run."""
+        async with self._desk.writing(request.domain) as (keeper, _seen):
+            await (await keeper.executor()).do(Resume(first=True), {})
+        return view.Done(text=f"{request.domain} runs")
+
+    async def _execute(self, keeper: Keeper, command: str) -> None:
+        session = await keeper.connect()
+        try:
+            await session.execute(command)
+        except CommandRefused as refusal:
+            raise errors.BadRequest(reason=refusal.words) from refusal
+        except LostReply as lost:
+            raise errors.GuestGone(domain=keeper.name, reason=lost.reason) from lost
+
+    def _defined(self, name: str) -> Keeper:
+        keeper = self._desk.keeper(name)
+        if not keeper.record.defined:
+            raise errors.NotDefined(domain=name)
+        return keeper
