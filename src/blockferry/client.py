@@ -74,8 +74,18 @@ class Ferry:
         await self.submit(requests.Attach(domain=name, qmp=_absolute(qmp), timeout=timeout))
         return Domain(self, name)
 
+    async def define_xml(self, xml: str) -> Domain:
+        """Remember a guest that is started here, from libvirt's domain XML; see `Domain.create`.
+
+        Raises:
+            InvalidXml: it is malformed, or a disk or value of it can't be carried out.
+            AlreadyRunning: one of that name runs.
+        """
+        shown = await self.ask(requests.Define(xml=xml), views.DomainView)
+        return Domain(self, shown.name)
+
     async def domain(self, name: str) -> Domain:
-        """Look up an attached domain.
+        """Look up a domain.
 
         Raises:
             NoSuchDomain: there is none of that name.
@@ -144,9 +154,43 @@ class Domain:
         """Its state, disks, chains and mirrors."""
         return await self._ferry.ask(requests.ShowDomain(domain=self.name), views.DomainView)
 
-    async def xml_desc(self) -> str:
-        """Its live XML."""
-        return (await self.info()).xml or ""
+    async def xml_desc(self, *, inactive: bool = False) -> str:
+        """Its XML: as it runs, or (`inactive`) as it is started next."""
+        request = requests.ShowDomain(domain=self.name, inactive=inactive)
+        return (await self._ferry.ask(request, views.DomainView)).xml or ""
+
+    async def create(self, *, paused: bool = False) -> views.DomainView:
+        """Start it; `paused` leaves it paused before its first instruction.
+
+        Raises:
+            OperationFailed: QEMU did not start, with its last words.
+            AlreadyRunning: it runs.
+        """
+        return await self._ferry.ask(requests.Start(domain=self.name, paused=paused), views.DomainView)
+
+    async def shutdown(self, timeout: float = TIMEOUT_S) -> None:
+        """Ask the guest to shut down, and wait for it, `timeout` seconds.
+
+        Raises:
+            StillRunning: it has not.
+        """
+        await self._ferry.submit(requests.Stop(domain=self.name, timeout=timeout))
+
+    async def destroy(self) -> None:
+        """End its QEMU, whatever the guest does."""
+        await self._ferry.submit(requests.Stop(domain=self.name, force=True))
+
+    async def suspend(self) -> None:
+        """Pause its processors."""
+        await self._ferry.submit(requests.Suspend(domain=self.name))
+
+    async def resume(self) -> None:
+        """Let it run."""
+        await self._ferry.submit(requests.Resume(domain=self.name))
+
+    async def undefine(self) -> None:
+        """Forget it, shut off; its images stay."""
+        await self._ferry.submit(requests.Undefine(domain=self.name))
 
     async def snapshot_create_xml(self, xml: str, flags: int = 0) -> DomainSnapshot:
         """Take a snapshot as the XML says.

@@ -109,7 +109,8 @@ def test_examples_in_help_texts_are_accepted(monkeypatch: pytest.MonkeyPatch, tm
         raise Asked
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "snapshot.xml").touch()
+    for name in ("snapshot.xml", "vm1.xml"):
+        (tmp_path / name).touch()
     for function in (wire, "submit"), (wire, "events"), (os, "execv"):
         monkeypatch.setattr(*function, ask)
     for command in [cli, *COMMANDS.values()]:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from blockferry import errors
-from blockferry.model.blockjob import Mirror
+from blockferry.model.blockjob import JobEnd, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk, Image
@@ -100,10 +100,8 @@ def plan_window(
         + (f" and delete snapshot {forget_snapshot}" if forget_snapshot else ""),
         prepare=tuple(prepare),
         window=Window(ends_on=ends_on, resume=seen.running, disks=window_disks, steps=steps),
-        record=Record(
-            authoritative={m.target: m.file if ends_on == "destination" else m.source for m in mirrors},
-            formats={m.target: m.format for m in mirrors} if ends_on == "destination" else {},
-            ended={m.target: "pivoted" if ends_on == "destination" else "finished" for m in mirrors},
+        record=msgspec.structs.replace(
+            _ended(mirrors, ends_on),
             changed=changed,
             forget=(forget_snapshot,) if forget_snapshot is not None else (),
         ),
@@ -112,6 +110,17 @@ def plan_window(
             DismissJobs(jobs=jobs),
             *(_close_sources(seen, disks) if ends_on == "destination" else _close_destinations(mirrors)),
         ),
+    )
+
+
+def _ended(mirrors: tuple[Mirror, ...], ends_on: Literal["destination", "source"]) -> Record:
+    if ends_on == "source":
+        ended: dict[str, JobEnd] = {mirror.target: "finished" for mirror in mirrors}
+        return Record(authoritative={mirror.target: mirror.source for mirror in mirrors}, ended=ended)
+    return Record(
+        authoritative={mirror.target: mirror.file for mirror in mirrors},
+        formats={mirror.target: mirror.format for mirror in mirrors},
+        ended={mirror.target: "pivoted" for mirror in mirrors},
     )
 
 

@@ -60,6 +60,8 @@ class Domains:
     async def detach(self, request: ask.Detach) -> view.Done:
         """Let go of a guest; it runs on."""
         keeper = self._desk.keeper(request.domain)
+        if keeper.record.defined:
+            raise errors.DomainInUse(domain=request.domain, what="it is defined here: `blockferry undefine` forgets it")
         async with keeper.lock:
             await keeper.reconcile()
             working = [f"{job.type} of {job.target}" for job in keeper.active()]

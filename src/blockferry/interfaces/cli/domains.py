@@ -39,21 +39,22 @@ def detach(session: Session, name: str) -> None:
 @json_option
 @click.pass_obj
 def list_(session: Session) -> None:
-    """All attached domains."""
+    """All domains, attached and defined."""
     session.answer(render.domains, "list")
 
 
-@click.command("show", epilog=examples("blockferry show vm1", "blockferry show vm1 --xml"))
+@click.command("show", epilog=examples("blockferry show vm1", "blockferry show vm1 --xml --inactive"))
 @domain_argument
-@click.option("--xml", is_flag=True, help="The live XML, as libvirt writes it.")
+@click.option("--xml", is_flag=True, help="The XML, as libvirt writes it: of the guest as it runs.")
+@click.option("--inactive", is_flag=True, help="With --xml: of what is started next.")
 @json_option
 @click.pass_obj
-def show(session: Session, name: str, xml: bool) -> None:
+def show(session: Session, name: str, xml: bool, inactive: bool) -> None:
     """A domain's disks, chains and mirrors.
 
     Each chain begins with the image that the guest writes to; what it backs onto follows behind <-, a mirror behind =>.
     """
-    session.answer(render.xml if xml else render.domain, "show", domain=name)
+    session.answer(render.xml if xml or inactive else render.domain, "show", domain=name, inactive=inactive or None)
 
 
 COMMANDS = {"attach": attach, "detach": detach, "list": list_, "show": show}

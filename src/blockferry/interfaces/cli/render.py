@@ -14,7 +14,7 @@ def domains(view: Json) -> str:
         [row["name"], paint(row["state"]), str(row["pid"] or "-"), str(row["disks"]), str(row["mirrors"]), row["qmp"]]
         for row in view["domains"]
     ]
-    return table(rows, ("NAME", "STATE", "PID", "DISKS", "MIRRORS", "QMP")) or "no domain is attached"
+    return table(rows, ("NAME", "STATE", "PID", "DISKS", "MIRRORS", "QMP")) or "no domain is attached or defined"
 
 
 def domain(view: Json) -> str:
@@ -23,7 +23,7 @@ def domain(view: Json) -> str:
     head += [f"pid {view['pid']}"] if view["pid"] else []
     head += [f"QEMU {view['qemu']}"] if view["qemu"] else []
     head += [f"snapshot {view['current_snapshot']}"] if view["current_snapshot"] else []
-    lines = ["  ".join(head), f"qmp  {view['qmp']}"]
+    lines = ["  ".join(head), *([f"qmp  {view['qmp']}"] if view["state"] != "shut off" else [])]
     if view["reason"]:
         lines.append(view["reason"])
     for disk in view["disks"]:
