@@ -25,10 +25,11 @@ $(STAMP): requirements.txt pyproject.toml | packages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# What only the tests need: QEMU 10 beside the distribution's.
+# What only the tests need: QEMU 10 beside the distribution's, and an agent for their guests.
 test-tools: setup
 	@scripts/system-packages.sh tests
 	@scripts/qemu10.sh >/dev/null
+	@scripts/guest-agent.sh >/dev/null
 
 demo: setup
 	@$(BIN)/python -m blockferry.testing.demo

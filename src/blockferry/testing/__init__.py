@@ -1,5 +1,7 @@
 """The public test kit: real QEMUs, images, NBD servers, writing Linux guests, and a QMP proxy that injects faults."""
 
+from blockferry.testing.agent import AgentRelay, ask_agent
+from blockferry.testing.ext4 import file_on_ext4, fsck, make_ext4, needs_recovery
 from blockferry.testing.guest import GuestError, Missing, Records, WritingGuest
 from blockferry.testing.images import (
     ImageDamagedError,
@@ -27,6 +29,7 @@ from blockferry.testing.process import StartError
 from blockferry.testing.proxy import Fault, FaultKind, Gate, QmpFaultProxy
 
 __all__ = [
+    "AgentRelay",
     "Fault",
     "FaultKind",
     "Gate",
@@ -43,15 +46,20 @@ __all__ = [
     "TestQemu",
     "ToolError",
     "WritingGuest",
+    "ask_agent",
     "blockdev_disk",
     "blockdev_node",
     "build_guest",
     "check_image",
     "compare_images",
+    "file_on_ext4",
     "find_qemu",
+    "fsck",
     "image_sha256",
     "legacy_drive",
+    "make_ext4",
     "make_image",
+    "needs_recovery",
     "qemu10_dir",
     "raw_contents",
     "write_pattern",

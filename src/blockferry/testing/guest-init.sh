@@ -5,6 +5,9 @@
 # bf_block (the region's start in blocks of 4096 bytes). The second serial port carries the protocol: "ACK disk N"
 # (records up to N are flushed), "IOERROR disk N" (tried again until it works), and "stop", answered by "STOPPED".
 # Records are built by the shell itself: a batch costs one fork.
+#
+# With bf_agent=1 there is an ext4 on every disk, the records are in the file /DISK/records at the same offsets, and
+# qemu-guest-agent runs.
 export PATH=/bin
 busybox mount -t proc proc /proc
 busybox mount -t devtmpfs dev /dev
@@ -16,10 +19,32 @@ dots=...............................................................
 newline='
 '
 
+# --- file systems and the guest agent ---
+
+mount_disk() {
+    busybox mkdir "/$1"
+    busybox mount -t ext4 "/dev/$1" "/$1"
+}
+
+run_agent() {
+    busybox mkdir -p /run
+    # There is one port; devtmpfs knows it by its number, its name is udev's doing.
+    until [ -c "$1" ]; do
+        set -- /dev/vport*
+        busybox usleep 10000
+    done
+    # One that is told to end comes back.
+    while :; do qemu-ga -m virtio-serial -p "$1" -t /run; done
+}
+
+# --- records ---
+
 write_records() {
     disk=$1
     n=$bf_first
     while [ ! -b "/dev/$disk" ]; do busybox usleep 10000; done
+    place=/dev/$disk
+    [ -z "$bf_agent" ] || { mount_disk "$disk" && place=/$disk/records; }
     while [ ! -e /stop ]; do
         last=$((n + bf_batch - 1))
         i=$n
@@ -33,7 +58,7 @@ write_records() {
             i=$((i + 1))
         done
         printf %s "$batch" >"/batch-$disk"
-        until dd if="/batch-$disk" of="/dev/$disk" bs=4096 seek=$((bf_block + n % bf_slots)) conv=notrunc,fsync oflag=direct 2>"/error-$disk"; do
+        until dd if="/batch-$disk" of="$place" bs=4096 seek=$((bf_block + n % bf_slots)) conv=notrunc,fsync oflag=direct 2>"/error-$disk"; do
             echo "IOERROR $disk $n" >&3
             busybox cat "/error-$disk"
             busybox usleep 100000
@@ -43,6 +68,7 @@ write_records() {
     done
 }
 
+[ -z "$bf_agent" ] || (run_agent &) # not a child of ours, whose end would be waited for
 IFS=,
 for disk in $bf_disks; do write_records "$disk" & done
 unset IFS

@@ -19,6 +19,7 @@ from qemu.qmp import EventListener
 from blockferry.testing.images import raw_contents
 from blockferry.testing.initramfs import GuestImages, build_guest
 from blockferry.testing.launcher import QemuBinaries, TestQemu
+from blockferry.testing.process import socket_path
 
 BLOCK_BYTES = 4096
 LINE_BYTES = 64
@@ -27,6 +28,15 @@ PROGRESS_TIMEOUT_S = 60.0  # the slowest guest seen acknowledges some records ea
 
 # The clock and the mitigations cost most of a boot under TCG; `quiet` saves the serial console.
 BOOT_OPTIONS = "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off nokaslr random.trust_cpu=on panic=-1"
+
+
+def agent_channel(path: Path) -> list[str]:
+    """Return the arguments for a guest agent's channel, on a socket that QEMU listens on."""
+    return [
+        *("-device", "virtio-serial-pci"),
+        *("-chardev", f"socket,id=agent,path={str(path).replace(',', ',,')},server=on,wait=off"),
+        *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+    ]
 
 
 class GuestError(RuntimeError):
@@ -116,9 +126,12 @@ class WritingGuest:
         memory_mib: the guest's memory.
         args: more arguments for QEMU.
         sockets: names of the QMP sockets, as in `TestQemu`.
+        agent: whether it has qemu-guest-agent, and an ext4 on every disk (`make_ext4`), whose file `records` takes
+            the records.
 
     Attributes:
         qemu: the QEMU process.
+        agent: the guest agent's socket, where it has one.
         acked: number of the last record that is safe, by disk.
         errors: (disk, record) of each failed write, in order; the guest tries again.
     """
@@ -138,6 +151,7 @@ class WritingGuest:
         memory_mib: int = 128,
         args: Sequence[str] = (),
         sockets: Sequence[str] = ("qmp",),
+        agent: bool = False,
     ) -> None:
         assert slots % batch == 0, "a batch must not wrap around"
         self.records = Records(run or secrets.token_hex(4), slots, first=-(-first // batch) * batch)
@@ -150,14 +164,17 @@ class WritingGuest:
         self._reader: asyncio.Task[None] | None = None
         self._port, self._qemu_port = socket.socketpair()
         self._writer: asyncio.StreamWriter | None = None
-        boot = images or build_guest()
+        self.agent = socket_path(directory / "agent.sock")
+        boot = images or build_guest(agent=agent)
         arguments = ["-cpu", "max", "-smp", "2", "-no-reboot", "-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
-        arguments += ["-append", f"{BOOT_OPTIONS} {self._environment(batch)}"]
+        arguments += ["-append", f"{BOOT_OPTIONS} {self._environment(batch)}{' bf_agent=1' if agent else ''}"]
         arguments += ["-chardev", f"file,id=console,path={str(self.console).replace(',', ',,')}"]
         arguments += ["-chardev", f"socket,id=acks,fd={self._qemu_port.fileno()}"]
         arguments += ["-serial", "chardev:console", "-serial", "chardev:acks"]
         for disk_arguments in disks.values():
             arguments += disk_arguments
+        if agent:
+            arguments += agent_channel(self.agent)
         self.qemu = TestQemu(
             binaries,
             directory,

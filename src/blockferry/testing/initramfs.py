@@ -19,6 +19,9 @@ from blockferry.testing.missing import MissingComponentError
 # Drivers of every bus that `blockdev_disk` knows; those that a kernel has built in or lacks are passed over.
 MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "ata_piix", "ahci", "nvme", "xhci_pci", "usb_storage", "sd_mod")
 
+# What the guest agent speaks through; a guest without it boots without this.
+AGENT_MODULES = ("virtio_console",)
+
 INIT = Path(__file__).with_name("guest-init.sh")
 
 
@@ -30,7 +33,7 @@ class GuestImages:
     initrd: Path
 
 
-def build_guest(cache_dir: Path | None = None) -> GuestImages:
+def build_guest(cache_dir: Path | None = None, *, agent: bool = False) -> GuestImages:
     """Find a kernel and assemble the initramfs, once for each kernel, busybox and script.
 
     The kernel is BLOCKFERRY_GUEST_KERNEL with the modules in BLOCKFERRY_GUEST_MODULES (a folder like
@@ -38,21 +41,23 @@ def build_guest(cache_dir: Path | None = None) -> GuestImages:
 
     Args:
         cache_dir: where initramfs files are kept; .cache/guest in the repository unless told.
+        agent: with qemu-guest-agent, which scripts/guest-agent.sh unpacked into .cache/agent.
 
     Raises:
-        MissingComponentError: there is no kernel, no modules or no static busybox; says what installs it.
+        MissingComponentError: there is no kernel, no modules, no static busybox or no agent; says what installs it.
     """
     kernel, modules = _find_kernel()
     busybox = _find_busybox()
+    programs = [_find_agent()] if agent else []
     key = hashlib.sha256(INIT.read_bytes())
-    for path in (kernel, busybox):
+    for path in (kernel, busybox, *programs):
         status = path.stat()
         key.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     cache = cache_dir or REPO_ROOT / ".cache/guest"
     initrd = cache / f"initrd-{key.hexdigest()[:16]}.gz"
     if not initrd.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _write_atomically(initrd, gzip.compress(_initramfs(busybox, modules), compresslevel=1))
+        _write_atomically(initrd, gzip.compress(_initramfs(busybox, modules, programs), compresslevel=1))
     return GuestImages(kernel, initrd)
 
 
@@ -83,12 +88,40 @@ def _find_busybox() -> Path:
     return Path(found)
 
 
-def _initramfs(busybox: Path, modules: Path) -> bytes:
+def _initramfs(busybox: Path, modules: Path, programs: Iterable[Path]) -> bytes:
     files = {"init": INIT.read_bytes(), "bin/busybox": busybox.read_bytes()}
+    for program in programs:
+        files |= _with_libraries(program)
     # Numbered in the order in which they can be loaded: the shell's glob sorts them.
-    for number, path in enumerate(_in_load_order(MODULES, modules)):
+    for number, path in enumerate(_in_load_order((*MODULES, *(AGENT_MODULES if programs else ())), modules)):
         files[f"modules/{number:02}-{path.name.split('.')[0]}.ko"] = _module_bytes(path)
-    return newc_archive(files, directories=("bin", "modules", "dev", "proc"))
+    folders = {str(parent) for name in files for parent in Path(name).parents} - {"."}
+    return newc_archive(files, directories=sorted(folders | {"dev", "proc"}))
+
+
+# --- the guest agent ------------------------------------------------------------------------------------------
+
+
+def _find_agent() -> Path:
+    agent = REPO_ROOT / ".cache/agent/usr/sbin/qemu-ga"
+    if not agent.is_file():
+        raise MissingComponentError(f"the guest's agent ({agent})", "scripts/guest-agent.sh")
+    return agent
+
+
+def _with_libraries(program: Path) -> dict[str, bytes]:
+    """A program as bin/NAME, and the shared libraries that it needs under the host's names for them."""
+    listing = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    missing = re.findall(r"(\S+) => not found", listing)
+    if missing:
+        raise MissingComponentError(
+            f"what {program.name} is linked with ({', '.join(missing)})", "ldd on it, and install these"
+        )
+    libraries = (Path(found) for found in re.findall(r"(/\S+) \(0x", listing))
+    return {f"bin/{program.name}": program.read_bytes(), **{str(each)[1:]: each.read_bytes() for each in libraries}}
+
+
+# --- modules and the archive ----------------------------------------------------------------------------------
 
 
 def _in_load_order(names: Iterable[str], folder: Path) -> list[Path]:
