@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from blockferry.engine.executor import FROZEN_FROM, FROZEN_UNTIL
 from blockferry.engine.progress import state_of
 from blockferry.formats.defined import live_xml
 from blockferry.formats.domain import domain_xml
@@ -83,6 +84,7 @@ def domain_view(
             state=state,
             reason=reason,
             pid=record.pid,
+            agent=record.agent,
             disks=(),
             current_snapshot=current,
         )
@@ -94,6 +96,7 @@ def domain_view(
         pid=seen.pid,
         qemu=seen.capabilities.version,
         disks=tuple(_disk(disk, shown.get(disk.target)) for disk in seen.disks),
+        agent=record.agent,
         current_snapshot=current,
         xml=domain_xml(record.name, seen, views) if definition is None else live_xml(definition, seen, views),
         defined=record.defined,
@@ -119,6 +122,7 @@ def shut_off_view(
         ),
         xml=xml,
         defined=True,
+        agent=record.agent,
     )
 
 
@@ -249,7 +253,12 @@ def _ends(ours: BlockJob) -> tuple[str, str, str]:
 
 
 def operation_view(
-    record: OperationRecord, steps: tuple[StepRecord, ...], jobs: tuple[BlockJob, ...], *, in_flight: bool
+    record: OperationRecord,
+    steps: tuple[StepRecord, ...],
+    jobs: tuple[BlockJob, ...],
+    *,
+    in_flight: bool,
+    frozen_ms: float | None = None,
 ) -> OperationView:
     """An operation; one that is open and in nobody's hands is `unsettled`."""
     state: str = record.state
@@ -266,6 +275,7 @@ def operation_view(
         error=record.error,
         row=record.row,
         pause_ms=record.pause_ms,
+        frozen_ms=frozen_ms,
         steps=tuple(
             StepView(
                 index=step.index,
@@ -280,6 +290,12 @@ def operation_view(
         ),
         next=next_commands(record, jobs, unsettled=state == "unsettled"),
     )
+
+
+def frozen_for(steps: tuple[StepRecord, ...]) -> float | None:
+    """How long a guest's file systems stood frozen at most: from when that was asked until the answer to the thaw."""
+    found = {name: at for step in steps for name, at in step.outcome.items() if name in (FROZEN_FROM, FROZEN_UNTIL)}
+    return 1000 * (found[FROZEN_UNTIL] - found[FROZEN_FROM]) if len(found) == 2 else None
 
 
 def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...], *, unsettled: bool = False) -> tuple[str, ...]:

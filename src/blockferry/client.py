@@ -58,20 +58,34 @@ class Ferry:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    async def attach(self, name: str, qmp: str | os.PathLike[str], timeout: float = 5.0) -> Domain:
+    async def attach(
+        self,
+        name: str,
+        qmp: str | os.PathLike[str],
+        timeout: float = 5.0,
+        agent: str | os.PathLike[str] | None = None,
+    ) -> Domain:
         """Take charge of a running guest.
 
         Args:
             name: what to call it from now on.
             qmp: its QMP socket.
             timeout: seconds to wait for QEMU's greeting.
+            agent: the socket of its guest agent's channel, which QUIESCE needs.
 
         Raises:
             QmpBusy: something else holds the socket.
             QmpUnreachable: no QEMU answers there.
             DomainExists: the name is taken.
         """
-        await self.submit(requests.Attach(domain=name, qmp=_absolute(qmp), timeout=timeout))
+        await self.submit(
+            requests.Attach(
+                domain=name,
+                qmp=_absolute(qmp),
+                timeout=timeout,
+                agent=_absolute(agent) if agent is not None else None,
+            )
+        )
         return Domain(self, name)
 
     async def define_xml(self, xml: str) -> Domain:

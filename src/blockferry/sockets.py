@@ -27,9 +27,10 @@ def short_path(path: Path) -> Iterator[str]:
         os.close(directory)
 
 
-def connect_unix(path: Path) -> socket.socket:
-    """Connect to a Unix socket, however long its path is."""
+def connect_unix(path: Path, timeout: float | None = None) -> socket.socket:
+    """Connect to a Unix socket, however long its path is; `timeout` as of a socket, 0 to wait for nothing."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(timeout)
     try:
         with short_path(path) as address:
             connection.connect(address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
 from blockferry.plan import steps
+from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
 from blockferry.qemu.nbd import reachable
@@ -33,6 +35,8 @@ QUIT_SECONDS = 10.0
 # blockdev-del of a name that no node has, also of one that was closed with what stood on it (block.c, bdrv_lookup_bs); a
 # QEMU with other words is looked at.
 NO_SUCH_NODE = "Failed to find node"
+# Of the outcomes of a freeze and its thaw.
+FROZEN_FROM, FROZEN_UNTIL = "frozen_from", "frozen_until"
 JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
@@ -49,12 +53,21 @@ class Executor:
         observer: of the same QEMU.
         images: the host's image files.
         home: where the QEMU of a defined domain lives.
+        agent: the guest's; None where its socket is not known.
     """
 
     def __init__(
-        self, domain: str, session: Session | None, observer: Observer | None, images: Images, home: Home
+        self,
+        domain: str,
+        session: Session | None,
+        observer: Observer | None,
+        images: Images,
+        home: Home,
+        *,
+        agent: Agent | None = None,
     ) -> None:
         self._domain = domain
+        self._agent = agent
         self._home = home
         self._maybe_session = session
         self._maybe_observer = observer
@@ -118,6 +131,8 @@ class Executor:
                 await self._session.execute("stop")
             case steps.Resume():
                 await self._resume(step)
+            case steps.Freeze() | steps.Thaw():
+                return await self._quiesce(step)
             case _:
                 await self._do_node(step)
         return {}
@@ -427,6 +442,21 @@ class Executor:
         status = await self._session.execute("query-status")
         if status["status"] == "paused" or (step.first and status["status"] == "prelaunch"):
             await self._session.execute("cont")
+
+    async def _quiesce(self, step: steps.Freeze | steps.Thaw) -> dict[str, Any]:
+        """Freeze or thaw; when, by the clock that goes on whatever is set, and the same in every process."""
+        if self._agent is None:
+            raise StepFailed("the socket of the guest's agent is not known")
+        try:
+            if isinstance(step, steps.Freeze):
+                asked = time.monotonic()
+                return {"file_systems": await self._agent.freeze(), FROZEN_FROM: asked}
+            held = await self._agent.thaw()
+        except (AgentSilent, AgentRefused) as failure:
+            raise StepFailed(f"the guest's agent: {failure}") from failure
+        if step.held and not held:
+            raise StepFailed("they did not stay frozen until then: the guest, or somebody else, has thawed them")
+        return {FROZEN_UNTIL: time.monotonic()}
 
 
 def _limits(step: steps.SetLimits) -> dict[str, Any]:

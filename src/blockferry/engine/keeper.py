@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from blockferry.plan.copy import close_job
 from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
+from blockferry.qemu.agent import Agent
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.observe import Observer
@@ -34,6 +36,8 @@ from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 CONNECT_SECONDS = 5.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
+# So often a guest whose agent did not thaw its file systems is asked again.
+THAW_AGAIN_SECONDS = 3.0
 WATCHED = (
     "JOB_STATUS_CHANGE",
     "BLOCK_JOB_COMPLETED",
@@ -75,6 +79,7 @@ class Keeper:
         self._said_ready: set[str] = set()
         self.in_flight: set[int] = set()
         self._last_words: dict[str, str] = {}
+        self._thawing = False
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -149,11 +154,16 @@ class Keeper:
     async def executor(self) -> Executor:
         """See runner.Link."""
         session = await self.connect()
-        return Executor(self.name, session, self._observer, self._images, self.home)
+        return Executor(self.name, session, self._observer, self._images, self.home, agent=self.agent())
 
     def nobody(self) -> Executor:
         """See runner.Link."""
-        return Executor(self.name, None, None, self._images, self.home)
+        return Executor(self.name, None, None, self._images, self.home, agent=self.agent())
+
+    def agent(self) -> Agent | None:
+        """The guest's agent; None where its socket is not known."""
+        path = self.record.agent
+        return Agent(Path(path), self._witness) if path is not None else None
 
     @contextlib.contextmanager
     def stopwatch(self) -> Iterator[Any]:
@@ -224,6 +234,7 @@ class Keeper:
             (operation.id, await self.runner.resolve(operation.id, recovering=True))
             for operation in self._journal.open_operations(self.name)
         ]
+        self._see_to_thawing()
         if self._journal.open_operations(self.name):
             return found
         with contextlib.suppress(errors.BlockferryError):
@@ -398,10 +409,27 @@ class Keeper:
         finally:
             self.in_flight.discard(operation)
             self.sample()
+            self._see_to_thawing()
             # A job may have caught up before it was recorded, when its event said nothing to us yet.
             with contextlib.suppress(errors.BlockferryError):
                 if plan.record.jobs and not self._journal.open_operations(self.name):
                     await self.check_jobs(await self.observe())
+
+    def _see_to_thawing(self) -> None:
+        if self.runner.frozen and not self._thawing:
+            self._thawing = True
+            self._spawn(self._keep_thawing())
+
+    async def _keep_thawing(self) -> None:
+        """Try to thaw a guest until it is thawed: nobody may come and ask for it, and it stands."""
+        try:
+            while self.runner.frozen:
+                await asyncio.sleep(THAW_AGAIN_SECONDS)
+                with contextlib.suppress(errors.BlockferryError, LostReply):
+                    async with self.lock:
+                        await self.reconcile()
+        finally:
+            self._thawing = False
 
     async def wait_over(self, operation: int) -> None:
         """Wait until the jobs of an operation have ended and what follows has been done; without the domain's lock.

@@ -23,15 +23,18 @@ from blockferry.model.operation import OperationState, StepState, Stretch
 from blockferry.model.view import Event
 from blockferry.plan import steps
 from blockferry.plan.plan import Plan, Record, Window
-from blockferry.plan.recover import Decision, Evidence, Interrupted, decide
+from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen
 from blockferry.plan.snapshot import in_part
-from blockferry.plan.waves import waves
+from blockferry.plan.waves import Wave, waves
 from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.session import CommandRefused, LostReply
 
 # A QEMU that was killed closes its sockets a moment before its process has ended.
 DYING_SECONDS = 2.0
+
+THAW = steps.Thaw().text
+STAYS_FROZEN = "they may still be frozen, and whatever writes in the guest then hangs; thawing is tried again and again"
 
 # These are in progress until the last job that they began has ended.
 LASTING = frozenset({"copy", "rebase", "commit", "delete"})
@@ -83,6 +86,8 @@ class Runner:
         self._images = images
         self._publish = publish
         self.in_window = False
+        # Operations whose guest may stand with frozen file systems, and why its agent does not thaw them.
+        self.frozen: dict[int, str] = {}
 
     async def run(self, operation: int, plan: Plan) -> OperationRecord:
         """Run a plan that was just made.
@@ -124,6 +129,8 @@ class Runner:
                 domain=self._link.name, operation=operation, step=step, reason=f"{reason}; {full.reason}"
             ) from full
         after = self._get(operation)
+        if operation in self.frozen:
+            step, reason = THAW, f"{self.frozen[operation]}; {STAYS_FROZEN}; before that, «{step}»: {reason}"
         if after.state == "undone":
             raise errors.OperationFailed(domain=self._link.name, operation=operation, step=step, reason=reason)
         if after.state == "done" and decision.action == "record-part":
@@ -157,6 +164,12 @@ class Runner:
         for wave in waves(plan.prepare):
             intents = [_intent(index, "prepare", step) for index, step in wave]
             self._journal.step(operation, *last, *intents, state="preparing")
+            if isinstance(wave[0][1], steps.Freeze):
+                last, failures = await self._pass_freeze(wave, intents, executor)
+                if failures:
+                    self._journal.step(operation, *last)
+                    raise failures[0]
+                continue
             results = await asyncio.gather(*(_try(executor, step, claims) for _index, step in wave))
             last, failures = [], []
             for (_index, step), intent, result in zip(wave, intents, results, strict=True):
@@ -176,6 +189,42 @@ class Runner:
                 executor = await self._executor("connect")
         if last:
             self._journal.step(operation, *last)
+
+    async def _pass_freeze(
+        self, wave: Wave, intents: list[StepRecord], executor: Executor
+    ) -> tuple[list[StepRecord], list[Failure]]:
+        """Freeze, do what is to be done meanwhile, and thaw whatever happened, also when we are cancelled.
+
+        One after the other, without a durable write in between: it would lengthen the freeze, and may wait for the guest.
+
+        Returns:
+            The outcomes, and the failures, the first one first. Of what was not begun there is no outcome.
+        """
+        outcomes: list[StepRecord] = []
+        failures: list[Failure] = []
+        try:
+            for (_index, step), intent in zip(wave[:-1], intents[:-1], strict=True):
+                result = await _try(executor, step, {})
+                if isinstance(result, Failure):
+                    failures.append(result)
+                    outcomes += [] if result.unknown else [_outcome(intent, "failed", error=result.reason)]
+                    break
+                outcomes.append(_outcome(intent, "done", result))
+        finally:
+            # Not what somebody else has frozen, when the freeze was refused.
+            thaw = steps.Thaw() if failures else wave[-1][1]
+            thawed = {} if outcomes and outcomes[0].state == "failed" else await _try(executor, thaw, {})
+        if isinstance(thawed, Failure):
+            failures.append(thawed)
+        elif failures:
+            # It was ended early: nobody is to take what is there for the quiesced snapshot that was asked for.
+            outcomes = [
+                _outcome(each, "undone") if each.state == "done" and each.index == wave[0][0] else each
+                for each in outcomes
+            ]
+        else:
+            outcomes.append(_outcome(intents[-1], "done", thawed))
+        return outcomes, failures
 
     async def _pass_window(self, operation: int, window: Window, executor: Executor) -> tuple[StepRecord, ...]:
         """One intent for the whole window: a durable write between two of its commands would lengthen the pause."""
@@ -245,18 +294,51 @@ class Runner:
             The row; when its steps failed, the operation stays open with the reason.
         """
         record = self._get(operation)
-        begun = self._begun(operation)
-        interrupted = Interrupted(
-            state=record.state, plan=record.plan, steps={index: step.state for index, step in begun.items()}
-        )
+        # Before anything is asked of QEMU, which may not answer: while it is frozen, whatever writes in the guest hangs.
+        stays_frozen = await self._thaw(record)
         evidence, executor = await self._evidence(record)
-        decision = decide(interrupted, evidence)
+        evidence = msgspec.structs.replace(evidence, frozen=stays_frozen is not None)
+        decision = decide(self._interrupted_at(record), evidence)
         row = decision.row if recovering else None
+        if decision.row == "T":
+            self._say_frozen(operation, str(stays_frozen), row)
+            return decision
+        self.frozen.pop(operation, None)
         try:
             await self._act(record, decision, evidence, executor, row)
         except Failure as failure:
             self._journal.note(operation, error=f"{failure.step}: {failure.reason}", row=row)
         return decision
+
+    def _interrupted_at(self, record: OperationRecord) -> Interrupted:
+        begun = self._begun(record.id)
+        return Interrupted(
+            state=record.state, plan=record.plan, steps={index: step.state for index, step in begun.items()}
+        )
+
+    async def _thaw(self, record: OperationRecord) -> str | None:
+        """Thaw what a freeze of this operation may still hold; why it may still hold, when that fails.
+
+        An operation that needed this is undone: nobody knows whether the freeze held until its snapshots were taken.
+        """
+        if not may_be_frozen(self._interrupted_at(record)):
+            return None
+        try:
+            await _do(self._link.nobody(), steps.Thaw(), {})
+        except Failure as failure:
+            return failure.reason
+        for index, step in self._begun(record.id).items():
+            if isinstance(record.plan.prepare[index], steps.Freeze):
+                self._journal.step(record.id, _outcome(step, "undone", step.outcome))
+        return None
+
+    def _say_frozen(self, operation: int, reason: str, row: str | None) -> None:
+        """Say that a guest may stand with frozen file systems: once as an event, and in the operation."""
+        said, self.frozen[operation] = operation in self.frozen, reason
+        if not said:
+            event = item(self._link.name, "domain-frozen", None, operation=operation, reason=reason)
+            self._publish((self._journal.put_event(event),))
+        self._journal.note(operation, error=f"{THAW}: {reason}; {STAYS_FROZEN}", row=row)
 
     def _begun(self, operation: int) -> dict[int, StepRecord]:
         return {step.index: step for step in self._journal.steps(operation) if step.stretch == "prepare"}

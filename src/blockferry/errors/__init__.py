@@ -44,6 +44,8 @@ from blockferry.errors.jobs import (
     RebaseElsewhere,
 )
 from blockferry.errors.lifecycle import (
+    AgentUnreachable,
+    AlreadyFrozen,
     AlreadyRunning,
     CannotShutDown,
     NotDefined,
@@ -85,6 +87,8 @@ from blockferry.errors.tree import (
 
 __all__ = [
     "BY_CODE",
+    "AgentUnreachable",
+    "AlreadyFrozen",
     "AlreadyRunning",
     "AmbiguousDisk",
     "BadRequest",

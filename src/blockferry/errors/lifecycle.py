@@ -55,6 +55,34 @@ class StillRunning(Failed):
 
 
 @dataclass(eq=False)
+class AgentUnreachable(Refused):
+    """A quiesced snapshot was asked for, and the guest's agent can't be asked."""
+
+    domain: str
+    reason: str
+    code = "agent-unreachable"
+    exit_status = 75
+    template = (
+        "{domain}: QUIESCE needs the guest agent: {reason}. Nothing was done. See to it that qemu-guest-agent runs in the "
+        "guest, and that blockferry knows its socket (`blockferry attach {domain} --qmp SOCKET --agent SOCKET`, or a "
+        "<channel> org.qemu.guest_agent.0 in the definition); or leave --quiesce out."
+    )
+
+
+@dataclass(eq=False)
+class AlreadyFrozen(Refused):
+    """A quiesced snapshot was asked for, and somebody else holds the guest's file systems frozen."""
+
+    domain: str
+    code = "already-frozen"
+    exit_status = 49
+    template = (
+        "{domain}: somebody else has frozen the guest's file systems already, and would not know that they were thawed. "
+        "Nothing was done. Wait until they are thawed, or, where nobody is left who would, run `fsfreeze --unfreeze` in the guest."
+    )
+
+
+@dataclass(eq=False)
 class CannotShutDown(Refused):
     """The guest can't be asked to shut down as it is now."""
 

@@ -39,6 +39,7 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
         born: when that process was started (qemu.process.born), to tell it from another of that number.
         gone: whether that process is known, and has been said, to have ended.
         defined: whether we start it (and have its definition), rather than somebody else.
+        agent: its guest agent's socket, where that is known.
         targets: qdev -> target, kept once given.
     """
 
@@ -48,6 +49,7 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
     born: int | None = None
     gone: bool = False
     defined: bool = False
+    agent: str | None = None
     targets: dict[str, str] = {}
 
 

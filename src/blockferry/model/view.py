@@ -60,7 +60,7 @@ class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
     """A domain.
 
     `state` is QEMU's run state, or `unreachable`, `gone` (of one that was attached) or `shut off` (of one that is defined);
-    `reason` says why for the first two. `notes` say what of its definition is not carried out, when it was just defined.
+    `reason` says why for the first two. `agent` is the socket of its guest agent. `notes` say what of its definition is not carried out, when it was just defined.
     """
 
     name: str
@@ -73,6 +73,7 @@ class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
     current_snapshot: str | None = None
     xml: str | None = None
     defined: bool = False
+    agent: str | None = None
     notes: tuple[str, ...] = ()
     version: int = VERSION
 
@@ -110,7 +111,8 @@ class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
     """A snapshot. `created` is seconds since 1970; `left_out` names disks that took no part, with the reason.
 
     `parent` and `children` are the snapshots before and after it, `current` the one whose images the guest writes to;
-    `notes` say what to know of it, when it was just taken.
+    `notes` say what to know of it, and `frozen_ms` how long the guest's file systems stood frozen at most, when it was just
+    taken.
     """
 
     domain: str
@@ -126,6 +128,7 @@ class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
     children: tuple[str, ...] = ()
     left_out: dict[str, str] = msgspec.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    frozen_ms: float | None = None
     version: int = VERSION
 
 
@@ -198,7 +201,7 @@ class OperationView(_View, frozen=True, kw_only=True, tag="operation"):
     """An operation.
 
     `state` is running, in-progress, done, undone or unsettled; `pause_ms` is how long the guest stood still, from
-    QEMU's own clock; `next` is what can be typed now; `row` is the row of the recovery table, after a crash.
+    QEMU's own clock, `frozen_ms` how long its file systems stood frozen at most; `next` is what can be typed now; `row` is the row of the recovery table, after a crash.
     """
 
     id: int
@@ -211,6 +214,7 @@ class OperationView(_View, frozen=True, kw_only=True, tag="operation"):
     error: str | None = None
     row: str | None = None
     pause_ms: float | None = None
+    frozen_ms: float | None = None
     steps: tuple[StepView, ...] = ()
     next: tuple[str, ...] = ()
     version: int = VERSION

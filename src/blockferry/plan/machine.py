@@ -153,6 +153,14 @@ def _backend(each: Character, name: str) -> str:
             return f"{each.type},id={name}"
 
 
+def agent_socket(definition: Definition) -> str | None:
+    """Where QEMU listens for those who want the guest's agent, a path of its own in the domain's folder; None if nowhere."""
+    for each in definition.characters:
+        if each.name == AGENT_CHANNEL and each.type == "unix" and each.listen:
+            return each.path or AGENT_SOCKET
+    return None
+
+
 def _own_socket(each: Character, name: str) -> str:
     return f"{FOLDER}/{AGENT_SOCKET if each.name == AGENT_CHANNEL else f'{name}.sock'}"
 

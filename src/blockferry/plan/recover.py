@@ -22,6 +22,7 @@ from blockferry.plan.steps import (
     CreateImage,
     FinalizeJobs,
     FinalizeStream,
+    Freeze,
     RequireBacking,
     SetBacking,
     StartCommit,
@@ -29,6 +30,7 @@ from blockferry.plan.steps import (
     StartStream,
     Step,
     TakeSnapshots,
+    Thaw,
 )
 from blockferry.plan.window import stands_on
 
@@ -52,6 +54,7 @@ ROWS: dict[str, str] = {
     "M": "The window of a commit or rebase, and the graph shows its end, which holds everything: record, go on.",
     "N": "The window of a commit or rebase, and the chain is the old one, which is whole: cancel, let the guest run.",
     "P": "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
+    "T": "The guest's file systems may be frozen and its agent does not thaw them: the operation stays open until it does.",
     "W": "QEMU can't be asked now: the operation stays open until it can.",
 }
 
@@ -90,12 +93,28 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         gone: whether QEMU is known to be gone (its process has ended), rather than unreachable.
         written: overlays of ours that hold data, by path; looked at only when QEMU is gone.
         dead: targets whose destination does not answer.
+        frozen: whether the guest's file systems may be frozen and could not be thawed now.
     """
 
     seen: Observation | None
     gone: bool = False
     written: frozenset[str] = frozenset()
     dead: Mapping[str, str] = {}
+    frozen: bool = False
+
+
+def may_be_frozen(operation: Interrupted) -> bool:
+    """Whether a freeze of this operation may still hold: to be thawed before anything else is looked at.
+
+    A step that failed did nothing; one that was undone is thawed.
+    """
+    frozen = False
+    for index, step in enumerate(operation.plan.prepare):
+        if isinstance(step, Freeze):
+            frozen = operation.steps.get(index) in ("intent", "done")
+        elif isinstance(step, Thaw):
+            frozen = frozen and operation.steps.get(index) != "done"
+    return frozen
 
 
 def shows(step: Step, seen: Observation) -> bool:
@@ -138,6 +157,10 @@ def switched(window: Window, seen: Observation) -> bool:
 
 def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     """The row for this operation and this evidence."""
+    # A guest that has ended holds nothing frozen.
+    ended = evidence.gone or (evidence.seen is not None and evidence.seen.status == "shutdown")
+    if evidence.frozen and not ended:
+        return Decision(row="T", action="wait")
     if evidence.seen is None:
         return _decide_gone(operation, evidence) if evidence.gone else Decision(row="W", action="wait")
     seen, plan = evidence.seen, operation.plan

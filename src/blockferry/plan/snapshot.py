@@ -17,7 +17,17 @@ from blockferry.plan import destinations as dest
 from blockferry.plan.destinations import Apart, Files, Room
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
 from blockferry.plan.plan import Names, Plan, Record
-from blockferry.plan.steps import AddNode, ClaimFile, CreateImage, Pair, StartMirror, Step, TakeSnapshots
+from blockferry.plan.steps import (
+    AddNode,
+    ClaimFile,
+    CreateImage,
+    Freeze,
+    Pair,
+    StartMirror,
+    Step,
+    TakeSnapshots,
+    Thaw,
+)
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +167,7 @@ def plan_snapshot(
     choices, left_out = choose(domain, seen, wish, name, asked)
     together = require_transaction(domain, seen, asked, len(choices))
     _check_files(choices, files)
-    steps = _switch(choices, names, files, seen, together=together)
+    steps = _switch(choices, names, files, seen, together=together, quiesce=bool(asked & SnapshotCreate.QUIESCE))
     # A snapshot's mirrors are ended by its name; without one they are ended as copies are.
     kept_name = None if asked & SnapshotCreate.NO_METADATA else name
     mirrors = tuple(
@@ -196,9 +206,15 @@ def plan_snapshot(
 
 
 def _switch(
-    choices: tuple[Choice, ...], names: Names, files: Files, seen: Observation, *, together: bool
+    choices: tuple[Choice, ...],
+    names: Names,
+    files: Files,
+    seen: Observation,
+    *,
+    together: bool,
+    quiesce: bool,
 ) -> list[Step]:
-    """Make and open every image, then switch to them."""
+    """Make and open every image, then switch to them; with `quiesce` the guest's file systems rest while that is done."""
     images: list[Step] = []
     for choice in choices:
         images += _images(choice, names, files, seen.graph.nodes[seen.graph.protocol(choice.disk.active.node)])
@@ -207,11 +223,10 @@ def _switch(
         step for verb in (ClaimFile, CreateImage, AddNode) for step in images if isinstance(step, verb)
     ]
     pairs = tuple(_pair(choice.disk, names) for choice in choices)
+    taken: list[Step] = [TakeSnapshots(pairs=(pair,), together=False) for pair in pairs]
     if together:
-        steps.append(TakeSnapshots(pairs=pairs))
-    else:
-        steps += [TakeSnapshots(pairs=(pair,), together=False) for pair in pairs]
-    return steps
+        taken = [TakeSnapshots(pairs=pairs)]
+    return [*steps, Freeze(), *taken, Thaw(held=True)] if quiesce else steps + taken
 
 
 def _notes(choices: tuple[Choice, ...], files: Files, kept_name: str | None) -> tuple[str, ...]:

@@ -463,6 +463,30 @@ class Resume(_Step, frozen=True, kw_only=True, tag="cont"):
         return "let the guest run"
 
 
+class Freeze(_Step, frozen=True, kw_only=True, tag="freeze"):
+    """Have the guest's agent freeze its file systems.
+
+    Thawing does not wait for its turn when an operation is undone, so it is none of what undoes this: it comes first
+    (engine.runner), wherever `plan.recover.may_be_frozen` says so.
+    """
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "freeze the guest's file systems"
+
+
+class Thaw(_Step, frozen=True, kw_only=True, tag="thaw"):
+    """Have the guest's agent thaw its file systems. `held`: fail if they were not frozen until then."""
+
+    held: bool = False
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "thaw the guest's file systems"
+
+
 class RequireRoots(_Step, frozen=True, kw_only=True, tag="require-roots"):
     """Fail unless each device (by backend) now stands on the node: success is what the graph says."""
 
@@ -527,6 +551,8 @@ Step = (
     | SetLimits
     | Stop
     | Resume
+    | Freeze
+    | Thaw
     | RequireRoots
     | CheckServers
     | ReadBack

@@ -3,13 +3,16 @@
 Eight disks need the same few steps each. One after the other, every step costs a durable write and a round trip; in waves
 the writes are those of one disk. All of a wave may then be found half done after a crash, so every step of it has to be
 one whose undo finds out by itself whether there is anything to undo.
+
+From a freeze of the guest's file systems to their thaw is a wave too, of steps one after the other: no durable write while
+the guest waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blockferry.plan.steps import AddNode, Step
+from blockferry.plan.steps import AddNode, Freeze, Step, Thaw
 
 Wave = tuple[tuple[int, Step], ...]
 
@@ -26,6 +29,8 @@ def waves(prepare: Sequence[Step]) -> tuple[Wave, ...]:
 
 
 def _joins(step: Step, wave: Sequence[Step]) -> bool:
+    if isinstance(wave[0], Freeze):
+        return not isinstance(wave[-1], Thaw)
     if not step.alongside or type(step) is not type(wave[-1]):
         return False
     opened = {each.node for each in wave if isinstance(each, AddNode)}

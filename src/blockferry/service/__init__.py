@@ -98,9 +98,12 @@ class Service:
         self._desk.journal.close()
 
     def has_work(self) -> bool:
-        """Whether there is something to watch: an operation, a job that works, a domain that we started."""
+        """Whether there is something to watch: an operation, a job that works, a guest to be thawed, a domain that we started."""
         return any(
-            keeper.in_flight or keeper.active() or (keeper.record.defined and not keeper.record.gone)
+            keeper.in_flight
+            or keeper.active()
+            or keeper.runner.frozen
+            or (keeper.record.defined and not keeper.record.gone)
             for keeper in self._desk.keepers.values()
         )
 

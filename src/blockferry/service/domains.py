@@ -35,6 +35,9 @@ class Domains:
         flaw = path_flaw(request.qmp)
         if flaw:
             raise errors.QmpUnreachable(qmp=request.qmp, reason=f"it {flaw}")
+        flaw = path_flaw(request.agent) if request.agent is not None else None
+        if flaw:
+            raise errors.AgentUnreachable(domain=request.domain, reason=f"the path of its socket {flaw}")
         for record in self._desk.journal.domains():
             if (record.name == request.domain) != (record.qmp == request.qmp):
                 raise errors.DomainExists(domain=record.name, qmp=record.qmp)
@@ -52,6 +55,8 @@ class Domains:
                     self._desk.journal.forget_domain(request.domain)
                 raise
             self._desk.keepers[request.domain] = keeper
+            if request.agent is not None:
+                self._desk.journal.put_domain(msgspec.structs.replace(keeper.record, agent=request.agent))
             await keeper.reconcile()
             if not known:
                 self._desk.say("domain-attached", request.domain, qmp=request.qmp)

@@ -10,6 +10,7 @@ from blockferry.journal.journal import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.operation import OperationState
+from blockferry.plan.steps import Freeze
 from blockferry.service.desk import Desk
 
 IN_PROGRESS: frozenset[OperationState] = frozenset({"in-progress"})
@@ -43,11 +44,14 @@ class History:
         return self._operation_view(record, steps=True)
 
     def _operation_view(self, record: OperationRecord, *, steps: bool = False) -> view.OperationView:
+        quiesced = any(isinstance(step, Freeze) for step in record.plan.prepare)
+        own = self._desk.journal.steps(record.id) if steps or quiesced else ()
         return answers.operation_view(
             record,
-            self._desk.journal.steps(record.id) if steps else (),
+            own if steps else (),
             self._desk.journal.jobs(record.domain),
             in_flight=self._in_flight(record),
+            frozen_ms=answers.frozen_for(own),
         )
 
     async def recover(self, _request: ask.Recover) -> view.RecoveryReport:

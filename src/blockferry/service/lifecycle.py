@@ -14,6 +14,7 @@ from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.plan.lifecycle import plan_start
+from blockferry.plan.machine import agent_socket
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
 from blockferry.qemu.session import CommandRefused, LostReply
@@ -47,7 +48,15 @@ class Lifecycle:
                 raise errors.AlreadyRunning(domain=name)
             xml = with_uuid(request.xml, str(uuid.uuid4()))
             targets = {disk.id: disk.target for disk in definition.disks}
-            record = DomainRecord(name=name, qmp=str(keeper.home.qmp), gone=True, defined=True, targets=targets)
+            agent = agent_socket(definition)
+            record = DomainRecord(
+                name=name,
+                qmp=str(keeper.home.qmp),
+                gone=True,
+                defined=True,
+                agent=str(keeper.home.folder / agent) if agent is not None else None,
+                targets=targets,
+            )
             self._desk.journal.define(record, Defined(xml=xml))
             self._desk.keepers[name] = keeper
             self._desk.say("domain-defined", name)

@@ -21,6 +21,8 @@ from blockferry.plan.chain import plan_merge
 from blockferry.plan.history import after_forgetting, children
 from blockferry.plan.plan import Plan, Record
 from blockferry.plan.snapshot import choose, existing_files, files_of, plan_snapshot
+from blockferry.qemu.agent import AgentRefused, AgentSilent
+from blockferry.qemu.session import LostReply
 from blockferry.service.desk import Desk, plan_view, require_path
 from blockferry.service.windows import run_window
 
@@ -29,6 +31,7 @@ CREATE = (
     SnapshotCreate.ATOMIC
     | SnapshotCreate.DISK_ONLY
     | SnapshotCreate.REUSE_EXT
+    | SnapshotCreate.QUIESCE
     | SnapshotCreate.NO_METADATA
     | SnapshotCreate.VALIDATE
 )
@@ -77,6 +80,8 @@ class Snapshots:
                 parent=answers.current_snapshot(snapshots, seen),
                 flags=flags,
             )
+            if flags & SnapshotCreate.QUIESCE:
+                await self._require_agent(keeper, seen)
             if request.dry_run:
                 return plan_view(request.domain, plan)
             await keeper.run(operation, plan)
@@ -84,7 +89,24 @@ class Snapshots:
             if made is None:
                 raise AssertionError(plan)
             answer = await self._snapshot_view(keeper, made, operation)
-            return msgspec.structs.replace(answer, left_out=plan.left_out, notes=plan.notes)
+            frozen = answers.frozen_for(self._desk.journal.steps(operation))
+            return msgspec.structs.replace(answer, left_out=plan.left_out, notes=plan.notes, frozen_ms=frozen)
+
+    async def _require_agent(self, keeper: Keeper, seen: Observation) -> None:
+        """Refuse to quiesce a guest whose agent can't be asked, or holds its file systems frozen for somebody else."""
+        agent = keeper.agent()
+        if agent is None:
+            raise errors.AgentUnreachable(domain=keeper.name, reason="its socket is not known")
+        if not seen.running:
+            raise errors.AgentUnreachable(
+                domain=keeper.name, reason=f"the guest is {seen.status}, and its agent with it"
+            )
+        try:
+            frozen = await agent.is_frozen()
+        except (AgentSilent, AgentRefused, LostReply) as failure:
+            raise errors.AgentUnreachable(domain=keeper.name, reason=str(failure)) from failure
+        if frozen:
+            raise errors.AlreadyFrozen(domain=keeper.name)
 
     def _wish(self, request: ask.CreateSnapshot) -> SnapshotWish:
         require_flags("snapshot_create_xml", SnapshotCreate(request.flags), CREATE)

@@ -12,15 +12,17 @@ from blockferry.interfaces.cli.session import Session, absolute, examples, json_
 @click.command("attach", epilog=examples("blockferry attach vm1 --qmp /run/vm1.qmp"))
 @click.argument("name")
 @click.option("--qmp", required=True, metavar="SOCKET", type=click.Path(), help="The guest's QMP socket.")
+@click.option("--agent", metavar="SOCKET", type=click.Path(), help="Of its guest agent, which --quiesce needs.")
 @click.option("--timeout", type=float, metavar="SEC", help="For QEMU's greeting; 5 unless told.")
 @json_option
 @click.pass_obj
-def attach(session: Session, name: str, qmp: str, timeout: float | None) -> None:
+def attach(session: Session, name: str, qmp: str, agent: str | None, timeout: float | None) -> None:
     """Take charge of a running guest.
 
     NAME is what it is called from now on. The guest does not notice.
     """
-    session.answer(render.domain, "attach", domain=name, qmp=absolute(qmp), timeout=timeout)
+    where = {"qmp": absolute(qmp), "agent": absolute(agent) if agent is not None else None}
+    session.answer(render.domain, "attach", domain=name, timeout=timeout, **where)
 
 
 @click.command("detach", epilog=examples("blockferry detach vm1"))

@@ -24,6 +24,7 @@ def domain(view: Json) -> str:
     head += [f"QEMU {view['qemu']}"] if view["qemu"] else []
     head += [f"snapshot {view['current_snapshot']}"] if view["current_snapshot"] else []
     lines = ["  ".join(head), *([f"qmp  {view['qmp']}"] if view["state"] != "shut off" else [])]
+    lines += [f"agent  {view['agent']}"] if view.get("agent") else []
     if view["reason"]:
         lines.append(view["reason"])
     for disk in view["disks"]:
@@ -102,8 +103,14 @@ def snapshot(view: Json) -> str:
         lines += ["", disk["target"], f"  {disk['source']}  {disk['format']}"]
         lines.append(f"  <- {disk['backing']}  {disk['backing_format']}")
         lines += [f"  => {_mirror(disk['mirror'])}"] if disk["mirror"] else []
-    lines += _left_out(view)
+    lines += _left_out(view) + _frozen(view)
     return with_notes(view, "\n".join(lines))
+
+
+def _frozen(view: Json) -> list[str]:
+    # An older host process does not say it.
+    frozen = view.get("frozen_ms")
+    return [] if frozen is None else [f"the guest's file systems stood frozen for {frozen:.1f} ms"]
 
 
 def with_notes(view: Json, text: str) -> str:
@@ -261,6 +268,7 @@ def operation(view: Json) -> str:
     head = [f"operation {view['id']}", view["domain"], view["what"], paint(view["state"])]
     lines = ["  ".join(head), view["text"], f"started {moment(view['started'])}, took {_took(view)}"]
     lines += [f"the guest stood still for {view['pause_ms']:.1f} ms"] if view["pause_ms"] is not None else []
+    lines += _frozen(view)
     lines += [f"recovery's row {view['row']}"] if view["row"] else []
     lines += [f"error: {view['error']}"] if view["error"] else []
     rows = [

@@ -36,6 +36,7 @@ def snapshot() -> None:
     epilog=examples(
         "blockferry snapshot create vm1 before --atomic",
         "blockferry snapshot create vm1 move --disk vda=/src/snap.img --mirror vda=/dest/snap.img",
+        "blockferry snapshot create vm1 calm --atomic --quiesce",
         "blockferry snapshot create vm1 --xml snapshot.xml --dry-run",
         "blockferry snapshot create vm1 ours --disk vda=/src/made.qcow2 --reuse-ext",
     ),
@@ -48,6 +49,7 @@ def snapshot() -> None:
 @click.option("--mirror-backing", "backings", multiple=True, metavar="TARGET=FILE", help="What the mirror backs onto.")
 @click.option("--mode", "modes", multiple=True, metavar="TARGET=MODE", help=f"What headers say: {', '.join(MODES)}.")
 @click.option("--atomic", is_flag=True, help="All disks at one instant, or nothing is changed.")
+@click.option("--quiesce", is_flag=True, help="The guest agent freezes the guest's file systems meanwhile.")
 @click.option("--reuse-ext", is_flag=True, help="Take overlays that are there already, none is made; --atomic with it.")
 @click.option("--no-metadata", is_flag=True, help="Don't remember the snapshot, only switch to the new images.")
 @click.option("--description", metavar="TEXT", help="Free text.")
@@ -65,6 +67,7 @@ def create(
     backings: tuple[str, ...],
     modes: tuple[str, ...],
     atomic: bool,
+    quiesce: bool,
     reuse_ext: bool,
     no_metadata: bool,
     description: str | None,
@@ -84,6 +87,7 @@ def create(
         what = {"xml": xml.read(), "name": snap, "description": description}
     flags = (
         SnapshotCreate.ATOMIC * (atomic or reuse_ext)
+        | SnapshotCreate.QUIESCE * quiesce
         | SnapshotCreate.REUSE_EXT * reuse_ext
         | SnapshotCreate.NO_METADATA * no_metadata
     )
