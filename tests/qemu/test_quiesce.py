@@ -1,71 +1,37 @@
 """Quiesced snapshots of a real Linux guest with the real qemu-guest-agent: what they keep, and what is refused."""
 
+import asyncio
 import contextlib
+import json
 import socket
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
-from rig import MIB, Rig, open_rig
+from calm import CALM, FORMATS, Calm, open_calm
+from rig import Rig, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.flags import SnapshotCreate
-from blockferry.model.snapshot import DiskWish, SnapshotWish
-from blockferry.service import Service
+from blockferry.model.snapshot import SnapshotWish
 from blockferry.testing import (
     QemuBinaries,
-    WritingGuest,
     ask_agent,
-    blockdev_disk,
     file_on_ext4,
     find_qemu,
     fsck,
-    make_ext4,
     needs_recovery,
     raw_contents,
 )
 
-BASES = {"vda": "qcow2", "vdb": "raw"}
-CALM = SnapshotCreate.ATOMIC | SnapshotCreate.QUIESCE
-
-
-@dataclass
-class Calm:
-    """A guest with an ext4 on each of its two disks and its agent, attached as vm1."""
-
-    path: Path
-    guest: WritingGuest
-    service: Service
-
-    async def snapshot(self, name: str, flags: SnapshotCreate = CALM, **more: object) -> view.View:
-        wish = SnapshotWish(
-            name=name,
-            disks=tuple(DiskWish(name=target, file=str(self.path / f"{target}.{name}")) for target in BASES),
-        )
-        return await self.service.submit(ask.CreateSnapshot(domain="vm1", wish=wish, flags=flags, **more))
-
 
 @pytest.fixture
 async def calm(qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Calm]:
-    (tmp_path / "state").mkdir()
-    disks = {
-        target: blockdev_disk(f"d{target}", make_ext4(qemu, tmp_path / target, fmt, 16 * MIB), fmt)
-        for target, fmt in BASES.items()
-    }
-    async with WritingGuest(qemu, tmp_path, disks, slots=64, agent=True) as guest:
-        await guest.booted()
-        service = await Service.open(tmp_path / "state")
-        try:
-            request = ask.Attach(domain="vm1", qmp=str(guest.qemu.qmp), agent=str(guest.agent))
-            shown = await service.submit(request)
-            assert isinstance(shown, view.DomainView)
-            assert shown.agent == str(guest.agent)
-            yield Calm(tmp_path, guest, service)
-        finally:
-            await service.close()
+    async with open_calm(qemu, tmp_path) as calm:
+        yield calm
 
 
 @pytest.mark.guest
@@ -78,17 +44,17 @@ async def test_file_systems_are_at_rest_in_a_quiesced_snapshot(calm: Calm) -> No
     assert await ask_agent(guest.agent, "guest-fsfreeze-status") == ["thawed"]
     await guest.progress(8)
     plainly = await calm.snapshot("plain", SnapshotCreate.ATOMIC)
-    assert isinstance(calmly, view.SnapshotView)
-    assert isinstance(plainly, view.SnapshotView)
     assert plainly.frozen_ms is None
     assert calmly.frozen_ms is not None
     assert 0 < calmly.frozen_ms < 10_000
-    (operation, other) = (await calm.service.submit(ask.ListOperations())).operations
-    assert (operation.frozen_ms, other.frozen_ms) == (calmly.frozen_ms, None)
+    listed = await calm.service.submit(ask.ListOperations())
+    assert isinstance(listed, view.OperationList)
+    assert [each.frozen_ms for each in listed.operations] == [calmly.frozen_ms, None]
     assert guest.pauses_ms() == []
+    await frozen_by_somebody_else(calm)
     await guest.progress(8)
     await guest.stop()
-    for target, fmt in BASES.items():
+    for target, fmt in FORMATS.items():
         with raw_contents(qemu, calm.path / target, fmt) as contents:
             assert not needs_recovery(contents)
             assert fsck(contents) == ""
@@ -98,11 +64,10 @@ async def test_file_systems_are_at_rest_in_a_quiesced_snapshot(calm: Calm) -> No
             assert needs_recovery(contents)
 
 
-@pytest.mark.guest
-async def test_frozen_by_somebody_else(calm: Calm) -> None:
+async def frozen_by_somebody_else(calm: Calm) -> None:
     """Refused with nothing done: theirs is not ours to thaw. A dry run freezes nothing."""
     guest = calm.guest
-    plan = await calm.snapshot("s1", dry_run=True)
+    plan = await calm.service.submit(msgspec.structs.replace(calm.wish("s1"), dry_run=True))
     assert isinstance(plan, view.PlanView)
     steps = [step.removeprefix("prepare: ") for step in plan.steps]
     assert steps[-4:-1] == [
@@ -121,7 +86,7 @@ async def test_frozen_by_somebody_else(calm: Calm) -> None:
     await guest.qemu.command("cont")
     await calm.snapshot("s1")
     await guest.progress(4)
-    assert [each.what for each in (await calm.service.submit(ask.ListOperations())).operations] == ["snapshot"]
+    assert await calm.operations() == [("snapshot", "done")] * 3
 
 
 # --- who is no agent ------------------------------------------------------------------------------------------
@@ -150,7 +115,7 @@ async def refused(rig: Rig, match: str, agent: Path | None = None) -> None:
 async def test_no_agent(plain: Rig) -> None:
     await refused(plain, "its socket is not known")
     await refused(plain, "No such file", plain.path / "nothing")
-    with pytest.raises(errors.AgentUnreachable, match="not absolute"):
+    with pytest.raises(errors.AgentUnreachable, match="not an absolute path"):
         await plain.ask(ask.Attach(domain="vm1", qmp=str(plain.guest.qmp), agent="agent.sock"))
 
 
@@ -168,3 +133,52 @@ async def test_agent_that_never_answers(plain: Rig) -> None:
             with contextlib.suppress(BlockingIOError):
                 waits.connect(str(path))
         await refused(plain, "accepts no connection", path)
+
+
+# --- hostile agents -------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Answers every client with the same bytes, after an agent's own answer to guest-sync-delimited where told."""
+
+    def __init__(self, says: bytes, *, synced: bool) -> None:
+        self._says = says
+        self._synced = synced
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            asked = json.loads((await reader.readline()).lstrip(b"\xff"))
+            if self._synced:
+                writer.write(b"\xff" + json.dumps({"return": asked["arguments"]["id"]}).encode() + b"\n")
+                await reader.readline()
+            writer.write(self._says)
+            await writer.drain()
+        writer.close()
+
+
+NOISE = b"[" * 5000 + b"\n"  # more than a parser takes without complaint
+
+
+NONSENSE = [
+    (b"", False, "the connection was closed"),
+    (b"x" * (1 << 20), False, "limit"),
+    (b"{}\n" * 2000, False, "no guest agent"),
+    (NOISE + b'\xff{"return": 1}\n\xff[1]\n\xfe\n', False, "the connection was closed"),
+    (b"", True, "the connection was closed"),
+    (b"x" * (1 << 20), True, "limit"),
+    (NOISE, True, "can't be understood"),
+    (b"[]\n", True, "can't be understood"),
+    (b"{}\n", True, "can't be understood"),
+    (b'{"return": {"frozen": 1}}\n', True, "guest-fsfreeze-status is none"),
+    (b'{"return": ["frozen"]}\n', True, "guest-fsfreeze-status is none"),
+    (b'{"error": {"desc": "\\u001b[2J\\ud800 no"}}\n', True, r"\?\[2J\? no"),
+    (b'{"error": {}}\n', True, "it says no"),
+]
+
+
+async def test_agent_that_talks_nonsense(plain: Rig) -> None:
+    """Whatever a guest makes of the channel, it is a refusal with words for it."""
+    for number, (says, synced, match) in enumerate(NONSENSE):
+        path = plain.path / f"agent{number}.sock"
+        async with await asyncio.start_unix_server(Hostile(says, synced=synced).serve, path):
+            await refused(plain, match, path)

@@ -101,7 +101,7 @@ class Agent:
         except BlockingIOError as error:
             raise AgentSilent(f"{self._path} accepts no connection") from error
         except OSError as error:
-            raise AgentSilent(f"{self._path}: {error.strerror or error}") from error
+            raise AgentSilent(f"{self._path}: {_words(error)}") from error
         try:
             talk = _Talk(reader, writer, self._witness)
             try:
@@ -110,7 +110,7 @@ class Agent:
             except TimeoutError as error:
                 raise AgentSilent(f"nobody answers on {self._path} within {ANSWER_SECONDS:g} s") from error
             except (OSError, EOFError, ValueError) as error:
-                raise AgentSilent(f"{self._path}: {_printable(str(error))}") from error
+                raise AgentSilent(f"{self._path}: {_words(error)}") from error
             yield talk
         finally:
             writer.close()
@@ -168,7 +168,7 @@ class _Talk:
         except TimeoutError as error:
             raise LostReply(command, f"no answer within {seconds:g} s") from error
         except (OSError, EOFError, ValueError) as error:
-            raise LostReply(command, _printable(str(error))) from error
+            raise LostReply(command, _words(error)) from error
         self._witness("after", command)
         if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
             raise AgentRefused(_printable(str(answer["error"].get("desc", "it says no, and not why"))))
@@ -194,6 +194,10 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
+
+
+def _words(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _printable(words: str) -> str:
