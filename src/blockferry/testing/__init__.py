@@ -1,6 +1,6 @@
 """The public test kit: real QEMUs, images, NBD servers, writing Linux guests, and a QMP proxy that injects faults."""
 
-from blockferry.testing.agent import AgentRelay, ask_agent
+from blockferry.testing.agent import AgentFault, AgentRelay, ask_agent
 from blockferry.testing.ext4 import file_on_ext4, fsck, make_ext4, needs_recovery
 from blockferry.testing.guest import GuestError, Missing, Records, WritingGuest
 from blockferry.testing.images import (
@@ -29,6 +29,7 @@ from blockferry.testing.process import StartError
 from blockferry.testing.proxy import Fault, FaultKind, Gate, QmpFaultProxy
 
 __all__ = [
+    "AgentFault",
     "AgentRelay",
     "Fault",
     "FaultKind",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import enum
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -40,6 +41,15 @@ async def ask_agent(path: Path, *commands: str) -> list[Any]:
             await writer.wait_closed()
 
 
+class AgentFault(enum.Enum):
+    """What happens to a command on its way to the agent."""
+
+    REFUSE = "not executed, answered with an error"
+    SWALLOW = "not executed, never answered"
+    CUT_BEFORE = "not executed, the connection ends"
+    CUT_AFTER = "executed, the connection ends instead of the answer"
+
+
 class AgentRelay:
     """Listens on `path` and forwards to a guest agent's socket; an async context manager.
 
@@ -48,15 +58,13 @@ class AgentRelay:
         path: where it listens.
 
     Attributes:
-        swallowed: commands that do not reach the agent, and so are never answered.
-        unanswered: commands that reach it, and whose answers are lost with the connection.
+        faults: what goes wrong with which command, as long as it is in here.
         seen: every command that came, in order.
     """
 
     def __init__(self, upstream: Path, path: Path) -> None:
         self.path = path
-        self.swallowed: set[str] = set()
-        self.unanswered: set[str] = set()
+        self.faults: dict[str, AgentFault] = {}
         self.seen: list[str] = []
         self._upstream = upstream
         self._server: asyncio.Server | None = None
@@ -71,14 +79,20 @@ class AgentRelay:
             async for line in self._commands(reader):
                 command = json.loads(line.lstrip(SYNC))["execute"]
                 self.seen.append(command)
-                if command in self.swallowed:
+                fault = self.faults.get(command)
+                if fault is AgentFault.CUT_BEFORE:
+                    return
+                if fault is AgentFault.SWALLOW:
+                    continue
+                if fault is AgentFault.REFUSE:
+                    writer.write(b'{"error": {"class": "GenericError", "desc": "no luck today"}}\n')
                     continue
                 below.write(line)
                 answer = await above.readline()
                 # The agent says first what it thinks of the byte that resets its parser.
                 while command == "guest-sync-delimited" and SYNC not in answer:
                     answer = await above.readline()
-                if command in self.unanswered:
+                if fault is AgentFault.CUT_AFTER:
                     return
                 writer.write(answer)
         except (ConnectionError, asyncio.CancelledError):
