@@ -75,7 +75,7 @@ async def test_killed_at_every_boundary(tmp_path: Path) -> None:
 
 def worth_dying(boundaries: Sequence[str]) -> list[int]:
     """Those before something that changes anything, and the last: between two changes it does not matter where."""
-    asking = ("before query-", "before x-debug-query-", "before guest-fsfreeze-status")
+    asking = ("before query-", "before qom-get", "before x-debug-query-", "before guest-fsfreeze-status")
     found = [n for n, each in enumerate(boundaries) if each.startswith("before") and not each.startswith(asking)]
     return [*found, len(boundaries) - 1]
 

@@ -67,6 +67,19 @@ async def test_error_that_lies(faulty: Rig) -> None:
     await fails(faulty, errors.OperationFailed, "injected")
 
 
+async def test_undo_that_is_interrupted_between_two_disks(faulty: Rig) -> None:
+    """The overlay that was committed down is still there, on its base, and nobody's any more: it is not committed again."""
+    before = await faulty.state()
+    faulty.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR))
+    faulty.proxy.inject(Fault("block-commit", FaultKind.ERROR, nth=2))
+    with pytest.raises(errors.OperationUnsettled):
+        await faulty.snapshot(mirrors=ALL)
+    await faulty.settled()
+    assert await faulty.operations() == [("snapshot", "undone")]
+    assert await faulty.state() == before
+    await works_now(faulty)
+
+
 @pytest.mark.parametrize("command", ["blockdev-add", "blockdev-mirror"])
 async def test_errors_at_several_of_a_wave(faulty: Rig, command: str) -> None:
     """They are under way at the same time: all are waited for, the first is named, and what went well is undone."""

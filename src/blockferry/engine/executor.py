@@ -402,7 +402,9 @@ class Executor:
 
     async def _commit_down(self, step: steps.CommitDown) -> None:
         graph = await self.graph()
-        if graph.child(step.overlay, "backing") != step.base and step.job not in await self.jobs():
+        # One that was committed down before stays on its base, open, until it is closed: nobody uses it.
+        in_use = graph.child(step.overlay, "backing") == step.base and bool(graph.parents(step.overlay))
+        if not in_use and step.job not in await self.jobs():
             return
         if step.job not in await self.jobs():
             await self._session.execute(
