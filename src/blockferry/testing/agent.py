@@ -74,7 +74,12 @@ class AgentRelay:
         task = asyncio.current_task()
         assert task is not None
         self._clients.add(task)
-        above, below = await asyncio.open_unix_connection(self._upstream)
+        try:
+            above, below = await asyncio.open_unix_connection(self._upstream)
+        except OSError:  # QEMU is gone
+            self._clients.discard(task)
+            writer.close()
+            return
         try:
             async for line in self._commands(reader):
                 command = json.loads(line.lstrip(SYNC))["execute"]
