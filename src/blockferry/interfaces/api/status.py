@@ -23,6 +23,7 @@ BY_ERROR: dict[type[errors.BlockferryError], int] = {
     errors.QmpUnreachable: 502,
     errors.QmpBusy: 503,
     errors.GuestGone: 502,
+    errors.AgentUnreachable: 502,
     errors.QmpTimeout: 504,
     errors.NoRoom: 507,
     errors.JournalUnwritable: 507,
