@@ -25,6 +25,7 @@ from blockferry.plan.copy import close_job
 from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
+from blockferry.plan.resting import stamped_files, to_rest
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.observe import Observer
@@ -239,10 +240,24 @@ class Keeper:
     async def end(self, reason: str) -> None:
         """End the QEMU of a domain that we start, whatever its guest does; the caller holds the lock."""
         seen = await self.observe()
-        await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen))
-        status_of(seen.pid or 0)
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=None, born=None, gone=True))
-        self._say("domain-stopped", None, reason=reason)
+        self._journal.put_domain(msgspec.structs.replace(self.record, ending=reason))
+        files = {mirror.target: stamped_files(mirror, seen) for mirror in self.active() if isinstance(mirror, Mirror)}
+        done = await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen, self.active()))
+        await self._stamp(done.id, files)
+        self._guest_gone("QEMU was ended")
+
+    async def _stamp(self, operation: int, files: dict[str, tuple[str, ...]]) -> None:
+        """Remember what the files of mirrors look like that were closed equal, once QEMU has let go of them."""
+        outcomes = [step.outcome.get("equal", ()) for step in self._journal.steps(operation)]
+        equal = {target for targets in outcomes for target in targets}
+        stamped = []
+        for mirror in self._journal.mirrors(self.name):
+            if mirror.state == "resting" and mirror.target in equal and files.get(mirror.target):
+                stamps = await self._images.stamps(files[mirror.target])
+                if len(stamps) == len(set(files[mirror.target])):
+                    stamped.append(msgspec.structs.replace(mirror, stamps=stamps))
+        if stamped:
+            self._journal.lose_jobs(self.name, {}, tuple(stamped))
 
     async def _end_if_shut_down(self, seen: Observation) -> None:
         """A guest that has shut down by itself leaves its QEMU standing (-no-shutdown), for us to end in good order."""
@@ -433,14 +448,19 @@ class Keeper:
         record = self.record
         if record.gone:
             return
+        resting: tuple[Mirror, ...] = ()
+        ended = self.active()
         if record.defined:
             words = (status_of(record.pid) if record.pid is not None else None, self.home.last_words())
-            reason = ": ".join([reason, *(each for each in words if each)])
-        lost = {job.target: f"{GONE}: {reason}" for job in self.active()}
-        if lost:
-            self._bus.publish(self._journal.lose_jobs(self.name, lost))
-        self._say("domain-crashed" if record.defined else "domain-gone", None, reason=reason)
-        self._journal.put_domain(msgspec.structs.replace(self.record, gone=True))
+            reason = record.ending or ": ".join([reason, *(each for each in words if each)])
+            resting, ended = to_rest(ended)
+        lost = {job.target: f"{GONE}: {reason}" for job in ended}
+        if lost or resting:
+            self._bus.publish(self._journal.lose_jobs(self.name, lost, resting))
+        kind = "domain-gone" if not record.defined else "domain-stopped" if record.ending else "domain-crashed"
+        self._say(kind, None, reason=reason)
+        record = msgspec.structs.replace(record, gone=True, ending=None)
+        self._journal.put_domain(msgspec.structs.replace(record, pid=None, born=None) if record.defined else record)
 
     def _say(self, kind: str, disk: str | None, **data: Any) -> None:
         event = Event(seq=0, time=time.time(), type=kind, domain=self.name, disk=disk, data=data)

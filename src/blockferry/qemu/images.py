@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from blockferry.model.files import FileFact, ImageFact, Kind
+from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
 from blockferry.qemu.qcow2 import empty_image
 
 # A chain longer than libvirt's own limit (virstoragefile, 200) is a loop or an attack.
@@ -133,6 +133,11 @@ class Images:
         """
         return await asyncio.to_thread(_drop, path)
 
+    async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
+        """What tells whether somebody touches these files from now on; those that are no plain files have none."""
+        found = {path: await asyncio.to_thread(_stamp, path) for path in paths}
+        return {path: stamp for path, stamp in found.items() if stamp is not None}
+
     async def sync(self, paths: tuple[str, ...]) -> None:
         """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
         await asyncio.to_thread(_sync, paths)
@@ -209,6 +214,22 @@ def _fact(path: str) -> FileFact:
         allocated=allocated,
         size=size,
         used=used,
+    )
+
+
+def _stamp(path: str) -> FileStamp | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return FileStamp(
+        device=found.st_dev,
+        inode=found.st_ino,
+        size=found.st_size,
+        modified=found.st_mtime_ns,
+        changed=found.st_ctime_ns,
     )
 
 
@@ -299,6 +320,8 @@ def _create(path: str, image_format: str, size: int, backing: str | None, backin
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return False
+            # Nothing of a destination that is made anew is kept; of one that was just claimed there is nothing.
+            os.ftruncate(descriptor, 0)
             if image_format == "qcow2":
                 contents = empty_image(size, backing, backing_format)
                 # Done twice it writes the same: nobody else has opened it yet.

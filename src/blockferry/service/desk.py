@@ -19,15 +19,17 @@ from blockferry.formats.defined import inactive_xml
 from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
-from blockferry.model.blockjob import BlockJob
-from blockferry.model.definition import Definition
+from blockferry.model.blockjob import BlockJob, Mirror
+from blockferry.model.definition import Definition, DiskDef
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
+from blockferry.plan.resting import Look, flaw
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
+from blockferry.qemu.nbd import reachable
 
 Witness = Callable[[str, str], None]
 
@@ -162,6 +164,29 @@ class Desk:
             elif source is not None:
                 found[disk.target] = await self.images.chain(source.where, source.format)
         return found
+
+    # --- mirrors that rest ------------------------------------------------------------------------------------
+
+    def resting(self, domain: str) -> tuple[Mirror, ...]:
+        """A domain's mirrors that rest until it is started."""
+        return tuple(mirror for mirror in self.journal.mirrors(domain) if mirror.state == "resting")
+
+    async def look(self, mirror: Mirror, disk: DiskDef | None, size: int) -> Look:
+        """What is there of a resting mirror's destination; `size` is the disk's, in bytes."""
+        if not mirror.file.startswith("/"):
+            problem = await reachable(mirror.file)
+            return Look(fact=None, problem=flaw(mirror, disk, None) or problem)
+        fact = (await self.images.facts((mirror.file,)))[mirror.file]
+        stamps = await self.images.stamps((mirror.file, *mirror.stamps))
+        problem = flaw(mirror, disk, fact)
+        stamp, claim = stamps.get(mirror.file), self.journal.claim(mirror.operation, mirror.file)
+        if problem is None and stamp is not None and claim not in (None, (stamp.device, stamp.inode)):
+            problem = "another file is there now"
+        if problem is None:
+            (head, *_below) = await self.images.chain(mirror.file, mirror.format)
+            other = f"it has {head.virtual_size} bytes now, and the disk has {size}"
+            problem = head.problem or (None if head.virtual_size == size else other)
+        return Look(fact=fact, stamps=stamps, problem=problem)
 
     def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.
