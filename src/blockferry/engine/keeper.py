@@ -33,6 +33,8 @@ from blockferry.qemu.process import born, ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
+# A QEMU that has ended has let go of its lock by then.
+RELEASE_SECONDS = 5.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
 WATCHED = (
@@ -121,6 +123,8 @@ class Keeper:
         self._session, self._observer, self.problem = session, observer, None
         self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._spawn(self._watch(session))
+        if record.defined and session.pid is not None:
+            self._spawn(self._await_end(session.pid, started))
         self.sample()
         return session
 
@@ -172,7 +176,7 @@ class Keeper:
             return True
         ended = record.pid is not None and await ends(record.pid, record.born, seconds)
         # Of one that we start its lock says so, also of one that died before we knew its process.
-        return not self.home.taken() if record.defined else ended
+        return await self.home.released(RELEASE_SECONDS if ended else 0.0) if record.defined else ended
 
     async def observe(self) -> Observation:
         """The domain now; its targets are kept from here on.
@@ -523,6 +527,14 @@ class Keeper:
                 seen = await self.observe()
                 await self.check_jobs(seen)
                 await self._end_if_shut_down(seen)
+
+    async def _await_end(self, pid: int, started: int | None) -> None:
+        """Follow the process of a guest that we started to its end, whatever becomes of the connection."""
+        await ends(pid, started, None)
+        async with self.lock:
+            if (self.record.pid, self.record.born) == (pid, started) and await self.is_gone():
+                with contextlib.suppress(errors.BlockferryError):
+                    await self.reconcile()
 
     async def _lost_connection(self) -> None:
         async with self.lock:
