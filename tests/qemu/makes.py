@@ -42,9 +42,7 @@ class Make:
     @property
     def bus(self) -> str:
         """Libvirt's name for it."""
-        return {"AHCI": "sata", "virtio-blk": "virtio", "NVMe": "nvme", "IDE": "ide", "USB": "usb"}.get(
-            self.what.split()[0], "scsi"
-        )
+        return BUSES[self.what.split()[0]]
 
     def arguments(self, folder: Path) -> list[str]:
         """QEMU's."""
@@ -54,27 +52,30 @@ class Make:
             f"-blockdev driver=file,node-name=TARGET-file,filename=IMAGE{cache} "
             f"-blockdev driver={self.format},node-name=TARGET-node,file=TARGET-file{cache}"
         )
-        text = self.args.replace("-NODE", node).replace("DRIVE", f"file=IMAGE,format={self.format}")
+        drive = f"-drive file=IMAGE,format={self.format}{',cache=none' if self.direct else ''}"
+        text = self.args.replace("-NODE", node).replace("-DRIVE", drive)
         return [word.replace("TARGET", self.target).replace("IMAGE", str(image)) for word in text.split()]
 
 
-# In the order of their targets: QEMU gives devices their PCI addresses in the order of the command line.
+BUSES = {"virtio-blk": "virtio", "virtio-scsi": "scsi", "lsi53c895a": "scsi", "SATA": "sata", "IDE": "ide"} | {
+    "USB": "usb",
+    "NVMe": "nvme",
+}
+IO = "-object iothread,id=TARGET-io"
+BLK = "-device virtio-blk-pci,id=TARGET-dev"
+HBA = "-device virtio-scsi-pci,id=TARGET-bus"
+USB = "-device qemu-xhci,id=TARGET-bus"
+
+# QEMU gives devices their PCI addresses, which targets follow, in the order of the command line; `if=virtio` come last.
 PC = (
-    Make("vda", "virtio-blk", "-blockdev", "qcow2", "-NODE -device virtio-blk-pci,drive=TARGET-node,id=TARGET-dev"),
-    Make(
-        "vdb",
-        "virtio-blk",
-        "-blockdev",
-        "qcow2",
-        "-NODE -object iothread,id=io0 -device virtio-blk-pci,drive=TARGET-node,id=TARGET-dev,iothread=io0",
-        iothread=True,
-    ),
+    Make("vda", "virtio-blk", "-blockdev", "qcow2", f"-NODE {BLK},drive=TARGET-node"),
+    Make("vdb", "virtio-blk", "-blockdev", "qcow2", f"-NODE {IO} {BLK},drive=TARGET-node,iothread=TARGET-io", True),
     Make(
         "vdc",
         "virtio-blk",
         "-blockdev",
         "raw",
-        "-NODE -object iothread,id=io1 -device virtio-blk-pci,drive=TARGET-node,iothread=io1",
+        f"-NODE {IO} -device virtio-blk-pci,drive=TARGET-node,iothread=TARGET-io",
         iothread=True,
         direct=True,
     ),
@@ -83,24 +84,107 @@ PC = (
         "virtio-blk",
         "-drive if=none",
         "raw",
-        "-drive DRIVE,if=none,id=d3 -object iothread,id=io2 -device virtio-blk-pci,drive=d3,iothread=io2",
-        iothread=True,
+        f"-DRIVE,if=none,id=d3 {IO} {BLK},drive=d3,iothread=TARGET-io",
+        True,
     ),
     Make(
         "vde",
         "virtio-blk",
         "-drive if=none",
         "qcow2",
-        "-drive DRIVE,if=none,id=d4,copy-on-read=on,cache=none -device virtio-blk-pci,drive=d4",
+        f"-DRIVE,if=none,id=d4,copy-on-read=on {BLK},drive=d4",
         direct=True,
     ),
+    Make("sda", "virtio-scsi", "-blockdev", "qcow2", f"-NODE {HBA} -device scsi-hd,bus=sda-bus.0,drive=TARGET-node"),
+    Make(
+        "sdb",
+        "virtio-scsi",
+        "-blockdev",
+        "raw",
+        f"-NODE {IO} {HBA},iothread=TARGET-io -device scsi-hd,bus=sdb-bus.0,drive=TARGET-node,id=TARGET-dev",
+        True,
+    ),
+    # A second disk of the same controller, and so of the same iothread.
+    Make(
+        "sdc",
+        "virtio-scsi",
+        "-drive if=none",
+        "qcow2",
+        "-DRIVE,if=none,id=d5 -device scsi-hd,bus=sdb-bus.0,drive=d5",
+        True,
+    ),
+    Make(
+        "sdd",
+        "lsi53c895a",
+        "-drive if=none",
+        "raw",
+        "-DRIVE,if=none,id=d6 -device lsi53c895a,id=TARGET-bus -device scsi-hd,bus=sdd-bus.0,drive=d6",
+    ),
+    Make(
+        "sde",
+        "SATA (AHCI)",
+        "-blockdev",
+        "qcow2",
+        "-NODE -device ich9-ahci,id=TARGET-bus -device ide-hd,bus=sde-bus.0,drive=TARGET-node,id=TARGET-dev",
+    ),
+    Make("sdf", "SATA (AHCI)", "-drive if=none", "raw", "-DRIVE,if=none,id=d7 -device ide-hd,bus=sde-bus.1,drive=d7"),
+    Make(
+        "sdg",
+        "USB (usb-storage)",
+        "-blockdev",
+        "qcow2",
+        f"-NODE {USB} -device usb-storage,bus=sdg-bus.0,drive=TARGET-node",
+    ),
+    Make(
+        "sdh",
+        "USB (usb-bot)",
+        "-drive if=none",
+        "raw",
+        "-DRIVE,if=none,id=d8 -device usb-bot,id=TARGET-bot,bus=sdg-bus.0 -device scsi-hd,bus=sdh-bot.0,drive=d8",
+    ),
+    Make("nvme0n1", "NVMe", "-blockdev", "qcow2", "-NODE -device nvme,serial=TARGET,drive=TARGET-node,id=TARGET-dev"),
+    Make("nvme1n1", "NVMe", "-drive if=none", "raw", "-DRIVE,if=none,id=d9 -device nvme,serial=TARGET,drive=d9"),
+    Make("hda", "IDE", "-hda", "qcow2", "-hda IMAGE"),
+    Make("hdb", "IDE", "-drive if=ide", "raw", "-DRIVE,if=ide,index=1"),
+    Make("hdc", "IDE", "-blockdev", "qcow2", "-NODE -device ide-hd,bus=ide.1,unit=0,drive=TARGET-node"),
+    Make("vdf", "virtio-blk", "-drive if=virtio", "raw", "-DRIVE,if=virtio"),
+    Make("vdg", "virtio-blk", "-drive if=virtio", "qcow2", "-DRIVE,if=virtio,throttling.iops-total=100000"),
+)
+
+PORT = "-device pcie-root-port,id=TARGET-port,chassis="
+Q35 = (
+    Make(
+        "vda", "virtio-blk", "-drive if=none", "qcow2", f"{PORT}1 -DRIVE,if=none,id=d0 {BLK},drive=d0,bus=TARGET-port"
+    ),
+    Make(
+        "vdb",
+        "virtio-blk",
+        "-blockdev",
+        "qcow2",
+        f"-NODE {PORT}2 {IO} {IO}-2 -device "
+        '{"driver":"virtio-blk-pci","drive":"TARGET-node","bus":"TARGET-port",'
+        '"iothread-vq-mapping":[{"iothread":"TARGET-io"},{"iothread":"TARGET-io-2"}]}',
+        iothread=True,
+        since=9,
+    ),
+    Make(
+        "nvme0n1",
+        "NVMe",
+        "-blockdev",
+        "raw",
+        f"-NODE {PORT}3 -device nvme,serial=TARGET,bus=TARGET-port,drive=TARGET-node",
+    ),
+    Make("sda", "SATA (AHCI)", "-hda", "qcow2", "-hda IMAGE"),
 )
 
 
-def makes_for(qemu: QemuBinaries, makes: Sequence[Make]) -> list[Make]:
+MACHINES = {"pc": PC, "q35": Q35}
+
+
+def makes_of(qemu: QemuBinaries, machine: str) -> list[Make]:
     """Those that this QEMU has."""
     major = 10 if "qemu10" in str(qemu.system) else 7
-    return [make for make in makes if make.since <= major]
+    return [make for make in MACHINES[machine] if make.since <= major]
 
 
 @contextlib.contextmanager

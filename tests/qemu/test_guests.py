@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from makes import PC, Make, makes_for, open_makes
+import pytest
+from makes import Make, makes_of, open_makes
 from rig import KIB, MIB, Rig
 
-from blockferry.model.flags import SnapshotDelete
-from blockferry.testing import QemuBinaries, image_sha256
+from blockferry.model import request as ask
+from blockferry.model.flags import SnapshotCreate, SnapshotDelete
+from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.testing import QemuBinaries, image_sha256, make_image
 
 
 class Life:
@@ -28,9 +31,11 @@ class Life:
             await self.rig.write(target, byte, 7 * MIB)
         self.parts += 1
 
-    def leave(self, target: str, path: Path, fmt: str) -> None:
-        """The image must hold from now on what the guest has written so far."""
-        self.left[path] = fmt, self.rig.digest(target)
+    def leaves(self, where: str, fmt: str | None = None) -> None:
+        """That image of every disk must hold from now on what the guest has written so far; as the disk's first, unless told."""
+        for make in self.makes:
+            path = Path(where.replace("TARGET", make.target))
+            self.left[path] = fmt or make.format, self.rig.digest(make.target)
 
     def check(self) -> None:
         """Every image that the guest was on, once QEMU is gone."""
@@ -39,40 +44,77 @@ class Life:
 
     async def chains(self, *names: str) -> None:
         """Every disk's chain, by the images' names."""
+        chains = {target: [image.file for image in disk.chain] for target, disk in (await self.rig.disks()).items()}
         for target in self.targets:
-            assert await self.rig.chain(target) == [name.replace("TARGET", target) for name in names]
+            assert chains[target] == [name.replace("TARGET", target) for name in names]
 
 
-async def test_the_whole_life_of_every_disk(qemu: QemuBinaries, tmp_path: Path) -> None:
-    makes = makes_for(qemu, PC)
-    async with open_makes(qemu, tmp_path, makes) as rig:
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+async def test_the_whole_life_of_every_disk(qemu: QemuBinaries, tmp_path: Path, machine: str) -> None:
+    makes = makes_of(qemu, machine)
+    async with open_makes(qemu, tmp_path, makes, machine=machine) as rig:
         life = Life(rig, makes)
-        path, dst = rig.path, rig.dst
-        shown = await rig.disks()
-        assert {target: (disk.bus, disk.source, disk.format) for target, disk in shown.items()} == {
+        assert {target: (disk.bus, disk.source, disk.format) for target, disk in (await rig.disks()).items()} == {
             make.target: (make.bus, str(rig.source(make.target)), make.format) for make in makes
         }
         await life.write()
-
-        for make in makes:
-            life.leave(make.target, rig.source(make.target), make.format)
-        await rig.snapshot("s1", mirrors=life.targets, only=life.targets)
-        await life.write()
-        await life.chains(f"{path}/TARGET.s1", f"{path}/TARGET.img")
-        for target in life.targets:
-            life.leave(target, path / f"{target}.s1", "qcow2")
-        await rig.delete("s1", SnapshotDelete.REOPEN_MIRROR)
-        await life.write()
-        await life.chains(f"{dst}/TARGET.s1", f"{path}/TARGET.img")
-
-        for make in makes:
-            await rig.copy(make.target, format=make.format)
-        await life.write()
-        for target in life.targets:
-            life.leave(target, dst / f"{target}.s1", "qcow2")
-        await rig.pivot(*life.targets)
-        await life.write()
-        await life.chains(f"{dst}/TARGET.copy")
-
+        await snapshot_and_reopen(life)
+        await copy_and_pivot(life)
+        await chains(life)
+        assert await rig.status() == "running"
+        assert await rig.qemu_jobs() == {}
+        nodes = await rig.nodes()
+        assert {name[-len(f"-{t}-s") :] for name in await rig.our_nodes() for t in life.targets} is not None
+        print({node["file"] for node in nodes.values()})
+        assert "qom-set" not in rig.proxy.commands()
         await rig.guest.stop()
         life.check()
+
+
+async def snapshot_and_reopen(life: Life) -> None:
+    rig, path, dst = life.rig, life.rig.path, life.rig.dst
+    life.leaves(f"{path}/TARGET.img")
+    await rig.snapshot("s1", mirrors=life.targets, only=life.targets)
+    await life.write()
+    await life.chains(f"{path}/TARGET.s1", f"{path}/TARGET.img")
+    life.leaves(f"{path}/TARGET.s1", "qcow2")
+    await rig.delete("s1", SnapshotDelete.REOPEN_MIRROR)
+    await life.write()
+    await life.chains(f"{dst}/TARGET.s1", f"{path}/TARGET.img")
+
+
+async def copy_and_pivot(life: Life) -> None:
+    rig, dst = life.rig, life.rig.dst
+    for make in life.makes:
+        await rig.copy(make.target, format=make.format)
+    await life.write()
+    life.leaves(f"{dst}/TARGET.s1", "qcow2")
+    await rig.pivot(*life.targets)
+    await life.write()
+    await life.chains(f"{dst}/TARGET.copy")
+
+
+async def chains(life: Life) -> None:
+    """Merge a snapshot under a newer one, commit that, and pull what is left up into another."""
+    rig, path, dst = life.rig, life.rig.path, life.rig.dst
+    for name in ("s2", "s3"):
+        await rig.snapshot(name, only=life.targets)
+        await life.write()
+    await rig.delete("s2", 0)
+    await life.chains(f"{path}/TARGET.s3", f"{dst}/TARGET.copy")
+    for target in life.targets:
+        await rig.commit(target)
+    for target in life.targets:
+        assert (await rig.ended(target)).state == "done"
+    await life.chains(f"{dst}/TARGET.copy")
+    await life.write()
+    life.leaves(f"{dst}/TARGET.copy")
+    await rig.snapshot("s4", only=life.targets)
+    await life.write()
+    for target in life.targets:
+        await rig.rebase(target)
+    for target in life.targets:
+        assert (await rig.ended(target)).state == "done"
+    await life.chains(f"{path}/TARGET.s4")
+    await life.write()
+    life.leaves(f"{path}/TARGET.s4", "qcow2")
