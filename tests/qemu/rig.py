@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -196,19 +196,28 @@ class Rig:
 
     async def write(self, target: str, byte: int, offset: int = 0, length: int = 64 * KIB) -> None:
         """Write through the guest's device, as QEMU's own test command does."""
-        done, failed = await self._writes(target)
-        # Only the asynchronous ones are counted; aio_flush, which would wait, hangs QEMU 7.2 with an iothread.
-        await self.hmp(f'qemu-io -d {self.qdevs[target]} "aio_write -q -P {byte:#x} {offset} {length}"')
-        async with asyncio.timeout(EVENT_TIMEOUT_S):
-            while (now := await self._writes(target)) == (done, failed):
-                pass
-        assert now == (done + 1, failed), f"the write to {target} failed"
-        self.written[target][offset : offset + length] = bytes([byte]) * length
+        await self.write_each({target: byte}, offset, length)
 
-    async def _writes(self, target: str) -> tuple[int, int]:
+    async def write_each(self, bytes_: Mapping[str, int], offset: int = 0, length: int = 64 * KIB) -> None:
+        """Write a byte to each of several disks, all at once."""
+        before = await self._writes(bytes_)
+        for target, byte in bytes_.items():
+            # Only the asynchronous ones are counted; aio_flush, which would wait, hangs QEMU 7.2 with an iothread.
+            await self.hmp(f'qemu-io -d {self.qdevs[target]} "aio_write -q -P {byte:#x} {offset} {length}"')
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            while set(before.items()) & set((now := await self._writes(bytes_)).items()):
+                pass
+        for target, byte in bytes_.items():
+            done, failed = before[target]
+            assert now[target] == (done + 1, failed), f"the write to {target} failed"
+            self.written[target][offset : offset + length] = bytes([byte]) * length
+
+    async def _writes(self, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """By target, how many writes are done and how many failed."""
         answer = await self.guest.command("query-blockstats")
-        (stats,) = [each["stats"] for each in answer if each.get("qdev") == self.qdevs[target]]
-        return stats["wr_operations"], stats["failed_wr_operations"]
+        found = {each["qdev"]: each["stats"] for each in answer if "qdev" in each}
+        stats = {target: found[self.qdevs[target]] for target in targets}
+        return {target: (each["wr_operations"], each["failed_wr_operations"]) for target, each in stats.items()}
 
     async def hmp(self, line: str) -> str:
         return await self.guest.command("human-monitor-command", {"command-line": line})
