@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rig import SIZE, Rig, open_guest
+from rig import MIB, SIZE, Rig, open_guest
 
 from blockferry.testing import QemuBinaries, make_image
 
@@ -178,7 +178,42 @@ Q35 = (
 )
 
 
+@dataclass(frozen=True)
+class LeftAlone:
+    """A drive that no snapshot is taken of: what it is called, what it is, why it is left out, and what is typed.
+
+    In `args`, MEDIUM is a raw image of 1 MiB.
+    """
+
+    target: str
+    what: str
+    reason: str
+    args: str
+
+    def arguments(self, folder: Path) -> list[str]:
+        """QEMU's."""
+        return self.args.replace("MEDIUM", str(folder / f"{self.target}.medium")).split()
+
+
+READ_ONLY = "-blockdev driver=raw,node-name=ro,read-only=on,file.driver=file,file.filename=MEDIUM"
+PC_ALONE = (
+    LeftAlone(
+        "vdh", "a disk that is read-only", "it is read-only", f"{READ_ONLY} -device virtio-blk-pci,drive=ro,addr=0x1e"
+    ),
+    LeftAlone(
+        "sdi",
+        "a cdrom",
+        "it is a cdrom",
+        "-drive file=MEDIUM,format=raw,if=none,id=cd,media=cdrom "
+        "-device virtio-scsi-pci,id=cd-bus,addr=0x1f -device scsi-cd,bus=cd-bus.0,drive=cd,id=cd-dev",
+    ),
+    LeftAlone("hdd", "an empty drive", "the drive is empty", "-drive if=ide,index=3,media=cdrom"),
+    LeftAlone("fda", "a floppy", "it is a floppy", "-drive if=floppy,format=raw,file=MEDIUM"),
+    LeftAlone("fdb", "an empty drive", "the drive is empty", "-device floppy"),
+)
+Q35_ALONE = (LeftAlone("sdb", "a cdrom", "it is a cdrom", "-cdrom MEDIUM"),)
 MACHINES = {"pc": PC, "q35": Q35}
+LEFT_ALONE = {"pc": PC_ALONE, "q35": Q35_ALONE}
 
 
 def makes_of(qemu: QemuBinaries, machine: str) -> list[Make]:
@@ -207,9 +242,15 @@ def direct_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.asynccontextmanager
 async def open_makes(
-    qemu: QemuBinaries, path: Path, makes: Sequence[Make], more: Sequence[str] = (), *, machine: str = "pc"
+    qemu: QemuBinaries,
+    path: Path,
+    makes: Sequence[Make],
+    alone: Sequence[LeftAlone] = (),
+    *,
+    machine: str = "pc",
+    proxy: bool = False,
 ) -> AsyncIterator[Rig]:
-    """A guest that runs, with these disks (empty) and `more`, a proxy before its QMP socket."""
+    """A guest that runs, with these disks (empty) and drives."""
     with direct_folder(path) as folder:
         images: dict[str, bytes] = {}
         for make in makes:
@@ -218,7 +259,9 @@ async def open_makes(
                 image.write_bytes(images[make.format])
             else:
                 images[make.format] = make_image(qemu, image, make.format, SIZE).read_bytes()
-        args = [word for make in makes for word in make.arguments(folder)]
+        for drive in alone:
+            (folder / f"{drive.target}.medium").write_bytes(bytes(MIB))
+        args = [word for each in (*makes, *alone) for word in each.arguments(folder)]
         written = {make.target: bytearray(SIZE) for make in makes}
-        async with open_guest(qemu, folder, [*args, *more], written, proxy=True, machine=machine) as rig:
+        async with open_guest(qemu, folder, args, written, proxy=proxy, machine=machine) as rig:
             yield rig

@@ -220,6 +220,8 @@ def test_generated_name_of_what_is_no_file() -> None:
 UNSUITABLE = {
     "empty": Plug("vdc", empty=True),
     "cdrom": Plug("vdc", device="cdrom"),
+    "floppy": Plug("vdc", device="floppy"),
+    "passed through": Plug("vdc", device="lun"),
     "read-only": Plug("vdc", read_only=True),
     "vmdk": Plug("vdc", fmt="vmdk"),
     "bare file": Plug("vdc", fmt="file"),

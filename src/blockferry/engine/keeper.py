@@ -17,7 +17,7 @@ from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
 from blockferry.journal.journal import DomainRecord, Journal, OperationRecord
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
-from blockferry.model.domain import Observation
+from blockferry.model.domain import Observation, names_that_last
 from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
 from blockferry.plan.chain import has_ended, plan_end
@@ -111,6 +111,7 @@ class Keeper:
                 await session.close()
                 raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
             self._guest_gone("another QEMU process answers on its socket now")
+            observer.targets = names_that_last(observer.targets)
         self._session, self._observer, self.problem = session, observer, None
         self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._spawn(self._watch(session))

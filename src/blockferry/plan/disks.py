@@ -34,7 +34,7 @@ def unsuitable(disk: Disk, graph: Graph) -> str | None:
     if not disk.chain or disk.root is None:
         return "the drive is empty"
     if disk.device != "disk":
-        return f"it is a {disk.device}"
+        return f"it is a {disk.device}" + (", a device of the host passed through" if disk.device == "lun" else "")
     if disk.read_only:
         return "it is read-only"
     active = disk.active
