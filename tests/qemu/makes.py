@@ -240,6 +240,20 @@ def direct_folder(path: Path) -> Iterator[Path]:
     raise AssertionError("no file system here has O_DIRECT, which some of these disks are opened with")
 
 
+def make_disks(qemu: QemuBinaries, folder: Path, makes: Sequence[Make], alone: Sequence[LeftAlone] = ()) -> list[str]:
+    """Make the images, empty ones, and return QEMU's arguments."""
+    images: dict[str, bytes] = {}
+    for make in makes:
+        image = folder / f"{make.target}.img"
+        if make.format in images:
+            image.write_bytes(images[make.format])
+        else:
+            images[make.format] = make_image(qemu, image, make.format, SIZE).read_bytes()
+    for drive in alone:
+        (folder / f"{drive.target}.medium").write_bytes(bytes(MIB))
+    return [word for each in (*makes, *alone) for word in each.arguments(folder)]
+
+
 @contextlib.asynccontextmanager
 async def open_makes(
     qemu: QemuBinaries,
@@ -250,18 +264,9 @@ async def open_makes(
     machine: str = "pc",
     proxy: bool = False,
 ) -> AsyncIterator[Rig]:
-    """A guest that runs, with these disks (empty) and drives."""
+    """A guest that runs, with these disks and drives."""
     with direct_folder(path) as folder:
-        images: dict[str, bytes] = {}
-        for make in makes:
-            image = folder / f"{make.target}.img"
-            if make.format in images:
-                image.write_bytes(images[make.format])
-            else:
-                images[make.format] = make_image(qemu, image, make.format, SIZE).read_bytes()
-        for drive in alone:
-            (folder / f"{drive.target}.medium").write_bytes(bytes(MIB))
-        args = [word for each in (*makes, *alone) for word in each.arguments(folder)]
+        args = make_disks(qemu, folder, makes, alone)
         written = {make.target: bytearray(SIZE) for make in makes}
         async with open_guest(qemu, folder, args, written, proxy=proxy, machine=machine) as rig:
             yield rig
