@@ -1,18 +1,19 @@
 """Disks of every make that guests have, all in one guest: the whole life of each, at the same instants."""
 
 import itertools
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from makes import LEFT_ALONE, LeftAlone, Make, makes_of, open_makes
-from rig import KIB, Rig
+from rig import KIB, MIB, SIZE, Rig, open_guest, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
-from blockferry.testing import QemuBinaries, TestQemu, image_sha256
+from blockferry.testing import QemuBinaries, TestQemu, image_sha256, make_image
 
 
 class Life:
@@ -45,6 +46,20 @@ class Life:
         for path, (fmt, digest) in self.left.items():
             assert image_sha256(self.rig.qemu, path, fmt) == digest, path
 
+    async def between(self) -> dict[str, tuple[int, str]]:
+        """What is between each device and its image, as QEMU says: the limit of its requests, the driver on top."""
+        drives = {drive.get("qdev"): drive for drive in await self.rig.guest.command("query-block")}
+        drivers = {name: node["drv"] for name, node in (await self.rig.nodes()).items()}
+        shape = await self.rig.guest.command("x-debug-query-block-graph")
+        names = {node["id"]: node["name"] for node in shape["nodes"]}
+        roots = {names[edge["parent"]]: names[edge["child"]] for edge in shape["edges"] if edge["name"] == "root"}
+        found = {}
+        for target in self.targets:
+            qdev = self.rig.qdevs[target]
+            driver = drivers[roots[drives[qdev]["device"] or qdev]]
+            found[target] = drives[qdev]["inserted"]["iops"], driver if driver == "copy-on-read" else "format"
+        return found
+
     async def chains(self, *names: str) -> None:
         """Every disk's chain, by the images' names."""
         chains = {target: [image.file for image in disk.chain] for target, disk in (await self.rig.disks()).items()}
@@ -62,6 +77,7 @@ async def test_the_whole_life_of_every_disk(qemu: QemuBinaries, tmp_path: Path, 
             make.target: (make.bus, str(rig.source(make.target)), make.format) for make in makes
         }
         assert set(shown) == {*life.targets, *(drive.target for drive in life.alone)}
+        between = await life.between()
         await snapshot_and_reopen(life)
         await copy_and_pivot(life)
         await merge_commit_and_rebase(life)
@@ -73,6 +89,7 @@ async def test_the_whole_life_of_every_disk(qemu: QemuBinaries, tmp_path: Path, 
             f"{rig.path}/{make.target}.s4": make.direct for make in makes
         }
         assert len(await rig.our_nodes()) == 2 * len(makes)
+        assert await life.between() == between, "limits and filters stay"
         assert "qom-set" not in rig.proxy.commands(), "setting a device's drive kills some guests"
         await rig.guest.stop()
         life.check()
@@ -174,3 +191,54 @@ async def test_names_in_a_guest_that_was_started_anew(qemu: QemuBinaries, tmp_pa
                 name: disk.source for name, disk in before.items()
             }
             assert all(after[name].qdev != disk.qdev for name, disk in before.items())
+
+
+async def test_an_image_that_was_deleted(rig: Rig) -> None:
+    """QEMU has it open still: no overlay could back onto it, and a copy saves the disk."""
+    await rig.write("vda", 1)
+    rig.source("vda").unlink()
+    before = await rig.state()
+    with pytest.raises(errors.ImageUnsuitable, match=r"vda\.img can't be used: it is not there any more"):
+        await rig.snapshot()
+    assert await rig.state() == before
+    await rig.snapshot(only=["vdb", "sda"])
+    await rig.copy("vda")
+    await rig.write("vda", 2, MIB)
+    await rig.pivot("vda")
+    await rig.snapshot("s2")
+    await rig.guest.stop()
+    assert rig.holds("vda", rig.dest("vda"), "qcow2")
+
+
+async def test_a_temporary_image_of_qemus(qemu: QemuBinaries, tmp_path: Path) -> None:
+    """`snapshot=on`: what is written goes to a file that has no name."""
+    image = make_image(qemu, tmp_path / "kept.img", "qcow2", SIZE)
+    args = ["-drive", f"file={image},format=qcow2,if=virtio,snapshot=on"]
+    async with open_guest(qemu, tmp_path, args, {}) as rig:
+        (disk,) = (await rig.disks()).values()
+        left_behind = Path(disk.source).with_suffix(".s1")
+        with pytest.raises(errors.ImageUnsuitable, match="snapshot=on"):
+            await rig.ask(ask.CreateSnapshot(domain="vm1", wish=SnapshotWish(name="s1")))
+        assert not left_behind.exists()
+        await rig.copy("vda")
+        await rig.pivot("vda")
+        assert await rig.chain("vda") == [str(rig.dest("vda"))]
+
+
+async def test_an_encrypted_image_is_left_alone(qemu: QemuBinaries, tmp_path: Path) -> None:
+    """What is made for it would hold in the clear what the guest writes."""
+    key = "secret,id=key,data=abc"
+    image = encrypted_image(qemu, tmp_path / "luks.img", key)
+    args = ["-object", key, "-drive", f"file={image},format=qcow2,if=virtio,encrypt.key-secret=key"]
+    async with open_rig(qemu, tmp_path, args=args) as rig:
+        made = await rig.ask(ask.CreateSnapshot(domain="vm1", wish=SnapshotWish(name="s1")))
+        assert made.left_out == {"vdc": f"{image} is encrypted, and what the guest writes to a new image would not be"}
+        with pytest.raises(errors.DiskUnsuitable, match=r"luks\.img is encrypted"):
+            await rig.copy("vdc")
+
+
+def encrypted_image(qemu: QemuBinaries, path: Path, key: str) -> Path:
+    how = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    command = [qemu.img, "create", "-q", "--object", key, "-f", "qcow2", "-o", how, path, str(SIZE)]
+    subprocess.run(command, check=True, timeout=20)
+    return path

@@ -28,6 +28,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         direct: cache.direct, O_DIRECT.
         no_flush: cache.no-flush.
         detect_zeroes: `off`, `on` or `unmap`.
+        encrypted: whether what is in its file can be read with a key only.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     direct: bool = False
     no_flush: bool = False
     detect_zeroes: str = "off"
+    encrypted: bool = False
 
 
 class Edge(msgspec.Struct, frozen=True, order=True):

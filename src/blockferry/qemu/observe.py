@@ -249,6 +249,7 @@ def _node(answer: dict[str, Any], folder: Path | None) -> Node:
         direct=cache.get("direct", False),
         no_flush=cache.get("no-flush", False),
         detect_zeroes=answer.get("detect_zeroes", "off"),
+        encrypted=answer.get("encrypted", False),
     )
 
 
