@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,13 @@ from blockferry.testing import QemuBinaries, make_image
 class Make:
     """A way to give a guest a disk.
 
-    In `args`, IMAGE is its file, NODE the options of a `-blockdev` (named TARGET-node, on TARGET-file), DRIVE those of a
-    `-drive` without its `if`.
-
     Attributes:
         target: what it is to be called.
         what: the device, as in docs/guests.md.
         given: how it is given to QEMU, as there.
         format: of its image.
-        args: what is typed.
+        args: what is typed: IMAGE stands for its file, -NODE for a format node TARGET-node on a file node TARGET-file, -DRIVE
+            for a `-drive` with its image and format.
         iothread: whether it has one.
         direct: whether it is opened with O_DIRECT.
         since: the first QEMU that has it.
@@ -44,6 +43,14 @@ class Make:
         """Libvirt's name for it."""
         return BUSES[self.what.split()[0]]
 
+    @property
+    def row(self) -> str:
+        """Its line in docs/guests.md."""
+        more = [each for each, so in (("iothread", self.iothread), ("O_DIRECT", self.direct)) if so]
+        more += [word for word in ("copy-on-read", "throttling", "iothread-vq-mapping") if word in self.args]
+        more += [f"QEMU {self.since} and later"] if self.since else []
+        return f"| {self.what} | `{self.given}` | {self.format} | {', '.join(more) or '-'} |"
+
     def arguments(self, folder: Path) -> list[str]:
         """QEMU's."""
         image = folder / f"{self.target}.img"
@@ -57,7 +64,12 @@ class Make:
         return [word.replace("TARGET", self.target).replace("IMAGE", str(image)) for word in text.split()]
 
 
-BUSES = {"virtio-blk": "virtio", "virtio-scsi": "scsi", "lsi53c895a": "scsi", "SATA": "sata", "IDE": "ide"} | {
+BUSES = {
+    "virtio-blk": "virtio",
+    "virtio-scsi": "scsi",
+    "lsi53c895a": "scsi",
+    "SATA": "sata",
+    "IDE": "ide",
     "USB": "usb",
     "NVMe": "nvme",
 }
@@ -69,7 +81,14 @@ USB = "-device qemu-xhci,id=TARGET-bus"
 # QEMU gives devices their PCI addresses, which targets follow, in the order of the command line; `if=virtio` come last.
 PC = (
     Make("vda", "virtio-blk", "-blockdev", "qcow2", f"-NODE {BLK},drive=TARGET-node"),
-    Make("vdb", "virtio-blk", "-blockdev", "qcow2", f"-NODE {IO} {BLK},drive=TARGET-node,iothread=TARGET-io", True),
+    Make(
+        "vdb",
+        "virtio-blk",
+        "-blockdev",
+        "qcow2",
+        f"-NODE {IO} {BLK},drive=TARGET-node,iothread=TARGET-io",
+        iothread=True,
+    ),
     Make(
         "vdc",
         "virtio-blk",
@@ -85,7 +104,7 @@ PC = (
         "-drive if=none",
         "raw",
         f"-DRIVE,if=none,id=d3 {IO} {BLK},drive=d3,iothread=TARGET-io",
-        True,
+        iothread=True,
     ),
     Make(
         "vde",
@@ -102,7 +121,7 @@ PC = (
         "-blockdev",
         "raw",
         f"-NODE {IO} {HBA},iothread=TARGET-io -device scsi-hd,bus=sdb-bus.0,drive=TARGET-node,id=TARGET-dev",
-        True,
+        iothread=True,
     ),
     # A second disk of the same controller, and so of the same iothread.
     Make(
@@ -111,7 +130,7 @@ PC = (
         "-drive if=none",
         "qcow2",
         "-DRIVE,if=none,id=d5 -device scsi-hd,bus=sdb-bus.0,drive=d5",
-        True,
+        iothread=True,
     ),
     Make(
         "sdd",
@@ -190,6 +209,11 @@ class LeftAlone:
     reason: str
     args: str
 
+    @property
+    def row(self) -> str:
+        """Its line in docs/guests.md."""
+        return f"| {self.what} | {self.reason} |"
+
     def arguments(self, folder: Path) -> list[str]:
         """QEMU's."""
         return self.args.replace("MEDIUM", str(folder / f"{self.target}.medium")).split()
@@ -197,9 +221,7 @@ class LeftAlone:
 
 READ_ONLY = "-blockdev driver=raw,node-name=ro,read-only=on,file.driver=file,file.filename=MEDIUM"
 PC_ALONE = (
-    LeftAlone(
-        "vdh", "a disk that is read-only", "it is read-only", f"{READ_ONLY} -device virtio-blk-pci,drive=ro,addr=0x1e"
-    ),
+    LeftAlone("vdh", "a read-only disk", "it is read-only", f"{READ_ONLY} -device virtio-blk-pci,drive=ro,addr=0x1e"),
     LeftAlone(
         "sdi",
         "a cdrom",
@@ -207,18 +229,19 @@ PC_ALONE = (
         "-drive file=MEDIUM,format=raw,if=none,id=cd,media=cdrom "
         "-device virtio-scsi-pci,id=cd-bus,addr=0x1f -device scsi-cd,bus=cd-bus.0,drive=cd,id=cd-dev",
     ),
-    LeftAlone("hdd", "an empty drive", "the drive is empty", "-drive if=ide,index=3,media=cdrom"),
-    LeftAlone("fda", "a floppy", "it is a floppy", "-drive if=floppy,format=raw,file=MEDIUM"),
-    LeftAlone("fdb", "an empty drive", "the drive is empty", "-device floppy"),
+    LeftAlone("hdd", "an empty cdrom or floppy drive", "the drive is empty", "-drive if=ide,index=3,media=cdrom"),
+    LeftAlone("fda", "a floppy with a medium", "it is a floppy", "-drive if=floppy,format=raw,file=MEDIUM"),
+    LeftAlone("fdb", "an empty cdrom or floppy drive", "the drive is empty", "-device floppy"),
 )
-Q35_ALONE = (LeftAlone("sdb", "a cdrom", "it is a cdrom", "-cdrom MEDIUM"),)
+Q35_ALONE = (LeftAlone("sdb", "a cdrom with a medium", "it is a cdrom", "-cdrom MEDIUM"),)
 MACHINES = {"pc": PC, "q35": Q35}
 LEFT_ALONE = {"pc": PC_ALONE, "q35": Q35_ALONE}
 
 
 def makes_of(qemu: QemuBinaries, machine: str) -> list[Make]:
     """Those that this QEMU has."""
-    major = 10 if "qemu10" in str(qemu.system) else 7
+    version = subprocess.run([qemu.img, "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
+    major = int(version.split()[2].split(".")[0])
     return [make for make in MACHINES[machine] if make.since <= major]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from makes import LEFT_ALONE, LeftAlone, Make, makes_of, open_makes
+from makes import LEFT_ALONE, PC, PC_ALONE, Q35, Q35_ALONE, LeftAlone, Make, makes_of, open_makes
 from rig import KIB, MIB, SIZE, Rig, open_guest, open_rig
 
 from blockferry import errors
@@ -242,3 +242,11 @@ def encrypted_image(qemu: QemuBinaries, path: Path, key: str) -> Path:
     command = [qemu.img, "create", "-q", "--object", key, "-f", "qcow2", "-o", how, path, str(SIZE)]
     subprocess.run(command, check=True, timeout=20)
     return path
+
+
+def test_the_docs_name_these_and_no_others() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guests.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    disks, alone = rows.index("| disk | given as | format | with |"), rows.index("| drive | reason |")
+    assert set(rows[disks + 1 : alone]) == {make.row for make in (*PC, *Q35)}
+    assert {drive.row for drive in (*PC_ALONE, *Q35_ALONE)} <= set(rows[alone + 1 :])

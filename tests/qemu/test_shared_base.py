@@ -114,6 +114,11 @@ async def test_others_on_the_base(qemu: QemuBinaries, tmp_path: Path) -> None:
             await rig.ask(ask.Attach(domain="vm2", qmp=str(other.qmp)))
             await refused(rig, "vm2's vda stands on")
             await rig.ask(ask.Detach(domain="vm2"))
+            # Of a guest that nobody told us of only QEMU's locks know.
+            before = await rig.state()
+            with pytest.raises(errors.OperationFailed, match=r"lock.*It was undone"):
+                await rig.commit("vda")
+            assert await rig.state() == before
         node = {
             "driver": "raw",
             "node-name": "ro",
