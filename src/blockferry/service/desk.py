@@ -115,19 +115,6 @@ class Desk:
         images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
         return Files(facts=facts, images=images, users=await self._users(keeper, seen))
 
-    async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
-        """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
-        users: dict[str, str] = {}
-        for keeper, seen in await self._all(own, own_seen):
-            for job in keeper.active():
-                if job.copy is not None:
-                    users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
-            for disk in seen.disks if seen is not None else ():
-                users |= {
-                    _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
-                }
-        return users
-
     async def standing(self, own: Keeper, own_seen: Observation) -> dict[str, tuple[str, ...]]:
         """By the file of each image in a domain's chains: who stands on it, under whichever name. See `plan.chain.Users`."""
         found: dict[str, list[str]] = {}
@@ -146,6 +133,19 @@ class Desk:
         others = [keeper for keeper in self.keepers.values() if keeper is not own]
         seen = await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))
         return [(own, own_seen), *zip(others, seen, strict=True)]
+
+    async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
+        """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
+        users: dict[str, str] = {}
+        for keeper, seen in await self._all(own, own_seen):
+            for job in keeper.active():
+                if job.copy is not None:
+                    users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
+            for disk in seen.disks if seen is not None else ():
+                users |= {
+                    _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
+                }
+        return users
 
     def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.
