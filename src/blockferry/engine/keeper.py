@@ -17,7 +17,7 @@ from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
 from blockferry.journal.journal import DomainRecord, Journal, OperationRecord
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
-from blockferry.model.domain import Observation
+from blockferry.model.domain import Observation, names_that_last
 from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
 from blockferry.plan.chain import has_ended, plan_end
@@ -78,6 +78,7 @@ class Keeper:
         self._said_ready: set[str] = set()
         self.in_flight: set[int] = set()
         self._last_words: dict[str, str] = {}
+        self._check_waits = False
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -120,6 +121,7 @@ class Keeper:
                 await session.close()
                 raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
             self._guest_gone("another QEMU process answers on its socket now")
+            observer.targets = names_that_last(observer.targets)
         self._session, self._observer, self.problem = session, observer, None
         self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._spawn(self._watch(session))
@@ -511,7 +513,10 @@ class Keeper:
                 if isinstance(job, Mirror) and data["status"] == "ready":
                     self._say_ready(job)
                 ends = ("concluded", "null", "aborting", *(("ready", "pending") if isinstance(job, ChainJob) else ()))
-                if job is not None and data["status"] in ends:
+                # One that waits for the lock sees this as well: every commit that is ready says so again whenever the
+                # guest is drained, and twenty at once said it a thousand times.
+                if job is not None and data["status"] in ends and not self._check_waits:
+                    self._check_waits = True
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
@@ -521,6 +526,7 @@ class Keeper:
 
     async def _check(self) -> None:
         async with self.lock:
+            self._check_waits = False
             if self._journal.open_operations(self.name):
                 await self.reconcile()
             else:

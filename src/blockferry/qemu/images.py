@@ -293,25 +293,36 @@ def _kind(mode: int) -> Kind:
 
 def _claim(path: str, like: str | None) -> dict[str, Any]:
     try:
+        model = _stat(like) if like is not None else None
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileExistsError as error:
         raise ImageError(f"{path} exists already") from error
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
+        raise ImageError(f"{error.filename or path}: {error.strerror}") from error
     try:
-        if like is not None:
+        if model is not None:
             # QEMU runs as whoever owns its images: a file of root's it could not open.
-            model = os.stat(like)
             if os.geteuid() == 0:
                 os.fchown(descriptor, model.st_uid, model.st_gid)
             os.fchmod(descriptor, stat.S_IMODE(model.st_mode))
         made = os.fstat(descriptor)
     except OSError as error:
+        # A step that failed has nothing to undo: it leaves no file.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         raise ImageError(f"{path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
     _sync_folder(path)
     return {"device": made.st_dev, "inode": made.st_ino}
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """Owner and mode of an image; None of one that was deleted while QEMU has it open."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
 
 
 def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool:

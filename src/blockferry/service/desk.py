@@ -125,12 +125,29 @@ class Desk:
         images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
         return Files(facts=facts, images=images, users=await self._users(keeper, seen))
 
+    async def standing(self, own: Keeper, own_seen: Observation) -> dict[str, tuple[str, ...]]:
+        """By the file of each image in a domain's chains: who stands on it, under whichever name. See `plan.chain.Users`."""
+        found: dict[str, list[str]] = {}
+        for keeper, seen in await self._all(own, own_seen):
+            whose = "" if keeper is own else f"{keeper.name}'s "
+            for disk in seen.disks if seen is not None else ():
+                for image in disk.chain:
+                    found.setdefault(_real(image.file), []).append(f"{whose}{disk.target}")
+            for job in keeper.active():
+                if job.copy is not None and job.copy.backing is not None:
+                    found.setdefault(_real(job.copy.backing), []).append(f"the copy of {whose}{job.copy.target}")
+        return {image.file: tuple(found[_real(image.file)]) for disk in own_seen.disks for image in disk.chain}
+
+    async def _all(self, own: Keeper, own_seen: Observation) -> list[tuple[Keeper, Observation | None]]:
+        """Every domain, as it is now where it can be asked; `own` is not asked again."""
+        others = [keeper for keeper in self.keepers.values() if keeper is not own]
+        seen = await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))
+        return [(own, own_seen), *zip(others, seen, strict=True)]
+
     async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
         """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
-        others = [keeper for keeper in self.keepers.values() if keeper is not own]
-        observed = [own_seen, *await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))]
         users: dict[str, str] = {}
-        for keeper, seen in zip([own, *others], observed, strict=True):
+        for keeper, seen in await self._all(own, own_seen):
             for job in keeper.active():
                 if job.copy is not None:
                     users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
