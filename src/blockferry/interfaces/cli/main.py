@@ -28,7 +28,7 @@ VERBS = {
     "stop": ("lifecycle", "Shut a defined guest down, by ACPI."),
     "suspend": ("lifecycle", "Pause a guest's processors."),
     "resume": ("lifecycle", "Let a paused guest run."),
-    "list": ("domains", "All domains."),
+    "list": ("domains", "All domains, attached and defined."),
     "show": ("domains", "A domain's disks, chains and mirrors."),
     "snapshot": ("snapshots", "Snapshots of several disks at one instant, with mirrors."),
     "copy": ("copying", "Copy a disk while the guest runs, and keep the copy identical."),
