@@ -106,7 +106,7 @@ class Keeper:
 
     async def _connect(self, timeout: float) -> Session:
         record = self.record
-        if record.defined and not self.home.taken():
+        if record.defined and (record.gone or not self.home.taken()):
             raise errors.NotRunning(domain=self.name)
         try:
             session = await Session.connect(record.qmp, timeout, self._witness)
@@ -249,6 +249,7 @@ class Keeper:
         self._journal.put_domain(msgspec.structs.replace(self.record, ending=reason))
         files = {mirror.target: stamped_files(mirror, seen) for mirror in self.active() if isinstance(mirror, Mirror)}
         done = await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen, self.active()))
+        await self.home.released(RELEASE_SECONDS)
         await self._stamp(done.id, files)
         self._guest_gone("QEMU was ended")
 
