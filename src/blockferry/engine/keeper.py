@@ -33,8 +33,6 @@ from blockferry.qemu.process import born, ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
-# A QEMU that has ended has let go of its lock by then.
-RELEASE_SECONDS = 5.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
 WATCHED = (
@@ -178,7 +176,7 @@ class Keeper:
             return True
         ended = record.pid is not None and await ends(record.pid, record.born, seconds)
         # Of one that we start its lock says so, also of one that died before we knew its process.
-        return await self.home.released(RELEASE_SECONDS if ended else 0.0) if record.defined else ended
+        return not self.home.taken() if record.defined else ended
 
     async def observe(self) -> Observation:
         """The domain now; its targets are kept from here on.
@@ -249,7 +247,6 @@ class Keeper:
         self._journal.put_domain(msgspec.structs.replace(self.record, ending=reason))
         files = {mirror.target: stamped_files(mirror, seen) for mirror in self.active() if isinstance(mirror, Mirror)}
         done = await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen, self.active()))
-        await self.home.released(RELEASE_SECONDS)
         await self._stamp(done.id, files)
         self._guest_gone("QEMU was ended")
 

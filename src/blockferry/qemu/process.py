@@ -84,7 +84,7 @@ def _readable(descriptor: int) -> bool:
     return bool(poll.poll(0))
 
 
-async def _becomes_readable(descriptor: int, seconds: float) -> bool:
+async def _becomes_readable(descriptor: int, seconds: float | None) -> bool:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_reader(descriptor, ended.set)
