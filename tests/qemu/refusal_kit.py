@@ -1,0 +1,357 @@
+"""What the table of refusals is made of: where a row is asked, what is asked, and what has to be so meanwhile.
+
+DIR in a path is the folder of the row's place.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rig import KIB, MIB, SIZE, Rig, wish_xml
+
+from blockferry import errors
+from blockferry.model import request as ask
+from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.testing import NbdServer, TestQemu, make_image
+
+PAGE = 4 * KIB
+SLOW = 64 * KIB  # bytes per second: a job does not end while a row looks at it
+
+
+@dataclass(eq=False)
+class Place:
+    """Where rows are asked.
+
+    vm1 is the rig's guest; its sda is on a snapshot s1, and it has a read-only vdc and an empty hda. vm2 is another QEMU,
+    whose vda is `other/top` on `other/base`. What a row offers lies in `offered`, which is emptied after each.
+    """
+
+    rig: Rig
+    other: TestQemu
+
+    @property
+    def path(self) -> Path:
+        return self.rig.path
+
+    @property
+    def offered(self) -> Path:
+        return self.path / "offered"
+
+    def at(self, path: str) -> str:
+        return path.replace("DIR", str(self.path))
+
+    def all_at(self, more: dict[str, Any]) -> dict[str, Any]:
+        return {name: self.at(value) if isinstance(value, str) else value for name, value in more.items()}
+
+
+Asked = Callable[[Place], ask.Request]
+Setting = Callable[[Place], AbstractAsyncContextManager[None]]
+
+
+@contextlib.asynccontextmanager
+async def as_it_is(_place: Place) -> AsyncIterator[None]:
+    yield
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is refused.
+
+    Attributes:
+        what: it in words, as in the docs.
+        operation: of what.
+        error: its class, which has the code and the exit status.
+        says: what the message has in it, a regular expression.
+        request: what is asked.
+        setting: what has to be so meanwhile.
+    """
+
+    what: str
+    operation: str
+    error: type[errors.BlockferryError]
+    says: str
+    request: Asked
+    setting: Setting = as_it_is
+
+    def __str__(self) -> str:
+        return f"{self.operation}: {self.what}".replace("/", "_")
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+
+def overlay(file: str | None = "DIR/offered/new", disk: str = "vda", flags: int = 0, **mirror: str) -> Asked:
+    """A snapshot of one disk; `to`, `backing` and `backing_format` are its mirror's."""
+
+    def asked(place: Place) -> ask.Request:
+        more = {name: place.at(value) for name, value in mirror.items() if name != "to"}
+        wish = DiskWish(
+            name=place.at(disk),
+            file=place.at(file) if file is not None else None,
+            mirror=MirrorWish(file=place.at(mirror["to"]), **more) if mirror else None,
+        )
+        return ask.CreateSnapshot(
+            domain="vm1", wish=SnapshotWish(name="new", disks=(wish,), only_these=True), flags=flags
+        )
+
+    return asked
+
+
+def overlays(*files: tuple[str, str, str | None], flags: int = 0) -> Asked:
+    """A snapshot of several disks: (disk, overlay, mirror)."""
+
+    def asked(place: Place) -> ask.Request:
+        disks = tuple(
+            DiskWish(name=disk, file=place.at(file), mirror=MirrorWish(file=place.at(to)) if to else None)
+            for disk, file, to in files
+        )
+        return ask.CreateSnapshot(
+            domain="vm1", wish=SnapshotWish(name="new", disks=disks, only_these=True), flags=flags
+        )
+
+    return asked
+
+
+def xml(*disks: str) -> Asked:
+    return lambda place: ask.CreateSnapshot(domain="vm1", xml=wish_xml("new", *(place.at(disk) for disk in disks)))
+
+
+def document(text: str, **more: Any) -> Asked:
+    return lambda _place: ask.CreateSnapshot(domain="vm1", xml=text, **more)
+
+
+def copy(dest: str = "DIR/offered/new", disk: str = "vda", **more: Any) -> Asked:
+    def asked(place: Place) -> ask.Request:
+        return ask.StartCopy(domain="vm1", disk=place.at(disk), dest=place.at(dest), **place.all_at(more))
+
+    return asked
+
+
+def rebase(disk: str = "sda", **more: Any) -> Asked:
+    return lambda place: ask.Rebase(domain="vm1", disk=disk, **place.all_at(more))
+
+
+def commit(disk: str = "sda", **more: Any) -> Asked:
+    return lambda place: ask.Commit(domain="vm1", disk=disk, **place.all_at(more))
+
+
+def delete(snapshot: str, flags: int = 0) -> Asked:
+    return lambda _place: ask.DeleteSnapshot(domain="vm1", snapshot=snapshot, flags=flags)
+
+
+def attach(qmp: str, domain: str = "vm3") -> Asked:
+    return lambda place: ask.Attach(domain=domain, qmp=place.at(qmp), timeout=0.3)
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+
+def made(make: Callable[[Place], object]) -> Setting:
+    """Something that lies in `offered`."""
+
+    @contextlib.asynccontextmanager
+    async def setting(place: Place) -> AsyncIterator[None]:
+        make(place)
+        yield
+
+    return setting
+
+
+def image(name: str, fmt: str = "qcow2", size: int | None = SIZE, backing: str | None = None, **more: str) -> Setting:
+    def make(place: Place) -> None:
+        below = {"backing": Path(place.at(backing)), "backing_fmt": more["of"]} if backing else {}
+        make_image(place.rig.qemu, place.offered / name, fmt, size, **below)
+
+    return made(make)
+
+
+@contextlib.asynccontextmanager
+async def copying(place: Place, target: str = "vda") -> AsyncIterator[None]:
+    """A copy of a disk works."""
+    await place.rig.copy(target, place.offered / "running", bandwidth=SLOW)
+    try:
+        yield
+    finally:
+        await place.rig.ask(ask.CancelJobs(domain="vm1", disks=(target,)))
+
+
+@contextlib.asynccontextmanager
+async def mounted(folder: Path, *options: str) -> AsyncIterator[None]:
+    """A tmpfs; as root, as all of the tests."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", *options, "blockferry-test", folder], check=True, timeout=20)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=20)
+
+
+def small(size: Callable[[Place], int]) -> Setting:
+    """A file system of so many bytes at DIR/offered/small."""
+
+    @contextlib.asynccontextmanager
+    async def setting(place: Place) -> AsyncIterator[None]:
+        async with mounted(place.offered / "small", "-o", f"size={size(place)}"):
+            yield
+
+    return setting
+
+
+@contextlib.asynccontextmanager
+async def read_only(place: Place) -> AsyncIterator[None]:
+    """A file system that is mounted read-only, with a file `there` that could be an overlay of vda's image."""
+    folder = place.offered / "ro"
+    async with mounted(folder):
+        there = folder / "there"
+        make_image(place.rig.qemu, there, "qcow2", SIZE, backing=place.rig.source("vda"), backing_fmt="qcow2")
+        make_image(place.rig.qemu, folder / "alone", "qcow2", SIZE)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True, timeout=20)
+        yield
+
+
+def listening(*words: bytes, close: bool = True) -> Setting:
+    """Something at DIR/offered/sock that says this to whoever connects, again and again when it does not close."""
+
+    @contextlib.asynccontextmanager
+    async def setting(place: Place) -> AsyncIterator[None]:
+        async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                for word in words:
+                    writer.write(word)
+                while not close:
+                    writer.write(words[-1])
+                    await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_unix_server(answer, place.offered / "sock")
+        async with server:
+            yield
+
+    return setting
+
+
+@contextlib.asynccontextmanager
+async def storage_daemon(place: Place) -> AsyncIterator[None]:
+    """It speaks QMP and has no guest."""
+    program = place.rig.qemu.img.with_name("qemu-storage-daemon")
+    pid = place.offered / "pid"
+    chardev = f"socket,path={place.offered / 'sock'},server=on,wait=off,id=qmp"
+    command = [program, "--daemonize", "--pidfile", pid, "--chardev", chardev, "--monitor", "chardev=qmp"]
+    subprocess.run(command, check=True, timeout=20, stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+@contextlib.asynccontextmanager
+async def silent(place: Place) -> AsyncIterator[None]:
+    """A socket that takes connections and says nothing, as a QMP socket that serves somebody else."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place.offered / "sock"))
+        listener.listen()
+        yield
+
+
+@contextlib.asynccontextmanager
+async def loop(place: Place) -> AsyncIterator[None]:
+    """A block device with a file system that is mounted; DIR/offered/loop leads to it."""
+    backing, folder, link = place.offered / "backing", place.offered / "mounted", place.offered / "loop"
+    with backing.open("wb") as file:
+        file.truncate(MIB)
+    subprocess.run(["mkfs.ext2", "-q", backing], check=True, timeout=20)
+    folder.mkdir()
+    done = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=True, timeout=20)
+    device = done.stdout.strip()
+    try:
+        subprocess.run(["mount", device, folder], check=True, timeout=20)
+        link.symlink_to(device)
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", folder], check=True, timeout=20)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True, timeout=20)
+
+
+def served(fmt: str = "raw", size: int = SIZE, **more: Any) -> Setting:
+    """DIR/offered/image, and a qemu-nbd that has it open."""
+
+    @contextlib.asynccontextmanager
+    async def setting(place: Place) -> AsyncIterator[None]:
+        path = make_image(place.rig.qemu, place.offered / "image", fmt, size)
+        async with NbdServer(place.rig.qemu, path, "raw", place.offered, name="t", **more):
+            yield
+
+    return setting
+
+
+@contextlib.asynccontextmanager
+async def committing(place: Place) -> AsyncIterator[None]:
+    """A commit of sda works."""
+    await place.rig.write("sda", 0x5C, 0, SIZE)
+    await place.rig.commit("sda", bandwidth=SLOW)
+    try:
+        yield
+    finally:
+        await place.rig.ask(ask.CancelJobs(domain="vm1", disks=("sda",)))
+
+
+def deserted(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def linked(link: Path, to: Path) -> None:
+    link.symlink_to(to)
+
+
+def twins(place: Place) -> None:
+    """One overlay under two names."""
+    one = place.offered / "a"
+    make_image(place.rig.qemu, one, "qcow2", SIZE, backing=place.rig.source("vda"), backing_fmt="qcow2")
+    os.link(one, place.offered / "b")
+
+
+def img(place: Place, *arguments: str | Path) -> None:
+    subprocess.run([place.rig.qemu.img, *arguments], check=True, timeout=20, stdout=subprocess.DEVNULL)
+
+
+def over(place: Place, name: str, backing: str, fmt: str | None) -> None:
+    """An overlay whose header names any backing; qemu-img leaves no name without a format, so that is cut out."""
+    path = place.offered / name
+    img(place, "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", fmt or "raw", path, str(SIZE))
+    if fmt is None:
+        contents = path.read_bytes()
+        extension = contents.index(bytes.fromhex("e2792aca"))
+        # The extension becomes one that nobody knows, and that may be left unread.
+        path.write_bytes(contents[:extension] + bytes.fromhex("12345678") + contents[extension + 4 :])
+
+
+def created(place: Place, name: str, options: str, *more: str) -> None:
+    img(place, "create", "-q", "-f", "qcow2", *more, "-o", options, place.offered / name, str(SIZE))
+
+
+def encrypted(place: Place, name: str) -> None:
+    created(
+        place,
+        name,
+        "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10",
+        *("--object", "secret,id=key,data=password"),
+    )
+
+
+def corrupt(place: Place, name: str) -> None:
+    """The header's incompatible feature bit 1 (docs/interop/qcow2.rst)."""
+    created(place, name, "size=8M")
+    with (place.offered / name).open("r+b") as file:
+        file.seek(79)
+        file.write(bytes([2]))

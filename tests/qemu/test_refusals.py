@@ -1,0 +1,91 @@
+"""Every row of the table, on both QEMUs: the error it is to be, and nothing changed, nothing lost."""
+
+import contextlib
+import hashlib
+import itertools
+import re
+import shutil
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from refusal_kit import Place, Row
+from refusals import ROWS
+from rig import FORMATS, KIB, MIB, SIZE, open_rig
+
+from blockferry.model import request as ask
+from blockferry.testing import TestQemu, blockdev_disk, blockdev_node, find_qemu, make_image
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+BYTES = itertools.cycle(range(1, 256))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["distribution", "qemu10"])
+async def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
+    """One for all rows of a QEMU: what is refused leaves nothing behind. At its end, what was written is looked for."""
+    qemu = find_qemu(request.param)
+    path = tmp_path_factory.mktemp("refusals")
+    (path / "other").mkdir()
+    base = make_image(qemu, path / "other/base", "raw", MIB)
+    top = make_image(qemu, path / "other/top", "qcow2", backing=base, backing_fmt="raw")
+    read_only = make_image(qemu, path / "read-only", "raw", MIB)
+    args = [
+        *blockdev_node("ro", read_only, "raw", read_only=True),
+        *["-device", "virtio-blk-pci,drive=ro,id=ro-dev,addr=0x1e"],
+        *["-device", "ide-cd,id=empty-dev,bus=ide.0"],
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        other = await stack.enter_async_context(
+            TestQemu(qemu, path / "other", args=blockdev_disk("d", top, "qcow2"), paused=False)
+        )
+        rig = await stack.enter_async_context(open_rig(qemu, path, args=args))
+        await rig.ask(ask.Attach(domain="vm2", qmp=str(other.qmp)))
+        await rig.snapshot("s1", only=["sda"])
+        yield Place(rig, other)
+        await rig.guest.stop()
+        for target, image in (("vda", "vda.img"), ("vdb", "vdb.img"), ("sda", "sda.s1")):
+            assert rig.holds(target, path / image, "raw" if target == "vdb" else "qcow2")
+
+
+async def seen(place: Place) -> dict[str, Any]:
+    """What has to be as it was."""
+    rig = place.rig
+    folders = (place.offered, place.path / "other")
+    small = [each for folder in folders for each in folder.rglob("*") if each.is_file() and each.stat().st_size < SIZE]
+    return {
+        "vm1": await rig.state(),
+        "vm2": (await rig.ask(ask.ShowDomain(domain="vm2"))).disks,
+        "nodes": await rig.our_nodes(),
+        "jobs": await rig.states(),
+        "snapshots": sorted(await rig.snapshots()),
+        "domains": [row.name for row in (await rig.ask(ask.ListDomains())).domains],
+        "operations": await rig.operations(),
+        "open": (await rig.ask(ask.Recover())).operations,
+        "contents": {each: hashlib.sha256(each.read_bytes()).digest() for each in small},
+    }
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+async def test_refused(place: Place, row: Row) -> None:
+    place.offered.mkdir()
+    try:
+        async with row.setting(place):
+            before = await seen(place)
+            await place.rig.pauses_heard()
+            with pytest.raises(row.error) as caught:
+                await place.rig.ask(row.request(place))
+            assert type(caught.value) is row.error
+            assert caught.value.outcome == "refused"
+            assert re.search(row.says, caught.value.message), caught.value.message
+            assert len(caught.value.message) < 10 * KIB
+            assert caught.value.message.isprintable()
+            assert await place.rig.pauses_heard() == []
+            after = await seen(place)
+            for name, was in before.items():
+                assert after[name] == was, name
+            for target in FORMATS:
+                await place.rig.write(target, next(BYTES), MIB)
+    finally:
+        shutil.rmtree(place.offered)
