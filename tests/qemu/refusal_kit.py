@@ -341,17 +341,13 @@ def created(place: Place, name: str, options: str, *more: str) -> None:
 
 
 def encrypted(place: Place, name: str) -> None:
-    created(
-        place,
-        name,
-        "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10",
-        *("--object", "secret,id=key,data=password"),
-    )
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    created(place, name, options, "--object", "secret,id=key,data=password")
 
 
 def corrupt(place: Place, name: str) -> None:
     """The header's incompatible feature bit 1 (docs/interop/qcow2.rst)."""
-    created(place, name, "size=8M")
+    img(place, "create", "-q", "-f", "qcow2", place.offered / name, str(SIZE))
     with (place.offered / name).open("r+b") as file:
         file.seek(79)
         file.write(bytes([2]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -22,7 +21,7 @@ from blockferry.model.domain import Observation
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
-from blockferry.qemu.images import Images
+from blockferry.qemu.images import Images, aliases
 
 Witness = Callable[[str, str], None]
 
@@ -116,18 +115,19 @@ class Desk:
         return Files(facts=facts, images=images, users=await self._users(keeper, seen))
 
     async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
-        """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
+        """Real path, identity or URI -> the domain and disk that has it open or mirrors to it."""
         others = [keeper for keeper in self.keepers.values() if keeper is not own]
         observed = [own_seen, *await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))]
         users: dict[str, str] = {}
         for keeper, seen in zip([own, *others], observed, strict=True):
             for job in keeper.active():
                 if job.copy is not None:
-                    users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
+                    words = f"{keeper.name} copies its {job.copy.target} to it"
+                    users |= dict.fromkeys(_names(job.copy.file), words)
             for disk in seen.disks if seen is not None else ():
-                users |= {
-                    _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
-                }
+                words = f"it is in the chain of {keeper.name}'s {disk.target}"
+                for image in disk.chain:
+                    users |= dict.fromkeys(_names(image.file), words)
         return users
 
     def snapshot(self, domain: str, name: str) -> Snapshot:
@@ -149,8 +149,8 @@ class Desk:
             return None
 
 
-def _real(file: str) -> str:
-    return os.path.realpath(file) if file.startswith("/") else file
+def _names(file: str) -> tuple[str, ...]:
+    return aliases(file) if file.startswith("/") else (file,)
 
 
 def require_path(path: str) -> None:
@@ -161,7 +161,7 @@ def require_path(path: str) -> None:
     """
     flaw = path_flaw(path)
     if flaw:
-        raise errors.DestinationUnusable(path=path[:200], reason=f"it {flaw}")
+        raise errors.DestinationUnusable(path=path, reason=f"it {flaw}")
 
 
 def require_bandwidth(bandwidth: int) -> None:
