@@ -56,6 +56,12 @@ Asked = Callable[[Place], ask.Request]
 Setting = Callable[[Place], AbstractAsyncContextManager[None]]
 
 
+def run(*command: str | Path) -> str:
+    """Run a program to its end; what it printed."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
 @contextlib.asynccontextmanager
 async def as_it_is(_place: Place) -> AsyncIterator[None]:
     yield
@@ -187,11 +193,11 @@ async def copying(place: Place, target: str = "vda") -> AsyncIterator[None]:
 async def mounted(folder: Path, *options: str) -> AsyncIterator[None]:
     """A tmpfs; as root, as all of the tests."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", *options, "blockferry-test", folder], check=True, timeout=20)
+    run("mount", "-t", "tmpfs", *options, "blockferry-test", folder)
     try:
         yield
     finally:
-        subprocess.run(["umount", folder], check=True, timeout=20)
+        run("umount", folder)
 
 
 def small(size: Callable[[Place], int]) -> Setting:
@@ -213,7 +219,7 @@ async def read_only(place: Place) -> AsyncIterator[None]:
         there = folder / "there"
         make_image(place.rig.qemu, there, "qcow2", SIZE, backing=place.rig.source("vda"), backing_fmt="qcow2")
         make_image(place.rig.qemu, folder / "alone", "qcow2", SIZE)
-        subprocess.run(["mount", "-o", "remount,ro", folder], check=True, timeout=20)
+        run("mount", "-o", "remount,ro", folder)
         yield
 
 
@@ -244,8 +250,7 @@ async def storage_daemon(place: Place) -> AsyncIterator[None]:
     program = place.rig.qemu.img.with_name("qemu-storage-daemon")
     pid = place.offered / "pid"
     chardev = f"socket,path={place.offered / 'sock'},server=on,wait=off,id=qmp"
-    command = [program, "--daemonize", "--pidfile", pid, "--chardev", chardev, "--monitor", "chardev=qmp"]
-    subprocess.run(command, check=True, timeout=20, stdin=subprocess.DEVNULL)
+    run(program, "--daemonize", "--pidfile", pid, "--chardev", chardev, "--monitor", "chardev=qmp")
     try:
         yield
     finally:
@@ -267,19 +272,18 @@ async def loop(place: Place) -> AsyncIterator[None]:
     backing, folder, link = place.offered / "backing", place.offered / "mounted", place.offered / "loop"
     with backing.open("wb") as file:
         file.truncate(MIB)
-    subprocess.run(["mkfs.ext2", "-q", backing], check=True, timeout=20)
+    run("mkfs.ext2", "-q", backing)
     folder.mkdir()
-    done = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=True, timeout=20)
-    device = done.stdout.strip()
+    device = run("losetup", "-f", "--show", backing)
     try:
-        subprocess.run(["mount", device, folder], check=True, timeout=20)
+        run("mount", device, folder)
         link.symlink_to(device)
         try:
             yield
         finally:
-            subprocess.run(["umount", folder], check=True, timeout=20)
+            run("umount", folder)
     finally:
-        subprocess.run(["losetup", "-d", device], check=True, timeout=20)
+        run("losetup", "-d", device)
 
 
 def served(fmt: str = "raw", size: int = SIZE, **more: Any) -> Setting:
@@ -321,14 +325,10 @@ def twins(place: Place) -> None:
     os.link(one, place.offered / "b")
 
 
-def img(place: Place, *arguments: str | Path) -> None:
-    subprocess.run([place.rig.qemu.img, *arguments], check=True, timeout=20, stdout=subprocess.DEVNULL)
-
-
 def over(place: Place, name: str, backing: str, fmt: str | None) -> None:
     """An overlay whose header names any backing; qemu-img leaves no name without a format, so that is cut out."""
     path = place.offered / name
-    img(place, "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", fmt or "raw", path, str(SIZE))
+    run(place.rig.qemu.img, "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", fmt or "raw", path, str(SIZE))
     if fmt is None:
         contents = path.read_bytes()
         extension = contents.index(bytes.fromhex("e2792aca"))
@@ -336,18 +336,21 @@ def over(place: Place, name: str, backing: str, fmt: str | None) -> None:
         path.write_bytes(contents[:extension] + bytes.fromhex("12345678") + contents[extension + 4 :])
 
 
-def created(place: Place, name: str, options: str, *more: str) -> None:
-    img(place, "create", "-q", "-f", "qcow2", *more, "-o", options, place.offered / name, str(SIZE))
+def created(place: Place, name: str, options: str) -> None:
+    run(place.rig.qemu.img, "create", "-q", "-f", "qcow2", "-o", options, place.offered / name, str(SIZE))
 
 
-def encrypted(place: Place, name: str) -> None:
-    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
-    created(place, name, options, "--object", "secret,id=key,data=password")
+def marked(offset: int, byte: int) -> Callable[[Place], None]:
+    """An image `o` whose header (docs/interop/qcow2.rst) has another byte there."""
+
+    def make(place: Place) -> None:
+        make_image(place.rig.qemu, place.offered / "o", "qcow2", SIZE)
+        with (place.offered / "o").open("r+b") as file:
+            file.seek(offset)
+            file.write(bytes([byte]))
+
+    return make
 
 
-def corrupt(place: Place, name: str) -> None:
-    """The header's incompatible feature bit 1 (docs/interop/qcow2.rst)."""
-    img(place, "create", "-q", "-f", "qcow2", place.offered / name, str(SIZE))
-    with (place.offered / name).open("r+b") as file:
-        file.seek(79)
-        file.write(bytes([2]))
+# The last byte of the encryption method, which becomes AES; and that of the incompatible features, bit 1.
+encrypted, corrupt = marked(35, 1), marked(79, 2)

@@ -495,7 +495,7 @@ EXISTING_FILES = (
         "an image over itself",
         existing("DIR/offered/o"),
         errors.ImageUnsuitable,
-        "comes back to itself",
+        "it backs onto .*offered/o",
         made(lambda place: over(place, "o", "o", "qcow2")),
     ),
     *rows(
@@ -510,14 +510,14 @@ EXISTING_FILES = (
         existing("DIR/offered/o"),
         errors.ImageUnsuitable,
         "it is encrypted",
-        made(lambda place: encrypted(place, "o")),
+        made(encrypted),
     ),
     *rows(
         "an image that is marked corrupt",
         existing("DIR/offered/o"),
         errors.ImageUnsuitable,
         "marked corrupt",
-        made(lambda place: corrupt(place, "o")),
+        made(corrupt),
     ),
     *rows(
         "an image that is open elsewhere",

@@ -13,6 +13,10 @@ def _short(value: Any) -> Any:
     return f"{value[:_VALUE_MAX]}..." if isinstance(value, str) and len(value) > _VALUE_MAX else value
 
 
+def _encodable(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _printable(character: str) -> str:
     """Nothing that a terminal obeys, and nothing that can't be encoded."""
     return character if character.isprintable() else repr(character)[1:-1]
@@ -47,7 +51,7 @@ class BlockferryError(Exception):
             "outcome": self.outcome,
             "exit_status": self.exit_status,
             "message": self.message,
-            "fields": self.fields(),
+            "fields": {name: _encodable(value) for name, value in self.fields().items()},
         }
 
 

@@ -242,8 +242,9 @@ def _check_files(choices: tuple[Choice, ...], files: Files) -> None:
                 dest.require_new(fact, files.users)
                 room.take(fact, dest.NEW_OVERLAY_BYTES)
     for choice in choices:
-        if choice.mirror is not None and choice.mirror.backing in files.facts:
-            apart.require(files.facts[choice.mirror.backing])
+        backing = choice.mirror.backing if choice.mirror is not None else None
+        if backing is not None and backing in files.facts:
+            apart.require(files.facts[backing])
 
 
 def _check_existing(choice: Choice, path: str, files: Files) -> None:

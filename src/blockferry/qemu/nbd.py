@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import struct
 from collections.abc import AsyncIterator
 
@@ -37,7 +38,7 @@ async def reachable(uri: str) -> str | None:
     except TimeoutError:
         return f"no connection within {CONNECT_SECONDS:g} s"
     except OSError as error:
-        return error.strerror or str(error)
+        return _words(error)
 
 
 async def inspect(uri: str) -> ExportFact:
@@ -50,7 +51,7 @@ async def inspect(uri: str) -> ExportFact:
     except asyncio.IncompleteReadError:
         problem = "its server closed the connection: it is no NBD server, or serves another client"
     except OSError as error:
-        problem = f"its server can't be reached: {error.strerror or error}"
+        problem = f"its server can't be reached: {_words(error)}"
     return ExportFact(uri=uri, problem=problem)
 
 
@@ -93,6 +94,11 @@ async def _ask(uri: str, reader: asyncio.StreamReader, writer: asyncio.StreamWri
         if kind != _INFO_REPLY:
             writer.write(_NEW_STYLE + struct.pack(">II", _ABORT, 0))
             return fact
+
+
+def _words(error: OSError) -> str:
+    """The system's; asyncio puts its own in the place of connect's."""
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or str(error)
 
 
 def _refusal(kind: int, name: str, words: str) -> str:
