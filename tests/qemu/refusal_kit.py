@@ -35,7 +35,7 @@ class Place:
     """
 
     rig: Rig
-    other: TestQemu
+    other: TestQemu | None = None
 
     @property
     def path(self) -> Path:
@@ -87,8 +87,21 @@ class Row:
     request: Asked
     setting: Setting = as_it_is
 
+    @property
+    def line(self) -> tuple[str, str, str, int]:
+        """What it is, of which operation, and the error's code and exit status, as in the docs."""
+        return self.what, self.operation, self.error.code, self.error.exit_status
+
     def __str__(self) -> str:
         return f"{self.operation}: {self.what}".replace("/", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vanishing(Row):
+    """A guest that is killed when the `nth` QMP command of that name is about to be sent; it has a place of its own."""
+
+    command: str
+    nth: int = 1
 
 
 # --- requests -------------------------------------------------------------------------------------------------
@@ -307,6 +320,24 @@ async def committing(place: Place) -> AsyncIterator[None]:
         yield
     finally:
         await place.rig.ask(ask.CancelJobs(domain="vm1", disks=("sda",)))
+
+
+@contextlib.asynccontextmanager
+async def two_ready(place: Place) -> AsyncIterator[None]:
+    """Copies of vda and vdb are ready."""
+    for target in ("vda", "vdb"):
+        await place.rig.copy(target)
+    await place.rig.ready("vda", "vdb")
+    yield
+
+
+@contextlib.asynccontextmanager
+async def layered(place: Place) -> AsyncIterator[None]:
+    """vda is on its second snapshot; what the layers hold is on disk, as it is when a guest has flushed."""
+    await place.rig.layers(2, only=["vda"])
+    for command in ("stop", "cont"):
+        await place.rig.guest.command(command)
+    yield
 
 
 def deserted(path: Path) -> None:

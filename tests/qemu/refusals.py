@@ -13,6 +13,7 @@ from refusal_kit import (
     Place,
     Row,
     Setting,
+    Vanishing,
     as_it_is,
     attach,
     commit,
@@ -26,6 +27,7 @@ from refusal_kit import (
     document,
     encrypted,
     image,
+    layered,
     linked,
     listening,
     loop,
@@ -40,6 +42,7 @@ from refusal_kit import (
     small,
     storage_daemon,
     twins,
+    two_ready,
     xml,
 )
 from rig import KIB, MIB, SIZE, wish_xml
@@ -75,6 +78,10 @@ def rows(
 ) -> Iterator[Row]:
     for operation, request in asked.items():
         yield Row(what, operation, error, says, request, setting)
+
+
+def pivot(_place: Place) -> ask.Request:
+    return ask.PivotJobs(domain="vm1", disks=("vda", "vdb"))
 
 
 NAMES = (
@@ -888,12 +895,42 @@ NBD = (
     ),
 )
 
+GONE = "vm1: QEMU is not there any more .*of operation .*was undone"
+VANISHING = (
+    Vanishing(
+        "a guest that vanishes before anything is begun",
+        "snapshot",
+        errors.QmpUnreachable,
+        "Nothing was done",
+        overlay("DIR/new"),
+        command="query-named-block-nodes",
+    ),
+    *(
+        Vanishing(
+            "a guest that vanishes in the middle", operation, errors.GuestGone, GONE, request, setting, command=at
+        )
+        for operation, request, setting, at in (
+            ("snapshot", overlay("DIR/new"), as_it_is, "blockdev-add"),
+            ("snapshot", overlay("DIR/new"), as_it_is, "transaction"),
+            ("mirror", overlay("DIR/new", to="DIR/mirror"), as_it_is, "blockdev-mirror"),
+            ("copy", copy("DIR/new"), as_it_is, "blockdev-add"),
+            ("copy", copy("DIR/new"), as_it_is, "blockdev-mirror"),
+            ("rebase", rebase("vda"), layered, "block-stream"),
+            ("commit", commit("vda"), layered, "block-commit"),
+            ("pivot", pivot, two_ready, "stop"),
+            ("pivot", pivot, two_ready, "job-complete"),
+            ("pivot", pivot, two_ready, "job-finalize"),
+        )
+    ),
+)
+
 
 def taken(place: Place, target: str) -> int:
     """What a disk's image takes up, holes left out."""
     return (place.path / f"{target}.img").stat().st_blocks * 512
 
 
+# What is asked at one place for all.
 ROWS: tuple[Row, ...] = (
     *NAMES,
     *SOCKETS,

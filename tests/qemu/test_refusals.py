@@ -4,25 +4,32 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import pytest_asyncio
-from refusal_kit import Place, Row
-from refusals import ROWS
-from rig import ALL, KIB, MIB, SIZE, open_rig
+from refusal_kit import Place, Row, Vanishing, mounted
+from refusals import ROWS, VANISHING
+from rig import ALL, KIB, MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
-from blockferry.testing import TestQemu, blockdev_disk, blockdev_node, find_qemu, make_image
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+from blockferry.plan.destinations import NEW_OVERLAY_BYTES
+from blockferry.service import Service
+from blockferry.testing import TestQemu, blockdev_disk, blockdev_node, check_image, find_qemu, make_image
 
 BYTES, DISKS = itertools.cycle(range(1, 256)), itertools.cycle(ALL)
+
+
+LOOPS = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["distribution", "qemu10"])
@@ -73,6 +80,7 @@ async def seen(place: Place) -> dict[str, Any]:
 GROUPS = [tuple(rows) for _, rows in itertools.groupby(ROWS, key=lambda row: (row.what, id(row.setting)))]
 
 
+@LOOPS
 @pytest.mark.parametrize("rows", GROUPS, ids=lambda rows: rows[0].what.replace("/", "_"))
 async def test_refused(place: Place, rows: tuple[Row, ...]) -> None:
     place.offered.mkdir()
@@ -103,3 +111,67 @@ async def refused(place: Place, row: Row) -> None:
     assert len(error.message) < 10 * KIB
     assert error.message.isprintable()
     assert errors.from_dict(json.loads(msgspec.json.encode(error.to_dict()))).message == error.message
+
+
+@dataclass
+class Killer:
+    """Kills QEMU when a command is about to be sent; told of every command by the service."""
+
+    pid: int
+    command: str
+    nth: int
+    armed: bool = False
+
+    def __call__(self, when: str, what: str) -> None:
+        if self.armed and (when, what) == ("before", self.command):
+            self.nth -= 1
+            if self.nth == 0:
+                os.kill(self.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("row", VANISHING, ids=lambda row: f"{row} at {row.command}")
+async def test_vanishing(rig: Rig, row: Vanishing) -> None:
+    """It is said, what was begun is undone, and every image is whole."""
+    place = Place(rig)
+    async with row.setting(place):
+        killer = Killer(rig.guest.pid, row.command, row.nth)
+        await rig.service.close()
+        rig.service = await Service.open(rig.path / "state", witness=killer)
+        chains, files, done = (await rig.state()).chains, rig.files(), await rig.operations()
+        killer.armed = True
+        with pytest.raises(row.error) as caught:
+            await rig.ask(row.request(place))
+        assert re.search(row.says, caught.value.message), caught.value.message
+        assert killer.nth == 0
+        begun = (await rig.operations())[len(done) :]
+        assert [state for _what, state in begun] == ([] if row.error is errors.QmpUnreachable else ["undone"])
+        assert (await rig.ask(ask.Recover())).operations == ()
+        assert (await rig.show()).state == "gone"
+        assert rig.files() == files
+        with pytest.raises(errors.QmpUnreachable, match="Nothing was done"):
+            await rig.snapshot("later")
+    await rig.guest.kill()
+    for target, chain in chains.items():
+        for file, fmt in chain:
+            check_image(rig.qemu, Path(file), fmt)
+        file, fmt = chain[0]
+        assert rig.holds(target, Path(file), fmt)
+
+
+# --- what is not refused: the other side of a limit ------------------------------------------------------------
+
+
+async def test_room_that_is_enough_to_the_byte(rig: Rig, tmp_path: Path) -> None:
+    """A page less is refused (see the table); so much holds the whole copy, or the overlays."""
+    taken = rig.source("vdb").stat().st_blocks * 512
+    assert taken < SIZE, "it is sparse"
+    for name, size in (("copy", taken), ("overlays", 2 * NEW_OVERLAY_BYTES)):
+        async with mounted(tmp_path / name, "-o", f"size={size}"):
+            if name == "copy":
+                await rig.copy("vdb", tmp_path / name / "vdb")
+                await rig.finish("vdb")
+                assert rig.holds("vdb", tmp_path / name / "vdb", "raw")
+                continue
+            await rig.snapshot("s1", only=["vda", "sda"], folder=tmp_path / name)
+            await rig.delete("s1", 0)
+            assert not list((tmp_path / name).iterdir())

@@ -64,7 +64,11 @@ class Desk:
 
     @contextlib.asynccontextmanager
     async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
-        """The domain to oneself, with everything of before settled, and how it is now."""
+        """The domain to oneself, with everything of before settled, and how it is now.
+
+        Raises:
+            GuestGone: QEMU ended in the middle of what was done in here.
+        """
         keeper = self.keeper(name)
         async with keeper.lock:
             if self.journal.open_operations(name):
@@ -74,7 +78,16 @@ class Desk:
             seen = await keeper.observe()
             if await keeper.check_jobs(seen):
                 seen = await keeper.observe()
-            yield keeper, seen
+            try:
+                yield keeper, seen
+            except errors.OperationFailed as failed:
+                if not await keeper.is_gone():
+                    raise
+                reason = (
+                    f"it ended at «{failed.step}» of operation {failed.operation}, which was undone: every disk is on "
+                    "the image that it was on"
+                )
+                raise errors.GuestGone(domain=name, reason=reason) from failed
 
     def names(self, *, dry_run: bool = False) -> tuple[int, Names]:
         """The next operation's number and names."""
