@@ -1,5 +1,6 @@
 """Every row of the table, on both QEMUs: the error it is to be, and nothing changed, nothing lost."""
 
+import asyncio
 import contextlib
 import hashlib
 import itertools
@@ -18,13 +19,20 @@ import pytest
 import pytest_asyncio
 from refusal_kit import Place, Row, Vanishing, mounted
 from refusals import ROWS, VANISHING
-from rig import ALL, KIB, MIB, SIZE, Rig, open_rig
+from rig import ALL, EVENT_TIMEOUT_S, KIB, MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.plan.destinations import NEW_OVERLAY_BYTES
 from blockferry.service import Service
-from blockferry.testing import TestQemu, blockdev_disk, blockdev_node, check_image, find_qemu, make_image
+from blockferry.testing import (
+    TestQemu,
+    blockdev_disk,
+    blockdev_node,
+    check_image,
+    find_qemu,
+    make_image,
+)
 
 BYTES, DISKS = itertools.cycle(range(1, 256)), itertools.cycle(ALL)
 
@@ -156,6 +164,77 @@ async def test_vanishing(rig: Rig, row: Vanishing) -> None:
             check_image(rig.qemu, Path(file), fmt)
         file, fmt = chain[0]
         assert rig.holds(target, Path(file), fmt)
+
+
+# --- what takes a guest of its own ----------------------------------------------------------------------------
+
+
+async def test_full_journal(rig: Rig) -> None:
+    """What can't be written down is not begun; with room again it is."""
+    state_dir = rig.path / "small"
+    await rig.service.close()
+    async with mounted(state_dir, "-o", "size=1m"):
+        rig.service = await Service.open(state_dir)
+        try:
+            await rig.reattach()
+            before = await rig.state()
+            filler = state_dir / "filler"
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(KIB)):
+                    pass
+            for request in (rig.snapshot(), rig.copy("vda"), rig.copy("vdb")):
+                with pytest.raises(errors.JournalUnwritable, match=r"full.*Make room"):
+                    await request
+            filler.unlink()
+            assert await rig.state() == before
+            assert await rig.our_nodes() == set()
+            assert await rig.pauses_heard() == []
+            await rig.snapshot()
+        finally:
+            await rig.service.close()
+    rig.service = await Service.open(rig.path / "state")
+
+
+async def test_nothing_new_on_a_domain_with_an_unsettled_operation(faulty: Rig) -> None:
+    """Its socket has gone in the middle; when it is there again the operation is settled before anything else."""
+    before = await faulty.state()
+    away = faulty.path / "away"
+    gate = faulty.proxy.pause_before("blockdev-add", 2)
+    snapshot = asyncio.create_task(faulty.snapshot())
+    await gate.reached()
+    faulty.proxy.path.rename(away)
+    await faulty.proxy.cut()
+    gate.release()
+    with pytest.raises(errors.OperationUnsettled):
+        await snapshot
+    nodes, files = await faulty.our_nodes(), faulty.files()
+    for request in (faulty.snapshot("s2"), faulty.copy("vdb"), faulty.commit("vda"), faulty.rebase("vda")):
+        with pytest.raises(errors.Unsettled, match="operation 1 is not settled yet"):
+            await request
+    assert (await faulty.our_nodes(), faulty.files()) == (nodes, files)
+    away.rename(faulty.proxy.path)
+    await faulty.settled()
+    assert await faulty.operations() == [("snapshot", "undone")]
+    assert await faulty.state() == before
+    await faulty.snapshot()
+
+
+async def test_a_stream_that_somebody_has_not_dismissed(rig: Rig) -> None:
+    """Its end is waited for by its status: to ask QEMU for its nodes then would crash it."""
+    before = await rig.state()
+    with rig.guest.control.listener("JOB_STATUS_CHANGE") as listener:
+        stream = {"job-id": "theirs", "device": "d0", "auto-dismiss": False}
+        await rig.guest.command("block-stream", stream)
+        async with asyncio.timeout(EVENT_TIMEOUT_S):
+            while (await listener.get())["data"]["status"] != "concluded":
+                pass
+    for request in (rig.snapshot(), rig.copy("vdb"), rig.rebase("vda"), rig.commit("sda")):
+        with pytest.raises(errors.JobNotDismissed, match=r"'theirs'.*job-dismiss"):
+            await request
+    await rig.guest.command("job-dismiss", {"id": "theirs"})
+    assert await rig.state() == before
+    assert await rig.operations() == []
+    await rig.snapshot()
 
 
 # --- what is not refused: the other side of a limit ------------------------------------------------------------
