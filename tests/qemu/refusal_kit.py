@@ -166,8 +166,8 @@ def delete(snapshot: str, flags: int = 0) -> Asked:
     return lambda _place: ask.DeleteSnapshot(domain="vm1", snapshot=snapshot, flags=flags)
 
 
-def attach(qmp: str, domain: str = "vm3") -> Asked:
-    return lambda place: ask.Attach(domain=domain, qmp=place.at(qmp), timeout=0.3)
+def attach(qmp: str, domain: str = "vm3", timeout: float = 0.3) -> Asked:
+    return lambda place: ask.Attach(domain=domain, qmp=place.at(qmp), timeout=timeout)
 
 
 # --- settings -------------------------------------------------------------------------------------------------

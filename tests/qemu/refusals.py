@@ -220,7 +220,7 @@ SOCKETS = (
     ),
     *rows(
         "a socket with a line that does not end",
-        {"attach": attach("DIR/offered/sock")},
+        {"attach": attach("DIR/offered/sock", timeout=20)},
         errors.QmpUnreachable,
         "no QEMU answers",
         listening(b"x" * 64 * KIB, close=False),
