@@ -887,6 +887,13 @@ NBD = (
         served(size=SIZE + MIB),
     ),
     *rows(
+        "an NBD export that is read-only",
+        {"copy": copy("nbd+unix:///t?socket=DIR/offered/t.nbd.sock")},
+        errors.DestinationUnusable,
+        "exported read-only",
+        served(read_only=True),
+    ),
+    *rows(
         "an NBD export as qcow2",
         {"copy": copy("nbd+unix:///t?socket=DIR/offered/t.nbd.sock", format="qcow2")},
         errors.DestinationUnusable,

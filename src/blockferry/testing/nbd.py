@@ -25,6 +25,7 @@ class NbdServer:
         directory: existing folder for the socket (`NAME.nbd.sock`) and the server's stderr.
         name: the export's name.
         once: serve one client and end, as qemu-nbd does unless it is told otherwise.
+        read_only: let clients read only.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class NbdServer:
         *,
         name: str = "disk",
         once: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.name = name
         self.socket = socket_path(directory / f"{name}.nbd.sock")
         argv = [str(binaries.nbd), "--discard=unmap"]
         argv += [] if once else ["--persistent", "--shared=0"]
+        argv += ["--read-only"] if read_only else []
         argv += [f"--format={fmt}", f"--export-name={name}", f"--socket={self.socket}", str(path)]
         self._process = ChildProcess(argv, directory / f"{name}.nbd.stderr")
 
