@@ -158,6 +158,7 @@ def test_snapshot_with_a_backing_of_its_mirror(asked: Run, tmp_path: Path) -> No
         (["--reuse-ext"], SnapshotCreate.REUSE_EXT | SnapshotCreate.ATOMIC),
         (["--reuse-ext", "--atomic"], SnapshotCreate.REUSE_EXT | SnapshotCreate.ATOMIC),
         (["--no-metadata"], SnapshotCreate.NO_METADATA),
+        (["--quiesce"], SnapshotCreate.QUIESCE),
         (["--no-metadata", "--atomic"], SnapshotCreate.NO_METADATA | SnapshotCreate.ATOMIC),
     ],
 )

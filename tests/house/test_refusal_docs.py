@@ -29,6 +29,8 @@ ELSEWHERE = {
     "not-running": ("a guest that is shut off", "whatever needs its QEMU", "qemu/test_lifecycle.py"),
     "cannot-shut-down": ("a guest that is paused", "stop", "qemu/test_lifecycle.py"),
     "mirror-gone": ("a mirror whose destination is gone", "start --require-mirrors", "qemu/test_mirrors_survive.py"),
+    "agent-unreachable": ("a guest without an agent that answers", "snapshot --quiesce", "qemu/test_quiesce.py"),
+    "already-frozen": ("a guest that somebody else has frozen", "snapshot --quiesce", "qemu/test_quiesce.py"),
     "state-dir-busy": ("a state directory that is owned already", "serve", "cli/test_hostprocess.py"),
     "state-dir-unusable": ("a state directory that can't be one", "everything", "cli/test_hostprocess.py"),
 }

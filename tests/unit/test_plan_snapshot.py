@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from blockferry import errors
@@ -13,7 +14,17 @@ from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.snapshot import Choice, choose, files_of, plan_snapshot
-from blockferry.plan.steps import AddNode, ClaimFile, CommitDown, CreateImage, RemoveFile, StartMirror, TakeSnapshots
+from blockferry.plan.steps import (
+    AddNode,
+    ClaimFile,
+    CommitDown,
+    CreateImage,
+    Freeze,
+    RemoveFile,
+    StartMirror,
+    TakeSnapshots,
+    Thaw,
+)
 
 SIZE = 1 << 20
 GIB = 1 << 30
@@ -109,14 +120,23 @@ def images_of(choices: tuple[Choice, ...]) -> dict[str, FileFact]:
     return {path: fact(path, kind="file") for path in (choice.disk.active.file for choice in choices)}
 
 
-def plan(seen: Observation, wish: SnapshotWish, **facts: FileFact) -> Plan:
+def plan(seen: Observation, wish: SnapshotWish, *, flags: int = 0, **facts: FileFact) -> Plan:
     """`facts` by file name; of what is not told the disks' images are there and the rest is absent, with room."""
     choices, _left_out = choose("vm1", seen, wish, "s1", SnapshotCreate(0))
     known = {path: fact(path) for path in files_of(choices)} | images_of(choices)
     known |= {each.path: each for each in facts.values()}
     files = Files(facts=known)
     return plan_snapshot(
-        "vm1", seen, wish, names=Names("abcd", 7), operation=7, name="s1", files=files, now=1.5, parent="s0"
+        "vm1",
+        seen,
+        wish,
+        names=Names("abcd", 7),
+        operation=7,
+        name="s1",
+        files=files,
+        now=1.5,
+        parent="s0",
+        flags=flags,
     )
 
 
@@ -130,6 +150,20 @@ def test_steps_in_their_order() -> None:
     assert kinds == [*[ClaimFile] * 3, *[CreateImage] * 3, *[AddNode] * 3, TakeSnapshots, StartMirror]
     assert made.window is None
     assert made.settle == ()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_quiesced_only_while_the_disks_switch(together: bool) -> None:
+    """Images are made before, mirrors are started after."""
+    commands = frozenset({"transaction"} if together else ())
+    seen = msgspec.structs.replace(TWO, capabilities=Capabilities(version="0", commands=commands))
+    wish = SnapshotWish(disks=(DiskWish(name="vda", file="/o", mirror=MirrorWish(file="/m")),))
+    made = plan(seen, wish, flags=SnapshotCreate.QUIESCE)
+    switches = [TakeSnapshots] if together else [TakeSnapshots] * 2
+    assert [type(step) for step in made.prepare][9:] == [Freeze, *switches, Thaw, StartMirror]
+    assert Thaw(held=True) in made.prepare
+    without = plan(seen, wish)
+    assert [step for step in made.prepare if not isinstance(step, Freeze | Thaw)] == [*without.prepare]
 
 
 def test_names_and_backings() -> None:

@@ -250,6 +250,11 @@ def test_w_it_can_not_be_asked(state: str, plan: Plan) -> None:
     assert row(state, plan, Evidence(seen=None), ALL_DONE) == ("W", "wait")
 
 
+def test_t_it_may_be_frozen() -> None:
+    assert row("preparing", SNAPSHOT, Evidence(seen=TAKEN, frozen=True), ALL_DONE) == ("T", "wait")
+    assert row("preparing", SNAPSHOT, Evidence(seen=None, frozen=True), ALL_DONE) == ("T", "wait")
+
+
 COMMIT = ChainJob(
     domain="vm1",
     target="vda",
