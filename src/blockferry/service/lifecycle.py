@@ -17,6 +17,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
+from blockferry.plan import machine
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
 from blockferry.plan.plan import Plan
 from blockferry.plan.revert import overlay_of, plan_revert
@@ -42,6 +43,8 @@ class Lifecycle:
     async def define(self, request: ask.Define) -> view.DomainView:
         """Remember a guest, or another definition of one that is shut off."""
         definition = parse_definition(request.xml)
+        # Devices that don't fit together are found now, not at the start.
+        machine.arguments(definition, {})
         name = definition.name
         keeper = self._desk.keepers.get(name)
         if keeper is None:
