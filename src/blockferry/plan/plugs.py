@@ -249,9 +249,8 @@ def node_name(disk: DiskDef, depth: int) -> str:
 def _file(disk: DiskDef, image: ImageFact) -> dict[str, Any]:
     if not image.path.startswith("/"):
         return nbd_options(image.path)
-    block = disk.source is not None and disk.source.kind == "block" and image.path == disk.source.where
     more = {"aio": disk.io} if disk.io is not None else {}
-    return {"driver": "host_device" if block else "file", "filename": image.path, **more}
+    return {"driver": "host_device" if image.device else "file", "filename": image.path, **more}
 
 
 def _disk_device(disk: DiskDef, slots: Slots) -> list[str]:

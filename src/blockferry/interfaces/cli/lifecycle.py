@@ -61,7 +61,10 @@ def start(session: Session, name: str, paused: bool, require_mirrors: bool) -> N
 @json_option
 @click.pass_obj
 def stop(session: Session, name: str, timeout: float | None, force: bool) -> None:
-    """Shut a defined guest down, by ACPI."""
+    """Shut a defined guest down.
+
+    It is asked by ACPI, and takes its time.
+    """
     session.answer(render.done, "stop", domain=name, timeout=timeout, force=force or None)
 
 
