@@ -73,7 +73,7 @@ def stop(session: Session, name: str, timeout: float | None, force: bool) -> Non
 @json_option
 @click.pass_obj
 def suspend(session: Session, name: str) -> None:
-    """Pause a guest's processors."""
+    """Pause a guest."""
     session.answer(render.done, "suspend", domain=name)
 
 
