@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from definitions import EVERYTHING, VIRT_MANAGER, disk, guest
 from hypothesis import given
@@ -25,7 +26,7 @@ from blockferry.model.definition import (
     Source,
 )
 from blockferry.model.files import ImageFact
-from blockferry.plan.lifecycle import plan_start
+from blockferry.plan.lifecycle import Start, plan_start
 from blockferry.plan.machine import arguments
 from blockferry.plan.plugs import chain_options, unit_of
 from blockferry.plan.steps import Launch, Resume, SetLimits
@@ -295,7 +296,8 @@ def test_cache_modes(cache: str | None, direct: bool, no_flush: bool, write_cach
 def test_a_start() -> None:
     definition = parse_definition(EVERYTHING)
     chains = {"vda": (ImageFact(path="/s1", format="qcow2"), ImageFact(path="/a", format="raw"))}
-    plan = plan_start(definition, "/bin/qemu", chains, paused=False)
+    start = Start(definition=definition, program="/bin/qemu", chains=chains)
+    plan = plan_start(start)
     launch, limits = plan.prepare
     assert isinstance(launch, Launch)
     assert isinstance(limits, SetLimits)
@@ -303,14 +305,15 @@ def test_a_start() -> None:
     assert (limits.device, limits.limits) == ("disk-vda", definition.disks[0].limits)
     assert plan.record.authoritative == {"vda": "/s1"}
     assert plan.settle == (Resume(first=True),)
-    assert plan_start(definition, "/bin/qemu", chains, paused=True).settle == ()
+    assert plan_start(msgspec.structs.replace(start, paused=True)).settle == ()
 
 
 def test_an_image_that_will_not_do() -> None:
     bad = ImageFact(path="/base", format="raw", problem="it is not there")
     chains = {"vda": (ImageFact(path="/a", format="qcow2", backing="/base"), bad)}
+    start = Start(definition=parse_definition(guest(disk())), program="/bin/qemu", chains=chains)
     with pytest.raises(errors.ImageUnsuitable, match="it is not there"):
-        plan_start(parse_definition(guest(disk())), "/bin/qemu", chains, paused=False)
+        plan_start(start)
 
 
 # --- no name or path becomes an option ------------------------------------------------------------------------

@@ -61,10 +61,7 @@ def start(session: Session, name: str, paused: bool, require_mirrors: bool) -> N
 @json_option
 @click.pass_obj
 def stop(session: Session, name: str, timeout: float | None, force: bool) -> None:
-    """Shut a defined guest down.
-
-    It is asked by ACPI, and takes its time.
-    """
+    """Shut a defined guest down, by ACPI."""
     session.answer(render.done, "stop", domain=name, timeout=timeout, force=force or None)
 
 
@@ -73,7 +70,7 @@ def stop(session: Session, name: str, timeout: float | None, force: bool) -> Non
 @json_option
 @click.pass_obj
 def suspend(session: Session, name: str) -> None:
-    """Pause a guest."""
+    """Pause a guest's processors."""
     session.answer(render.done, "suspend", domain=name)
 
 
