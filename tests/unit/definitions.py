@@ -126,7 +126,6 @@ VIRT_MANAGER = """\
     <redirdev bus='usb' type='spicevmc'>
       <address type='usb' bus='0' port='3'/>
     </redirdev>
-    <watchdog model='itco' action='reset'/>
     <memballoon model='virtio'>
       <address type='pci' domain='0x0000' bus='0x00' slot='0x03' function='0x0'/>
     </memballoon>
@@ -152,7 +151,6 @@ VIRT_MANAGER_IGNORED = (
     "devices/audio",
     "devices/redirdev[1]",
     "devices/redirdev[2]",
-    "devices/watchdog",
 )
 
 # Everything that is carried out, at least once.

@@ -75,7 +75,34 @@ def shorten(text: str) -> str:
 
 def invalid(element: Element, reason: str) -> InvalidXml:
     """The error for `element`, named by its path in the document."""
-    return InvalidXml(element=shorten(element.getroottree().getpath(element).lstrip("/")), reason=reason)
+    return InvalidXml(element=shorten(path_of(element)), reason=reason)
+
+
+def path_of(element: Element) -> str:
+    """Where an element is in its document."""
+    return element.getroottree().getpath(element).lstrip("/")
+
+
+class Schema:
+    """A RelaxNG schema from a file.
+
+    Raises:
+        SchemaUnusable: there is none, or it is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._relaxng = etree.RelaxNG(file=path)
+        except (etree.RelaxNGParseError, etree.XMLSyntaxError, OSError) as error:
+            raise SchemaUnusable(str(error)) from error
+
+    def allows(self, root: Element) -> bool:
+        """Whether a document is valid."""
+        return bool(self._relaxng.validate(root))
+
+
+class SchemaUnusable(Exception):
+    """A schema's file is not there, or is broken."""
 
 
 def expect(

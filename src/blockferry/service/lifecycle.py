@@ -10,6 +10,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.keeper import Keeper
+from blockferry.formats import schema
 from blockferry.formats.defined import with_uuid
 from blockferry.formats.definition import parse_definition
 from blockferry.journal.journal import Defined, DomainRecord
@@ -45,6 +46,7 @@ class Lifecycle:
         definition = parse_definition(request.xml)
         # Devices that don't fit together are found now, not at the start.
         machine.arguments(definition, {})
+        schema.require_valid(request.xml)
         name = definition.name
         keeper = self._desk.keepers.get(name)
         if keeper is None:
