@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import Counter
 
 import msgspec
 
@@ -276,6 +277,7 @@ def _check(root: Element, definition: Definition) -> None:
     places += [(each.boot, each.mac or each.type) for each in definition.interfaces if each.boot is not None]
     if places and boot.order:
         refuse(at(root, "os"), "a boot order is said by <boot dev> or by each device's <boot order>, not by both")
+    counts = Counter(place for place, _who in places)
     for place, who in places:
-        if len([1 for other, _who in places if other == place]) > 1:
+        if counts[place] > 1:
             refuse(root, f"boot order {place} is given to several devices, {who} among them")

@@ -237,9 +237,11 @@ def controllers(reading: Reading, devices: Element) -> tuple[Controller, ...]:
     for element in found:
         reading.mark(element)
     controllers = tuple(_controller(reading, element) for element in found)
-    for number, controller in enumerate(controllers):
-        if any((each.type, each.index) == (controller.type, controller.index) for each in controllers[:number]):
-            refuse(found[number], f"there are two {controller.type} controllers {controller.index}")
+    seen: set[tuple[str, int]] = set()
+    for element, controller in zip(found, controllers, strict=True):
+        if (controller.type, controller.index) in seen:
+            refuse(element, f"there are two {controller.type} controllers {controller.index}")
+        seen.add((controller.type, controller.index))
     return controllers
 
 
@@ -309,10 +311,11 @@ def characters(reading: Reading, devices: Element) -> tuple[Character, ...]:
     """
     serials = [each for each in devices.findall("serial") if _carried_out(each, "isa-serial")]
     found = [_character(reading, element, "serial") for element in serials]
+    serial = devices.find("serial") is not None
     for element in devices.findall("console"):
         if _carried_out(element, "virtio") and _target_type(element) is not None:
             found.append(_character(reading, element, "console"))
-        elif devices.find("serial") is not None and _target_type(element) in (None, "serial"):
+        elif serial and _target_type(element) in (None, "serial"):
             reading.mark(element)
             reading.harmless(element, "target", "source", "protocol", "alias", "log")
             reading.get(element, "type")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from blockferry.formats import xmlio
@@ -131,22 +131,18 @@ class Reading:
 
     def ignored(self) -> tuple[str, ...]:
         """The elements and attributes that nobody asked for, each as its path; not what is inside of one listed."""
-        return tuple(self._ignored(self._root))
+        paths = {element: path.removeprefix("domain").lstrip("/") for element, path in xmlio.paths(self._root).items()}
+        return tuple(self._ignored(self._root, paths))
 
-    def _ignored(self, element: Element) -> Iterator[str]:
+    def _ignored(self, element: Element, paths: Mapping[Element, str]) -> Iterator[str]:
         for name in element.attrib:
             if (element, name) not in self._known:
-                yield f"{_path(element)}/@{name!s}".lstrip("/")
+                yield f"{paths[element]}/@{name!s}".lstrip("/")
         for child in element:
             if child in self._known:
-                yield from self._ignored(child)
+                yield from self._ignored(child, paths)
             else:
-                yield _path(child)
-
-
-def _path(element: Element) -> str:
-    """Where an element is below the root, which goes without saying."""
-    return element.getroottree().getpath(element).removeprefix("/domain").lstrip("/")
+                yield paths[child]
 
 
 def at(parent: Element, tag: str) -> Element:

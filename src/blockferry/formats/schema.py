@@ -12,8 +12,9 @@ from blockferry.formats.xmlio import Element, Schema
 
 # Where libvirt0 puts its schemas, unless BLOCKFERRY_LIBVIRT_SCHEMAS names another folder.
 FOLDER = "/usr/share/libvirt/schemas"
-# libxml2 says that a document is invalid, not where: that is found by trying. A validation takes 0.1 µs a byte.
-TRIED_BYTES = 8 << 20
+# libxml2 says that a document is invalid, not where: that is found by trying, for a second at most. Of n elements a
+# validation takes n + n²/400 microseconds.
+TRYING_MICROSECONDS = 1_000_000
 TRIES_MAX = 2000
 # Without these the element around them would be invalid for another reason.
 _NEEDED = frozenset({"name", "memory", "os", "type", "target", "source"})
@@ -33,7 +34,11 @@ def require_valid(xml: str) -> None:
         return
     root = _without_ours(xmlio.parse(xml, "domain"))
     if not schema.allows(root):
-        raise _Search(schema, root, tries=min(TRIES_MAX, TRIED_BYTES // len(xml))).flaw()
+        raise _Search(schema, root, tries=_tries(sum(1 for _ in root.iter()))).flaw()
+
+
+def _tries(elements: int) -> int:
+    return min(TRIES_MAX, int(TRYING_MICROSECONDS / (elements + elements**2 / 400)))
 
 
 @functools.cache
@@ -66,7 +71,7 @@ class _Search:
         self._root = root
         self._tries = tries
         # Now: with parts taken away an element would have another number.
-        self._paths = {element: xmlio.path_of(element) for element in root.iter()}
+        self._paths = xmlio.paths(root)
 
     def flaw(self) -> InvalidXml:
         """The error."""

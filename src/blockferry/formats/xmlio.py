@@ -83,6 +83,20 @@ def path_of(element: Element) -> str:
     return element.getroottree().getpath(element).lstrip("/")
 
 
+def paths(root: Element) -> dict[Element, str]:
+    """The path of every element, as path_of; that looks at all siblings each time."""
+    found = {root: path_of(root)}
+    for parent in root.iter():
+        counts = Counter(child.tag for child in parent)
+        numbers: Counter[str] = Counter()
+        for child in parent:
+            numbers[child.tag] += 1
+            local = etree.QName(child).localname
+            name = f"{child.prefix}:{local}" if child.prefix else local
+            found[child] = f"{found[parent]}/{name}" + (f"[{numbers[child.tag]}]" if counts[child.tag] > 1 else "")
+    return found
+
+
 class Schema:
     """A RelaxNG schema from a file.
 
