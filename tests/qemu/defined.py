@@ -72,6 +72,10 @@ class Defined:
     async def reopen(self) -> None:
         """End the service and start one on the same state directory."""
         await self.service.close()
+        await self.reopen_closed()
+
+    async def reopen_closed(self) -> None:
+        """Start a service after the one before was closed."""
         self.service = await Service.open(self.path / "state")
 
     async def snapshot(self, name: str, mirrors: Targets = (), only: Targets = ("vda", "vdb")) -> None:

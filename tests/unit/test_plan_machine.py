@@ -302,7 +302,7 @@ def test_a_start() -> None:
     assert isinstance(launch, Launch)
     assert isinstance(limits, SetLimits)
     assert (launch.program, launch.environment) == ("/bin/qemu", {"A_B": "c d"})
-    assert (limits.device, limits.limits) == ("disk-vda", definition.disks[0].limits)
+    assert (limits.device, limits.limits) == ("/machine/peripheral/disk-vda/virtio-backend", definition.disks[0].limits)
     assert plan.record.authoritative == {"vda": "/s1"}
     assert plan.settle == (Resume(first=True),)
     assert plan_start(msgspec.structs.replace(start, paused=True)).settle == ()
