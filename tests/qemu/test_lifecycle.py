@@ -101,7 +101,7 @@ async def test_a_life(guest: Defined) -> None:
     assert born(started.pid) is None
     assert not guest.service.has_work()
     assert [each.type for each in (await guest.ask(ask.ListEvents())).events if each.type.startswith("domain-")] == [
-        *("domain-defined", "domain-resumed", "domain-started", "domain-shutdown", "domain-stopped"),
+        *("domain-defined", "domain-resumed", "domain-started", "domain-paused", "domain-shutdown", "domain-stopped"),
     ]
     await guest.ask(ask.Undefine(domain="g1"))
     with pytest.raises(errors.NoSuchDomain):
@@ -291,7 +291,7 @@ async def test_an_end_while_nobody_looked_is_said_once(guest: Defined) -> None:
     assert (await guest.start()).state == "running"
 
 
-@pytest.mark.parametrize("wrong", [{"pid": None, "born": None, "gone": True}, {"pid": 1, "born": 1, "gone": False}])
+@pytest.mark.parametrize("wrong", [{"pid": None, "born": None}, {"pid": 1, "born": 1}])
 async def test_the_lock_says_whether_it_runs_whatever_the_journal_says(guest: Defined, wrong: dict[str, Any]) -> None:
     pid = (await guest.start()).pid
     journal = guest.service._desk.journal
