@@ -62,6 +62,7 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
         backing_format: the format that the header names for it; None when it names none.
         real_backing: the backing file with links resolved, for comparing.
         problem: why it can't be read or followed; the rest means nothing then.
+        device: whether it is on a block device, which QEMU opens otherwise than a file.
     """
 
     path: str
@@ -71,6 +72,7 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     backing_format: str | None = None
     real_backing: str | None = None
     problem: str | None = None
+    device: bool = False
 
 
 class ExportFact(msgspec.Struct, frozen=True, kw_only=True):

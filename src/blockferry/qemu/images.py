@@ -84,6 +84,7 @@ class Images:
             backing=backing,
             backing_format=info.get("backing-filename-format"),
             real_backing=os.path.realpath(str(backing)) if backing is not None else None,
+            device=is_block_device(path),
         )
 
     async def holds_data(self, path: str) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.keeper import Keeper
+from blockferry.formats import schema
 from blockferry.formats.defined import with_uuid
 from blockferry.formats.definition import parse_definition
 from blockferry.journal.journal import Defined, DomainRecord
@@ -19,6 +20,7 @@ from blockferry.model.blockjob import Mirror
 from blockferry.model.definition import DiskDef
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
+from blockferry.plan import machine
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
 from blockferry.plan.plan import Plan
 from blockferry.plan.resting import Look, flaw
@@ -47,6 +49,9 @@ class Lifecycle:
     async def define(self, request: ask.Define) -> view.DomainView:
         """Remember a guest, or another definition of one that is shut off."""
         definition = parse_definition(request.xml)
+        # Devices that don't fit together are found now, not at the start.
+        machine.arguments(definition, {})
+        schema.require_valid(request.xml)
         name = definition.name
         keeper = self._desk.keepers.get(name)
         if keeper is None:
