@@ -24,7 +24,7 @@ ELSEWHERE = {
         "qemu/test_snapshot_delete.py",
     ),
     "snapshot-not-mergeable": ("a snapshot that can't be merged", "snapshot delete", "qemu/test_chains.py"),
-    "not-defined": ("a guest that was attached", "start, stop, undefine, snapshot revert", "qemu/test_lifecycle.py"),
+    "not-defined": ("a guest that was attached", "start, stop, undefine, snapshot revert", "qemu/test_domain.py"),
     "already-running": ("a guest that runs", "start, define, undefine", "qemu/test_lifecycle.py"),
     "not-running": ("a guest that is shut off", "whatever needs its QEMU", "qemu/test_lifecycle.py"),
     "cannot-shut-down": ("a guest that is paused", "stop", "qemu/test_lifecycle.py"),
