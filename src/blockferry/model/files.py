@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+
+from blockferry.model.graph import InternalSnapshot
 
 Kind = Literal["absent", "file", "directory", "block", "other"]
 
@@ -46,6 +49,7 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
         backing_format: the format that the header names for it; None when it names none.
         real_backing: the backing file with links resolved, for comparing.
         problem: why it can't be read or followed; the rest means nothing then.
+        snapshots: those inside it, of a qcow2.
     """
 
     path: str
@@ -55,3 +59,8 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     backing_format: str | None = None
     real_backing: str | None = None
     problem: str | None = None
+    snapshots: tuple[InternalSnapshot, ...] = ()
+
+
+# Each disk's images by its target, the active one first; of an empty drive none.
+Chains = Mapping[str, tuple[ImageFact, ...]]
