@@ -106,6 +106,7 @@ def shut_off_view(
     definition: Definition,
     chains: Chains,
     mirrors: tuple[Mirror, ...],
+    *,
     xml: str,
     current: str | None = None,
 ) -> DomainView:

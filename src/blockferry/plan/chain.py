@@ -249,6 +249,10 @@ def _commit(
 ) -> ChainJob:
     first, last = disk.chain.index(top), disk.chain.index(base)
     _require_unshared(domain, seen, disk, base)
+    inside = [(each, image.file) for image in disk.chain[first:last] for each in seen.graph.nodes[image.node].snapshots]
+    if remove and inside:
+        reason = f"{inside[0][1]} would be removed, with its internal snapshot {inside[0][0].name!r}"
+        raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
     if base.virtual_size > top.virtual_size:
         # A smaller one QEMU grows (the guest's disk was); on a larger one the guest's disk would grow unasked.
         raise errors.DiskUnsuitable(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import msgspec
+from itertools import pairwise
 
 from blockferry import errors
 from blockferry.model.files import Chains, ImageFact
@@ -175,9 +175,7 @@ def _known(disk: RedefinedDisk, existing: Snapshot | None) -> SnapshotDisk | Non
 def _under(disk: RedefinedDisk | SnapshotDisk, chains: Chains) -> ImageFact | None:
     """The image under the overlay in the disk's chain."""
     chain = chains.get(disk.target, ())
-    return next(
-        (below for above, below in zip(chain, chain[1:], strict=False) if same_file(above.path, disk.file)), None
-    )
+    return next((below for above, below in pairwise(chain) if same_file(above.path, disk.file)), None)
 
 
 def _require_the_same(domain: str, snapshot: Snapshot, existing: Snapshot) -> None:
