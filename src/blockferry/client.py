@@ -159,14 +159,20 @@ class Domain:
         request = requests.ShowDomain(domain=self.name, inactive=inactive)
         return (await self._ferry.ask(request, views.DomainView)).xml or ""
 
-    async def create(self, *, paused: bool = False) -> views.DomainView:
-        """Start it; `paused` leaves it paused before its first instruction.
+    async def create(self, *, paused: bool = False, require_mirrors: bool = False) -> views.DomainView:
+        """Start it, with its mirrors.
+
+        Args:
+            paused: leave it paused before its first instruction.
+            require_mirrors: don't start it when a mirror can't be established again.
 
         Raises:
+            MirrorGone: one can't.
             OperationFailed: QEMU did not start, with its last words.
             AlreadyRunning: it runs.
         """
-        return await self._ferry.ask(requests.Start(domain=self.name, paused=paused), views.DomainView)
+        request = requests.Start(domain=self.name, paused=paused, require_mirrors=require_mirrors)
+        return await self._ferry.ask(request, views.DomainView)
 
     async def shutdown(self, timeout: float = TIMEOUT_S) -> None:
         """Ask the guest to shut down, and wait for it, `timeout` seconds.

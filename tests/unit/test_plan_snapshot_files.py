@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plan_snapshot import GIB, SIZE, Plug, fact, observed
+from test_plan_snapshot import GIB, SIZE, Plug, fact, images_of, observed
 
 from blockferry import errors
 from blockferry.model.domain import Observation
@@ -38,10 +38,10 @@ def plan(
     users: dict[str, str] | None = None,
     only_these: bool = True,
 ) -> Plan:
-    """What is not told is absent, with room; what has a header is a file."""
+    """What is not told is absent, with room; what has a header is a file, as are the disks' images."""
     wish = SnapshotWish(disks=disks, only_these=only_these)
     choices, _left_out = choose("vm1", seen, wish, "s1", SnapshotCreate(flags))
-    known = {path: fact(path) for path in files_of(choices)}
+    known = {path: fact(path) for path in files_of(choices)} | images_of(choices)
     known |= {head.path: fact(head.path, kind="file") for head in images}
     files = Files(
         facts=known | {each.path: each for each in facts},

@@ -38,6 +38,16 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
     used: bool = False
 
 
+class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells a file that was touched from one that was not: which it is, its bytes, and when it changed (ns)."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
 class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     """What an existing image's header says, read with the driver that was named: formats are never probed.
 

@@ -41,10 +41,14 @@ class Undefine(_Request, frozen=True, kw_only=True, tag="undefine"):
 
 
 class Start(_Request, frozen=True, kw_only=True, tag="start"):
-    """Start a defined guest. `paused` leaves it paused."""
+    """Start a defined guest, with its mirrors.
+
+    `paused` leaves it paused; with `require_mirrors` a mirror that can't be established again keeps it from starting.
+    """
 
     domain: str
     paused: bool = False
+    require_mirrors: bool = False
 
 
 class Stop(_Request, frozen=True, kw_only=True, tag="stop"):

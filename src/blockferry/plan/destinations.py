@@ -102,6 +102,20 @@ def require_existing(fact: FileFact, users: Mapping[str, str]) -> None:
     require_unused(fact, users)
 
 
+def require_there(path: str, facts: Mapping[str, FileFact]) -> None:
+    """Refuse to lay an overlay over a file that has no name any more: the overlay would back onto nothing.
+
+    Raises:
+        ImageUnsuitable: it was deleted, or is a temporary one of QEMU's.
+    """
+    if path.startswith("/") and path in facts and facts[path].kind == "absent":
+        reason = (
+            "it is not there any more (deleted while QEMU has it open, or a temporary one of snapshot=on), and an overlay "
+            "would back onto nothing; `blockferry copy` and a pivot save the disk"
+        )
+        raise errors.ImageUnsuitable(path=path, reason=reason)
+
+
 def require_unused(fact: FileFact, users: Mapping[str, str]) -> None:
     """Refuse an image that somebody has open.
 

@@ -236,6 +236,7 @@ def _pair(disk: Disk, names: Names) -> Pair:
 def _check_files(choices: tuple[Choice, ...], files: Files) -> None:
     apart, room = Apart(), Room()
     for choice in choices:
+        dest.require_there(choice.disk.active.file, files.facts)
         for path in choice.files:
             fact = files.facts[path]
             apart.add(fact)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from blockferry.model.files import FileFact, ImageFact, Kind
+from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
 from blockferry.qemu.internal import internal_snapshots
 from blockferry.qemu.qcow2 import empty_image
 
@@ -135,6 +135,11 @@ class Images:
         """
         return await asyncio.to_thread(_drop, path)
 
+    async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
+        """What tells whether somebody touches these files from now on; those that are no plain files have none."""
+        found = {path: await asyncio.to_thread(_stamp, path) for path in paths}
+        return {path: stamp for path, stamp in found.items() if stamp is not None}
+
     async def sync(self, paths: tuple[str, ...]) -> None:
         """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
         await asyncio.to_thread(_sync, paths)
@@ -214,6 +219,22 @@ def _fact(path: str) -> FileFact:
     )
 
 
+def _stamp(path: str) -> FileStamp | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return FileStamp(
+        device=found.st_dev,
+        inode=found.st_ino,
+        size=found.st_size,
+        modified=found.st_mtime_ns,
+        changed=found.st_ctime_ns,
+    )
+
+
 def is_block_device(path: str) -> bool:
     """Whether there is a block device of that name."""
     try:
@@ -274,25 +295,36 @@ def _kind(mode: int) -> Kind:
 
 def _claim(path: str, like: str | None) -> dict[str, Any]:
     try:
+        model = _stat(like) if like is not None else None
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileExistsError as error:
         raise ImageError(f"{path} exists already") from error
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
+        raise ImageError(f"{error.filename or path}: {error.strerror}") from error
     try:
-        if like is not None:
+        if model is not None:
             # QEMU runs as whoever owns its images: a file of root's it could not open.
-            model = os.stat(like)
             if os.geteuid() == 0:
                 os.fchown(descriptor, model.st_uid, model.st_gid)
             os.fchmod(descriptor, stat.S_IMODE(model.st_mode))
         made = os.fstat(descriptor)
     except OSError as error:
+        # A step that failed has nothing to undo: it leaves no file.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         raise ImageError(f"{path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
     _sync_folder(path)
     return {"device": made.st_dev, "inode": made.st_ino}
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """Owner and mode of an image; None of one that was deleted while QEMU has it open."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
 
 
 def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool:
@@ -301,6 +333,8 @@ def _create(path: str, image_format: str, size: int, backing: str | None, backin
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return False
+            # Nothing of a destination that is made anew is kept; of one that was just claimed there is nothing.
+            os.ftruncate(descriptor, 0)
             if image_format == "qcow2":
                 contents = empty_image(size, backing, backing_format)
                 # Done twice it writes the same: nobody else has opened it yet.

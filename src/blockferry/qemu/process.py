@@ -54,8 +54,11 @@ def status_of(pid: int) -> str | None:
     return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def ends(pid: int, started: int | None, seconds: float) -> bool:
-    """Whether that very process has ended, or does within `seconds`: its sockets close a moment before it is gone."""
+async def ends(pid: int, started: int | None, seconds: float | None) -> bool:
+    """Whether that very process has ended, or does within `seconds` (None: wait for it).
+
+    Its sockets close a moment before it is gone.
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

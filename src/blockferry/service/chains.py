@@ -40,7 +40,15 @@ class Chains:
         async with self._desk.writing(request.domain) as (keeper, seen):
             operation, names = self._desk.names(dry_run=request.dry_run)
             snapshots = self._desk.journal.snapshots(request.domain)
-            plan = plan_commit(request.domain, seen, request, snapshots, names=names, operation=operation)
+            plan = plan_commit(
+                request.domain,
+                seen,
+                request,
+                snapshots,
+                names=names,
+                operation=operation,
+                users=await self._desk.standing(keeper, seen),
+            )
             return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
 
     def _check(self, bandwidth: int, *paths: str | None) -> None:

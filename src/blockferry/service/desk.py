@@ -20,15 +20,17 @@ from blockferry.formats.definition import parse_definition
 from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
-from blockferry.model.blockjob import BlockJob
-from blockferry.model.definition import Definition
+from blockferry.model.blockjob import BlockJob, Mirror
+from blockferry.model.definition import Definition, DiskDef
 from blockferry.model.domain import Observation, Standing
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
+from blockferry.plan.resting import Look, flaw
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
+from blockferry.qemu.nbd import reachable
 
 Witness = Callable[[str, str], None]
 
@@ -130,12 +132,29 @@ class Desk:
         images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
         return Files(facts=facts, images=images, users=await self._users(keeper, seen))
 
+    async def standing(self, own: Keeper, own_seen: Observation) -> dict[str, tuple[str, ...]]:
+        """By the file of each image in a domain's chains: who stands on it, under whichever name. See `plan.chain.Users`."""
+        found: dict[str, list[str]] = {}
+        for keeper, seen in await self._all(own, own_seen):
+            whose = "" if keeper is own else f"{keeper.name}'s "
+            for disk in seen.disks if seen is not None else ():
+                for image in disk.chain:
+                    found.setdefault(_real(image.file), []).append(f"{whose}{disk.target}")
+            for job in keeper.active():
+                if job.copy is not None and job.copy.backing is not None:
+                    found.setdefault(_real(job.copy.backing), []).append(f"the copy of {whose}{job.copy.target}")
+        return {image.file: tuple(found[_real(image.file)]) for disk in own_seen.disks for image in disk.chain}
+
+    async def _all(self, own: Keeper, own_seen: Observation) -> list[tuple[Keeper, Observation | None]]:
+        """Every domain, as it is now where it can be asked; `own` is not asked again."""
+        others = [keeper for keeper in self.keepers.values() if keeper is not own]
+        seen = await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))
+        return [(own, own_seen), *zip(others, seen, strict=True)]
+
     async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
         """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
-        others = [keeper for keeper in self.keepers.values() if keeper is not own]
-        observed = [own_seen, *await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))]
         users: dict[str, str] = {}
-        for keeper, seen in zip([own, *others], observed, strict=True):
+        for keeper, seen in await self._all(own, own_seen):
             for job in keeper.active():
                 if job.copy is not None:
                     users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
@@ -191,6 +210,29 @@ class Desk:
             return await self.standing(keeper)
         except errors.BlockferryError:
             return None
+
+    # --- mirrors that rest ------------------------------------------------------------------------------------
+
+    def resting(self, domain: str) -> tuple[Mirror, ...]:
+        """A domain's mirrors that rest until it is started."""
+        return tuple(mirror for mirror in self.journal.mirrors(domain) if mirror.state == "resting")
+
+    async def look(self, mirror: Mirror, disk: DiskDef | None, size: int) -> Look:
+        """What is there of a resting mirror's destination; `size` is the disk's, in bytes."""
+        if not mirror.file.startswith("/"):
+            problem = await reachable(mirror.file)
+            return Look(fact=None, problem=flaw(mirror, disk, None) or problem)
+        fact = (await self.images.facts((mirror.file,)))[mirror.file]
+        stamps = await self.images.stamps((mirror.file, *mirror.stamps))
+        problem = flaw(mirror, disk, fact)
+        stamp, claim = stamps.get(mirror.file), self.journal.claim(mirror.operation, mirror.file)
+        if problem is None and stamp is not None and claim not in (None, (stamp.device, stamp.inode)):
+            problem = "another file is there now"
+        if problem is None:
+            (head, *_below) = await self.images.chain(mirror.file, mirror.format)
+            other = f"it has {head.virtual_size} bytes now, and the disk has {size}"
+            problem = head.problem or (None if head.virtual_size == size else other)
+        return Look(fact=fact, stamps=stamps, problem=problem)
 
     async def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.

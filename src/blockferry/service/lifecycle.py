@@ -13,7 +13,9 @@ from blockferry.formats.definition import parse_definition
 from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
-from blockferry.plan.lifecycle import plan_start
+from blockferry.model.files import ImageFact
+from blockferry.plan.lifecycle import Start, mirror_of, plan_start
+from blockferry.plan.plan import Plan
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
 from blockferry.qemu.session import CommandRefused, LostReply
@@ -77,22 +79,64 @@ class Lifecycle:
                 raise errors.Unsettled(domain=request.domain, operation=operation.id)
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
-            definition = parse_definition(self._desk.inactive(request.domain))
-            try:
-                program = find_program(definition.emulator, definition.arch)
-            except LaunchFailed as failure:
-                raise errors.BadRequest(reason=str(failure)) from failure
-            plan = plan_start(definition, program, await self._desk.chains(definition), paused=request.paused)
-            record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False)
-            self._desk.journal.put_domain(record)
-            number, _names = self._desk.names()
-            try:
-                await keeper.run(number, plan)
-            except errors.OperationFailed:
-                self._desk.journal.put_domain(msgspec.structs.replace(keeper.record, pid=None, gone=True))
-                raise
+            await self._start(keeper, request)
             self._desk.say("domain-started", request.domain)
         return await self._domains.show(ask.ShowDomain(domain=request.domain))
+
+    async def _start(self, keeper: Keeper, request: ask.Start) -> None:
+        """Start it with its mirrors; one that can't be established is dropped, and it is tried without."""
+        definition = parse_definition(self._desk.inactive(keeper.name))
+        try:
+            program = find_program(definition.emulator, definition.arch)
+        except LaunchFailed as failure:
+            raise errors.BadRequest(reason=str(failure)) from failure
+        chains = await self._desk.chains(definition)
+        disks = {disk.target: disk for disk in definition.disks}
+        while True:
+            resting = [
+                (mirror, await self._desk.look(mirror, disks.get(mirror.target), _size(chains.get(mirror.target, ()))))
+                for mirror in self._desk.resting(keeper.name)
+            ]
+            gone = {mirror.target: look.problem for mirror, look in resting if look.problem is not None}
+            if gone:
+                self._drop(keeper, request, gone)
+                continue
+            plan = plan_start(
+                Start(
+                    definition=definition,
+                    program=program,
+                    chains=chains,
+                    resting=tuple(resting),
+                    paused=request.paused,
+                )
+            )
+            number, _names = self._desk.names()
+            try:
+                await self._run(keeper, number, plan)
+            except errors.OperationFailed as failure:
+                failed = [each.index for each in self._desk.journal.steps(number) if each.error]
+                targets = [target for index in failed if (target := mirror_of(plan, index)) is not None]
+                if not targets:
+                    raise
+                self._drop(keeper, request, dict.fromkeys(targets, failure.reason))
+            else:
+                return
+
+    async def _run(self, keeper: Keeper, number: int, plan: Plan) -> None:
+        record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False, ending=None)
+        self._desk.journal.put_domain(record)
+        try:
+            await keeper.run(number, plan)
+        except errors.OperationFailed:
+            self._desk.journal.put_domain(msgspec.structs.replace(keeper.record, pid=None, born=None, gone=True))
+            raise
+
+    def _drop(self, keeper: Keeper, request: ask.Start, gone: dict[str, str]) -> None:
+        """The mirrors that can't be established again are no more; or the guest is not started without them."""
+        for target, words in gone.items():
+            if request.require_mirrors:
+                raise errors.MirrorGone(domain=keeper.name, disk=target, reason=words)
+        self._desk.bus.publish(self._desk.journal.lose_jobs(keeper.name, gone))
 
     async def stop(self, request: ask.Stop) -> view.Done:
         """Shut a guest down."""
@@ -135,3 +179,7 @@ class Lifecycle:
         if not keeper.record.defined:
             raise errors.NotDefined(domain=name)
         return keeper
+
+
+def _size(chain: tuple[ImageFact, ...]) -> int:
+    return chain[0].virtual_size if chain else 0

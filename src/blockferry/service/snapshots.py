@@ -197,6 +197,7 @@ class Snapshots:
                 operation=operation,
                 children=bool(flags & SnapshotDelete.CHILDREN),
                 only_children=bool(flags & SnapshotDelete.CHILDREN_ONLY),
+                users=await self._desk.standing(keeper, seen),
             )
             if request.dry_run:
                 return plan_view(request.domain, plan)
