@@ -69,7 +69,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class Standing(msgspec.Struct, frozen=True, kw_only=True):
+class ChainsNow(msgspec.Struct, frozen=True, kw_only=True):
     """What a domain's disks are on, whether it runs or is shut off.
 
     Attributes:

@@ -22,7 +22,7 @@ from blockferry.journal.journal import Journal
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition, DiskDef
-from blockferry.model.domain import Observation, Standing
+from blockferry.model.domain import ChainsNow, Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
@@ -189,7 +189,7 @@ class Desk:
                 found[disk.target] = await self.images.chain(source.where, source.format)
         return found
 
-    async def standing(self, keeper: Keeper) -> Standing:
+    async def chains_now(self, keeper: Keeper) -> ChainsNow:
         """What the domain's disks are on, also of one that is shut off.
 
         Raises:
@@ -201,13 +201,13 @@ class Desk:
             definition = parse_definition(self.inactive(keeper.name))
             found = await self.chains(definition)
             chains = {disk.target: found.get(disk.target, ()) for disk in definition.disks}
-            return Standing(chains=chains, uuid=definition.uuid)
-        return Standing(chains=seen.chains, uuid=seen.uuid, seen=seen)
+            return ChainsNow(chains=chains, uuid=definition.uuid)
+        return ChainsNow(chains=seen.chains, uuid=seen.uuid, seen=seen)
 
-    async def standing_or_none(self, keeper: Keeper) -> Standing | None:
-        """As `standing`; None where it can't be asked."""
+    async def chains_or_none(self, keeper: Keeper) -> ChainsNow | None:
+        """As `chains_now`; None where it can't be asked."""
         try:
-            return await self.standing(keeper)
+            return await self.chains_now(keeper)
         except errors.BlockferryError:
             return None
 
@@ -245,8 +245,8 @@ class Desk:
         found = next((each for each in self.journal.snapshots(domain) if each.name == name), None)
         if found is not None:
             return found
-        standing = await self.standing_or_none(keeper)
-        inside = [each for each in answers.internal_views(standing.chains if standing else {}) if each.name == name]
+        now = await self.chains_or_none(keeper)
+        inside = [each for each in answers.internal_views(now.chains if now else {}) if each.name == name]
         if inside:
             images = ", ".join(dict.fromkeys(f"{each.file} ({each.target})" for each in inside))
             raise errors.SnapshotInternal(domain=domain, snapshot=name, images=images)

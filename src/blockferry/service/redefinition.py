@@ -33,15 +33,15 @@ async def redefine(desk: Desk, request: ask.CreateSnapshot) -> tuple[int, Plan]:
     wanted = _wanted(request)
     flags = SnapshotCreate(request.flags)
     async with desk.holding(request.domain) as keeper:
-        standing = await desk.standing(keeper)
+        now = await desk.chains_now(keeper)
         snapshots = desk.journal.snapshots(request.domain)
-        unknown = unknown_backings(wanted, snapshots, standing.chains)
+        unknown = unknown_backings(wanted, snapshots, now.chains)
         plan = plan_redefine(
             request.domain,
             wanted,
             snapshots,
-            chains=standing.chains,
-            uuid=standing.uuid,
+            chains=now.chains,
+            uuid=now.uuid,
             headers={path: await desk.images.chain(path, "qcow2") for path in unknown},
             current=bool(flags & SnapshotCreate.CURRENT),
         )

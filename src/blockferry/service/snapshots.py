@@ -13,7 +13,7 @@ from blockferry.formats.snapshot import parse_snapshot
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import ChainJob, Mirror
-from blockferry.model.domain import Standing
+from blockferry.model.domain import ChainsNow
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete, require_flags
 from blockferry.model.snapshot import Snapshot, SnapshotWish
 from blockferry.plan import copy as copying
@@ -122,18 +122,18 @@ class Snapshots:
     async def _snapshot_view(
         self, keeper: Keeper, snapshot: Snapshot, operation: int | None = None
     ) -> view.SnapshotView:
-        standing = await self._desk.standing_or_none(keeper)
-        return self._view(keeper, snapshot, self._desk.journal.snapshots(keeper.name), standing, operation)
+        now = await self._desk.chains_or_none(keeper)
+        return self._view(keeper, snapshot, self._desk.journal.snapshots(keeper.name), now, operation)
 
     def _view(
         self,
         keeper: Keeper,
         snapshot: Snapshot,
         snapshots: tuple[Snapshot, ...],
-        standing: Standing | None,
+        now: ChainsNow | None,
         operation: int | None = None,
     ) -> view.SnapshotView:
-        seen, chains = (standing.seen, standing.chains) if standing is not None else (None, {})
+        seen, chains = (now.seen, now.chains) if now is not None else (None, {})
         return answers.snapshot_view(
             snapshot,
             answers.mirror_views(self._desk.journal.mirrors(keeper.name), seen),
@@ -146,9 +146,9 @@ class Snapshots:
         """A domain's snapshots."""
         keeper = self._desk.keeper(request.domain)
         snapshots = self._desk.journal.snapshots(request.domain)
-        standing = await self._desk.standing_or_none(keeper)
-        views = tuple(self._view(keeper, each, snapshots, standing) for each in snapshots)
-        internal = answers.internal_views(standing.chains if standing is not None else {})
+        now = await self._desk.chains_or_none(keeper)
+        views = tuple(self._view(keeper, each, snapshots, now) for each in snapshots)
+        internal = answers.internal_views(now.chains if now is not None else {})
         return view.SnapshotList(domain=request.domain, snapshots=views, internal=internal)
 
     async def show(self, request: ask.ShowSnapshot) -> view.SnapshotView:
