@@ -415,6 +415,16 @@ class DomainSnapshot:
         )
         return await self._ferry.ask(request, views.Done)
 
+    async def revert(self, *, start: bool = False, pause: bool = False) -> views.DomainView:
+        """Bring its guest back to it; a guest that runs is ended first.
+
+        Args:
+            start: start it again.
+            pause: start it again, and leave it paused.
+        """
+        request = requests.RevertSnapshot(domain=self.view.domain, snapshot=self.name, start=start, pause=pause)
+        return await self._ferry.ask(request, views.DomainView)
+
 
 class BlockJob:
     """A block job that works. Iterate over it for its progress until it is ready (a copy) or done (a commit, a rebase).

@@ -15,7 +15,6 @@ MAY_CATCH_ALL = {"interfaces/daemon.py", "testing/crash.py"}
 # Modules that may sleep, and why.
 MAY_SLEEP = {
     "engine/executor.py": "an image's lock may be held a moment longer by a process that ends, and nobody says when",
-    "qemu/launch.py": "a killed QEMU's lock is held a moment longer than it lives, and nobody says when it goes",
     "engine/progress.py": "samples a job's progress once a second",
     "interfaces/api/events.py": "sleep(0): one turn of the loop",
     "interfaces/daemon.py": "looks once a second whether it is idle",

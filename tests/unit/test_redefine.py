@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_formats_libvirt import LIBVIRT_9, LIBVIRT_11
-from test_formats_snapshot import NAMES, SNAPSHOT_DISKS, XML_TEXT
+from test_formats_snapshot import IDS, NAMES, PATHS, SNAPSHOT_DISKS, XML_TEXT
 from test_plan_chain import snapshot
 
 from blockferry import errors
@@ -61,6 +61,7 @@ TAKEN = st.builds(
         max_size=4,
         unique_by=lambda disk: disk.target,
     ).map(tuple),
+    reverted=st.dictionaries(IDS, st.lists(PATHS, min_size=1, max_size=2).map(tuple), max_size=2),
     description=st.none() | XML_TEXT.filter(bool),
 )
 
@@ -166,6 +167,8 @@ COOKIE = "<cookie><blockferry>{}</blockferry></cookie>"
             "absol",
         ),
         (redefined(COOKIE.format("<backing disk='vda' file='/b'/>")), "/cookie/blockferry/backing", "no format"),
+        (redefined(COOKIE.format("<reverted disk='vda' file='b'/>")), "/cookie/blockferry/reverted", "absolute"),
+        (redefined(COOKIE.format("<reverted file='/b'/>")), "/cookie/blockferry/reverted", "no disk"),
         (redefined(COOKIE.format("<backing file='/b' format='raw'/>")), "/cookie/blockferry/backing", "no disk"),
     ],
 )

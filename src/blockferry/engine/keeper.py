@@ -33,8 +33,6 @@ from blockferry.qemu.process import born, ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
-# A QEMU that has ended has let go of its lock by then.
-RELEASE_SECONDS = 5.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
 WATCHED = (
@@ -106,7 +104,7 @@ class Keeper:
 
     async def _connect(self, timeout: float) -> Session:
         record = self.record
-        if record.defined and not self.home.taken():
+        if record.defined and (record.gone or not self.home.taken()):
             raise errors.NotRunning(domain=self.name)
         try:
             session = await Session.connect(record.qmp, timeout, self._witness)
@@ -178,7 +176,7 @@ class Keeper:
             return True
         ended = record.pid is not None and await ends(record.pid, record.born, seconds)
         # Of one that we start its lock says so, also of one that died before we knew its process.
-        return await self.home.released(RELEASE_SECONDS if ended else 0.0) if record.defined else ended
+        return not self.home.taken() if record.defined else ended
 
     async def observe(self) -> Observation:
         """The domain now; its targets are kept from here on.

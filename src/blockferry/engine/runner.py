@@ -144,8 +144,7 @@ class Runner:
         outcomes: tuple[StepRecord, ...] = ()
         # A plan that only forgets needs no QEMU: the guest may be gone.
         if plan.prepare or plan.window is not None:
-            launches = any(isinstance(step, steps.Launch) for step in plan.prepare)
-            executor = self._link.nobody() if launches else await self._executor("begin")
+            executor = self._link.nobody() if plan.offline else await self._executor("begin")
             await self._prepare(operation, plan, executor)
             if plan.window is not None:
                 outcomes = await self._pass_window(operation, plan.window, executor)

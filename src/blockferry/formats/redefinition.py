@@ -41,6 +41,7 @@ class _Cookie(msgspec.Struct, frozen=True, kw_only=True):
     created: float | None = None
     state: str | None = None
     backings: dict[str, _Backing] = {}
+    reverted: dict[str, tuple[str, ...]] = {}
 
 
 def parse_redefinition(xml: str) -> Redefinition:
@@ -66,6 +67,7 @@ def parse_redefinition(xml: str) -> Redefinition:
         exact=exact,
         state=cookie.state or _state(root),
         parent=_parent(root),
+        reverted=cookie.reverted,
         disks=_disks(root, wish.disks, cookie),
         left_out=tuple(disk.name for disk in wish.disks if disk.snapshot == "no"),
         domain=None if domain is None else xmlio.text(domain, "name"),
@@ -136,7 +138,7 @@ def _cookie(root: Element) -> _Cookie:
     element = root.find(f"cookie/{COOKIE}")
     if element is None:
         return _Cookie()
-    xmlio.expect(element, attributes={"created", "state"}, many={"backing"})
+    xmlio.expect(element, attributes={"created", "state"}, many={"backing", "reverted"})
     created, state = element.get("created"), element.get("state")
     if created is not None and not _EXACT.fullmatch(created):
         raise xmlio.invalid(element, f"created {xmlio.shorten(created)!r} is no number of seconds since 1970")
@@ -145,8 +147,22 @@ def _cookie(root: Element) -> _Cookie:
     return _Cookie(
         created=None if created is None else float(created),
         state=state,
-        backings=dict(map(_backing, element)),
+        backings=dict(map(_backing, element.findall("backing"))),
+        reverted=_reverted(element),
     )
+
+
+def _reverted(cookie: Element) -> dict[str, tuple[str, ...]]:
+    """The overlays that the guest has gone on on when it was brought back, by the disk's target."""
+    found: dict[str, tuple[str, ...]] = {}
+    for element in cookie.findall("reverted"):
+        xmlio.expect(element, attributes={"disk", "file"})
+        target, file = element.get("disk", ""), element.get("file", "")
+        flaw = path_flaw(file)
+        if flaw or not target:
+            raise xmlio.invalid(element, f"{xmlio.shorten(file)!r} {flaw}" if flaw else "it has no disk")
+        found[target] = (*found.get(target, ()), file)
+    return found
 
 
 def _backing(element: Element) -> tuple[str, _Backing]:

@@ -206,6 +206,9 @@ def _add_cookie(root: Element, snapshot: Snapshot) -> None:
     cookie = xmlio.add(xmlio.add(root, "cookie"), COOKIE, created=f"{snapshot.created:.9f}", state=state)
     for disk in snapshot.disks:
         xmlio.add(cookie, "backing", disk=disk.target, file=disk.backing, format=disk.backing_format)
+    for target, files in snapshot.reverted.items():
+        for file in files:
+            xmlio.add(cookie, "reverted", disk=target, file=file)
 
 
 def _add_disk(disks: Element, disk: SnapshotDisk, view: MirrorView | None) -> None:

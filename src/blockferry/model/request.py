@@ -120,6 +120,15 @@ class DeleteSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-delete")
     dry_run: bool = False
 
 
+class RevertSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-revert"):
+    """Bring a defined guest back to a snapshot; it is shut off then, or started again (`start`), or paused (`pause`)."""
+
+    domain: str
+    snapshot: str
+    start: bool = False
+    pause: bool = False
+
+
 class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
     """Start a block copy.
 
@@ -243,6 +252,7 @@ Request = (
     | ListSnapshots
     | ShowSnapshot
     | DeleteSnapshot
+    | RevertSnapshot
     | StartCopy
     | Rebase
     | Commit

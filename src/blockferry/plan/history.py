@@ -37,7 +37,7 @@ def not_current(snapshot: Snapshot, chains: Chains) -> str | None:
         chain = chains.get(disk.target, ())
         if not chain:
             return f"disk {disk.target} is not there"
-        if chain[0].path != disk.file:
+        if chain[0].path not in (disk.file, *snapshot.reverted.get(disk.target, ())):
             return f"{disk.target} is on {chain[0].path}, not on {disk.file}"
     return None
 

@@ -85,6 +85,7 @@ def plan_start(start: Start) -> Plan:
             jobs=tuple(mirror for mirror, _steps in established),
         ),
         settle=() if start.paused else (Resume(first=True),),
+        offline=True,
     )
 
 

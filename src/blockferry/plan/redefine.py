@@ -67,6 +67,8 @@ def plan_redefine(
         created=_created(wanted, existing),
         state=wanted.state or (existing.state if existing is not None else UNKNOWN_STATE),
         parent=wanted.parent,
+        # What the guest went on on here, a dump of before does not know.
+        reverted=wanted.reverted if existing is None else existing.reverted,
         description=wanted.description,
         disks=tuple(_disk(disk, existing, chains, headers) for disk in wanted.disks),
         left_out=wanted.left_out,

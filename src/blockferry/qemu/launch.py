@@ -29,7 +29,6 @@ CONTROL_DESCRIPTOR = FOLDER_DESCRIPTOR + 2
 ANSWER_SECONDS = 60.0
 LAST_WORDS_BYTES = 4096
 SAID_LINES = 5
-RELEASE_PAUSE_SECONDS = 0.01
 
 
 class LaunchFailed(Exception):
@@ -73,18 +72,6 @@ class Home:
                 return False
         except (AlreadyRuns, FileNotFoundError) as found:
             return isinstance(found, AlreadyRuns)
-
-    async def released(self, seconds: float) -> bool:
-        """Whether no QEMU of this domain lives, or none does within `seconds`.
-
-        Seen: the kernel lets go of a killed QEMU's files a moment after its process has ended. There is no event for it.
-        """
-        deadline = asyncio.get_running_loop().time() + seconds
-        while taken := self.taken():
-            if asyncio.get_running_loop().time() >= deadline:
-                break
-            await asyncio.sleep(RELEASE_PAUSE_SECONDS)
-        return not taken
 
     def last_words(self) -> str:
         """The last lines of the log since the last start, on one line; empty when there are none."""

@@ -119,12 +119,14 @@ class Desk:
             raise errors.NoSuchJob(domain=keeper.name, disk=target)
         return found
 
-    async def files(self, keeper: Keeper, seen: Observation, paths: tuple[str, ...], headers: dict[str, str]) -> Files:
+    async def files(
+        self, keeper: Keeper, seen: Observation | None, paths: tuple[str, ...], headers: dict[str, str]
+    ) -> Files:
         """What is known of these files, and who uses which file, of all domains.
 
         Args:
             keeper: of the domain that the request is about.
-            seen: that domain as observed; it is not asked again.
+            seen: that domain as observed, None when it is shut off; it is not asked again.
             paths: the files.
             headers: path -> format, of those whose headers are to be read.
         """
@@ -135,33 +137,65 @@ class Desk:
     async def standing(self, own: Keeper, own_seen: Observation) -> dict[str, tuple[str, ...]]:
         """By the file of each image in a domain's chains: who stands on it, under whichever name. See `plan.chain.Users`."""
         found: dict[str, list[str]] = {}
-        for keeper, seen in await self._all(own, own_seen):
+        for keeper, chains in await self._all(own, own_seen):
             whose = "" if keeper is own else f"{keeper.name}'s "
-            for disk in seen.disks if seen is not None else ():
-                for image in disk.chain:
-                    found.setdefault(_real(image.file), []).append(f"{whose}{disk.target}")
-            for job in keeper.active():
-                if job.copy is not None and job.copy.backing is not None:
-                    found.setdefault(_real(job.copy.backing), []).append(f"the copy of {whose}{job.copy.target}")
+            for target, files in chains:
+                for file in files:
+                    found.setdefault(_real(file), []).append(f"{whose}{target}")
+            for copy in self._copies(keeper):
+                if copy.backing is not None:
+                    found.setdefault(_real(copy.backing), []).append(f"the copy of {whose}{copy.target}")
+            for file, backing in self._left_behind(keeper.name, {file for _target, files in chains for file in files}):
+                found.setdefault(_real(backing), []).append(f"{file}, which a revert left behind")
         return {image.file: tuple(found[_real(image.file)]) for disk in own_seen.disks for image in disk.chain}
 
-    async def _all(self, own: Keeper, own_seen: Observation) -> list[tuple[Keeper, Observation | None]]:
-        """Every domain, as it is now where it can be asked; `own` is not asked again."""
+    def _left_behind(self, domain: str, in_chains: set[str]) -> list[tuple[str, str]]:
+        """(file, backing) of images that back onto a snapshot's and are in no chain, because the guest was reverted."""
+        disks = [disk for snapshot in self.journal.snapshots(domain) if snapshot.reverted for disk in snapshot.disks]
+        reverted = {
+            file: disk.backing
+            for snapshot in self.journal.snapshots(domain)
+            for disk in snapshot.disks
+            for file in snapshot.reverted.get(disk.target, ())
+        }
+        known = {disk.file: disk.backing for disk in disks} | reverted
+        return [(file, backing) for file, backing in known.items() if file not in in_chains and os.path.exists(file)]
+
+    def _copies(self, keeper: Keeper) -> list[Mirror]:
+        """The mirrors and copies of a domain that work or rest; those that are still being filled too."""
+        copies = [job.copy for job in keeper.active() if job.copy is not None]
+        return [*copies, *self.resting(keeper.name)]
+
+    async def _all(
+        self, own: Keeper, own_seen: Observation | None
+    ) -> list[tuple[Keeper, list[tuple[str, tuple[str, ...]]]]]:
+        """Every domain with the files of each disk's chain, as it is now, or as it is started next.
+
+        Of one that can't be asked nothing is known. `own` is not asked again.
+        """
         others = [keeper for keeper in self.keepers.values() if keeper is not own]
         seen = await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))
-        return [(own, own_seen), *zip(others, seen, strict=True)]
+        found = []
+        for keeper, now in [(own, own_seen), *zip(others, seen, strict=True)]:
+            if now is not None:
+                chains = [(disk.target, tuple(image.file for image in disk.chain)) for disk in now.disks]
+            elif keeper.record.defined:
+                closed = await self.chains(parse_definition(self.inactive(keeper.name)))
+                chains = [(target, tuple(image.path for image in chain)) for target, chain in closed.items()]
+            else:
+                chains = []
+            found.append((keeper, chains))
+        return found
 
-    async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
-        """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
+    async def _users(self, own: Keeper, own_seen: Observation | None) -> dict[str, str]:
+        """Real path (or URI) -> the domain and disk that has it open, starts on it, or mirrors to it."""
         users: dict[str, str] = {}
-        for keeper, seen in await self._all(own, own_seen):
-            for job in keeper.active():
-                if job.copy is not None:
-                    users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
-            for disk in seen.disks if seen is not None else ():
-                users |= {
-                    _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
-                }
+        for keeper, chains in await self._all(own, own_seen):
+            users |= {
+                _real(copy.file): f"{keeper.name} copies its {copy.target} to it" for copy in self._copies(keeper)
+            }
+            for target, files in chains:
+                users |= {_real(file): f"it is in the chain of {keeper.name}'s {target}" for file in files}
         return users
 
     # --- definitions ------------------------------------------------------------------------------------------

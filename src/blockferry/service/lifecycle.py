@@ -1,7 +1,8 @@
-"""Guests that we start: define, undefine, start, stop; and suspend and resume, of all."""
+"""Guests that we start: define, undefine, start, stop, revert; and suspend and resume, of all."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 
 import msgspec
@@ -14,8 +15,10 @@ from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.files import ImageFact
+from blockferry.model.snapshot import Snapshot
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
 from blockferry.plan.plan import Plan
+from blockferry.plan.revert import overlay_of, plan_revert
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
 from blockferry.qemu.session import CommandRefused, LostReply
@@ -71,17 +74,42 @@ class Lifecycle:
 
     async def start(self, request: ask.Start) -> view.DomainView:
         """Start a guest."""
-        keeper = self._defined(request.domain)
-        async with keeper.lock:
-            if self._desk.journal.open_operations(request.domain):
-                await keeper.reconcile()
-            for operation in self._desk.journal.open_operations(request.domain):
-                raise errors.Unsettled(domain=request.domain, operation=operation.id)
+        async with self._settled(request.domain) as keeper:
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
             await self._start(keeper, request)
-            self._desk.say("domain-started", request.domain)
         return await self._domains.show(ask.ShowDomain(domain=request.domain))
+
+    async def revert(self, request: ask.RevertSnapshot) -> view.DomainView:
+        """Bring a guest back to what its disks were at a snapshot; one that runs is ended first."""
+        async with self._settled(request.domain) as keeper:
+            snapshot = await self._desk.snapshot(request.domain, request.snapshot)
+            # Refused before the guest is ended, if it is refused.
+            await self._plan_revert(keeper, snapshot, self._desk.journal.next_operation())
+            if keeper.home.taken():
+                await keeper.end(f"it is reverted to snapshot {snapshot.name}")
+            number, _names = self._desk.names()
+            await keeper.run(number, await self._plan_revert(keeper, snapshot, number))
+            self._desk.say("domain-reverted", request.domain, snapshot=snapshot.name)
+            if request.start or request.pause:
+                await self._start(keeper, ask.Start(domain=request.domain, paused=request.pause))
+        return await self._domains.show(ask.ShowDomain(domain=request.domain))
+
+    async def _plan_revert(self, keeper: Keeper, snapshot: Snapshot, number: int) -> Plan:
+        paths = tuple(overlay_of(disk, snapshot, number) for disk in snapshot.disks)
+        headers = {disk.backing: disk.backing_format for disk in snapshot.disks}
+        return plan_revert(
+            parse_definition(self._desk.inactive(keeper.name)),
+            snapshot,
+            operation=number,
+            files=await self._desk.files(keeper, None, paths, headers),
+            resting=self._desk.resting(keeper.name),
+        )
+
+    def _settled(self, name: str) -> contextlib.AbstractAsyncContextManager[Keeper]:
+        """A defined domain to oneself, running or shut off, with everything of before settled."""
+        self._defined(name)
+        return self._desk.holding(name)
 
     async def _start(self, keeper: Keeper, request: ask.Start) -> None:
         """Start it with its mirrors; one that can't be established is dropped, and it is tried without."""
@@ -120,6 +148,7 @@ class Lifecycle:
                     raise
                 self._drop(keeper, request, dict.fromkeys(targets, failure.reason))
             else:
+                self._desk.say("domain-started", keeper.name)
                 return
 
     async def _run(self, keeper: Keeper, number: int, plan: Plan) -> None:

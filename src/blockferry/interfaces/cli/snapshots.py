@@ -224,4 +224,26 @@ def delete(
         raise Stopped(f"it was asked for and goes on; `blockferry job list {name}` shows how far it is.") from None
 
 
+@snapshot.command(
+    "revert", epilog=examples("blockferry snapshot revert vm1 before", "blockferry snapshot revert vm1 before --start")
+)
+@domain_argument
+@click.argument("snap", shell_complete=snapshots)
+@click.option("--start", is_flag=True, help="Start it again.")
+@click.option("--pause", is_flag=True, help="Start it again, and leave it paused before its first instruction.")
+@json_option
+@click.pass_obj
+def revert(session: Session, name: str, snap: str, start: bool, pause: bool) -> None:
+    """Bring a defined guest back to a snapshot.
+
+    One that runs is ended first, as by `stop --force`. It goes on on new overlays; what it wrote since the snapshot stays on
+    the images that it leaves, until somebody deletes them.
+    """
+    if start and pause:
+        raise click.UsageError("Only one of --start and --pause can be done.")
+    session.answer(
+        render.domain, "snapshot-revert", domain=name, snapshot=snap, start=start or None, pause=pause or None
+    )
+
+
 COMMANDS = {"snapshot": snapshot}
