@@ -19,12 +19,13 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
         path: as it was asked for.
         real: with links resolved, for comparing.
         kind: what is there.
-        problem: why nothing can be created there, in the system's words; None when it can.
+        problem: why it can't be created, or written to when it is there, in the system's words; None when it can.
         device: its file system's number, for adding up what goes onto one.
         free: bytes free on its file system.
         allocated: bytes that it takes up now.
         size: bytes from its beginning to its end; a device's capacity.
         used: whether a QEMU (or one of its tools) has it open: it holds a lock on it.
+        identity: what is the same for every name of the file, hard links too; empty where there is none.
     """
 
     path: str
@@ -36,6 +37,11 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
     allocated: int = 0
     size: int = 0
     used: bool = False
+    identity: str = ""
+
+    def is_same(self, other: FileFact) -> bool:
+        """Whether both paths lead to one file."""
+        return self.real == other.real or (self.identity != "" and self.identity == other.identity)
 
 
 class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +76,20 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     real_backing: str | None = None
     problem: str | None = None
     snapshots: tuple[InternalSnapshot, ...] = ()
+
+
+class ExportFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What an NBD server says of an export.
+
+    Attributes:
+        uri: the export's.
+        size: bytes; None when the server does not say before it is opened.
+        problem: why nothing can be written to it; None when it can.
+    """
+
+    uri: str
+    size: int | None = None
+    problem: str | None = None
 
 
 # Each disk's images by its target, the active one first; of an empty drive none.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -21,16 +19,13 @@ from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, Mirror
-from blockferry.model.definition import Definition, DiskDef
+from blockferry.model.definition import Definition
 from blockferry.model.domain import ChainsNow, Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
-from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
-from blockferry.plan.resting import Look, flaw
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
-from blockferry.qemu.nbd import reachable
 
 Witness = Callable[[str, str], None]
 
@@ -87,12 +82,25 @@ class Desk:
 
     @contextlib.asynccontextmanager
     async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
-        """The domain to oneself, with everything of before settled, and how it is now."""
+        """The domain to oneself, with everything of before settled, and how it is now.
+
+        Raises:
+            GuestGone: QEMU ended in the middle of what was done in here.
+        """
         async with self.holding(name) as keeper:
             seen = await keeper.observe()
             if await keeper.check_jobs(seen):
                 seen = await keeper.observe()
-            yield keeper, seen
+            try:
+                yield keeper, seen
+            except errors.OperationFailed as failed:
+                if not await keeper.is_gone():
+                    raise
+                reason = (
+                    f"it ended at «{failed.step}» of operation {failed.operation}, which was undone: every disk is on "
+                    "the image that it was on"
+                )
+                raise errors.GuestGone(domain=name, reason=reason) from failed
 
     def names(self, *, dry_run: bool = False) -> tuple[int, Names]:
         """The next operation's number and names."""
@@ -118,85 +126,6 @@ class Desk:
         if found is None:
             raise errors.NoSuchJob(domain=keeper.name, disk=target)
         return found
-
-    async def files(
-        self, keeper: Keeper, seen: Observation | None, paths: tuple[str, ...], headers: dict[str, str]
-    ) -> Files:
-        """What is known of these files, and who uses which file, of all domains.
-
-        Args:
-            keeper: of the domain that the request is about.
-            seen: that domain as observed, None when it is shut off; it is not asked again.
-            paths: the files.
-            headers: path -> format, of those whose headers are to be read.
-        """
-        facts = await self.images.facts(paths)
-        images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
-        return Files(facts=facts, images=images, users=await self._users(keeper, seen))
-
-    async def standing(self, own: Keeper, own_seen: Observation) -> dict[str, tuple[str, ...]]:
-        """By the file of each image in a domain's chains: who stands on it, under whichever name. See `plan.chain.Users`."""
-        found: dict[str, list[str]] = {}
-        for keeper, chains in await self._all(own, own_seen):
-            whose = "" if keeper is own else f"{keeper.name}'s "
-            for target, files in chains:
-                for file in files:
-                    found.setdefault(_real(file), []).append(f"{whose}{target}")
-            for copy in self._copies(keeper):
-                if copy.backing is not None:
-                    found.setdefault(_real(copy.backing), []).append(f"the copy of {whose}{copy.target}")
-            for file, backing in self._left_behind(keeper.name, {file for _target, files in chains for file in files}):
-                found.setdefault(_real(backing), []).append(f"{file}, which a revert left behind")
-        return {image.file: tuple(found[_real(image.file)]) for disk in own_seen.disks for image in disk.chain}
-
-    def _left_behind(self, domain: str, in_chains: set[str]) -> list[tuple[str, str]]:
-        """(file, backing) of images that back onto a snapshot's and are in no chain, because the guest was reverted."""
-        disks = [disk for snapshot in self.journal.snapshots(domain) if snapshot.reverted for disk in snapshot.disks]
-        reverted = {
-            file: disk.backing
-            for snapshot in self.journal.snapshots(domain)
-            for disk in snapshot.disks
-            for file in snapshot.reverted.get(disk.target, ())
-        }
-        known = {disk.file: disk.backing for disk in disks} | reverted
-        return [(file, backing) for file, backing in known.items() if file not in in_chains and os.path.exists(file)]
-
-    def _copies(self, keeper: Keeper) -> list[Mirror]:
-        """The mirrors and copies of a domain that work or rest; those that are still being filled too."""
-        copies = [job.copy for job in keeper.active() if job.copy is not None]
-        return [*copies, *self.resting(keeper.name)]
-
-    async def _all(
-        self, own: Keeper, own_seen: Observation | None
-    ) -> list[tuple[Keeper, list[tuple[str, tuple[str, ...]]]]]:
-        """Every domain with the files of each disk's chain, as it is now, or as it is started next.
-
-        Of one that can't be asked nothing is known. `own` is not asked again.
-        """
-        others = [keeper for keeper in self.keepers.values() if keeper is not own]
-        seen = await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))
-        found = []
-        for keeper, now in [(own, own_seen), *zip(others, seen, strict=True)]:
-            if now is not None:
-                chains = [(disk.target, tuple(image.file for image in disk.chain)) for disk in now.disks]
-            elif keeper.record.defined:
-                closed = await self.chains(parse_definition(self.inactive(keeper.name)))
-                chains = [(target, tuple(image.path for image in chain)) for target, chain in closed.items()]
-            else:
-                chains = []
-            found.append((keeper, chains))
-        return found
-
-    async def _users(self, own: Keeper, own_seen: Observation | None) -> dict[str, str]:
-        """Real path (or URI) -> the domain and disk that has it open, starts on it, or mirrors to it."""
-        users: dict[str, str] = {}
-        for keeper, chains in await self._all(own, own_seen):
-            users |= {
-                _real(copy.file): f"{keeper.name} copies its {copy.target} to it" for copy in self._copies(keeper)
-            }
-            for target, files in chains:
-                users |= {_real(file): f"it is in the chain of {keeper.name}'s {target}" for file in files}
-        return users
 
     # --- definitions ------------------------------------------------------------------------------------------
 
@@ -251,23 +180,6 @@ class Desk:
         """A domain's mirrors that rest until it is started."""
         return tuple(mirror for mirror in self.journal.mirrors(domain) if mirror.state == "resting")
 
-    async def look(self, mirror: Mirror, disk: DiskDef | None, size: int) -> Look:
-        """What is there of a resting mirror's destination; `size` is the disk's, in bytes."""
-        if not mirror.file.startswith("/"):
-            problem = await reachable(mirror.file)
-            return Look(fact=None, problem=flaw(mirror, disk, None) or problem)
-        fact = (await self.images.facts((mirror.file,)))[mirror.file]
-        stamps = await self.images.stamps((mirror.file, *mirror.stamps))
-        problem = flaw(mirror, disk, fact)
-        stamp, claim = stamps.get(mirror.file), self.journal.claim(mirror.operation, mirror.file)
-        if problem is None and stamp is not None and claim not in (None, (stamp.device, stamp.inode)):
-            problem = "another file is there now"
-        if problem is None:
-            (head, *_below) = await self.images.chain(mirror.file, mirror.format)
-            other = f"it has {head.virtual_size} bytes now, and the disk has {size}"
-            problem = head.problem or (None if head.virtual_size == size else other)
-        return Look(fact=fact, stamps=stamps, problem=problem)
-
     async def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.
 
@@ -294,10 +206,6 @@ class Desk:
             return None
 
 
-def _real(file: str) -> str:
-    return os.path.realpath(file) if file.startswith("/") else file
-
-
 def require_path(path: str) -> None:
     """Refuse a destination that can't be a path.
 
@@ -306,7 +214,7 @@ def require_path(path: str) -> None:
     """
     flaw = path_flaw(path)
     if flaw:
-        raise errors.DestinationUnusable(path=path[:200], reason=f"it {flaw}")
+        raise errors.DestinationUnusable(path=path, reason=f"it {flaw}")
 
 
 def require_bandwidth(bandwidth: int) -> None:

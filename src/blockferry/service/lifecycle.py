@@ -14,16 +14,21 @@ from blockferry.formats.definition import parse_definition
 from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
+from blockferry.model.blockjob import Mirror
+from blockferry.model.definition import DiskDef
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
 from blockferry.plan.plan import Plan
+from blockferry.plan.resting import Look, flaw
 from blockferry.plan.revert import overlay_of, plan_revert
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
+from blockferry.qemu.nbd import reachable
 from blockferry.qemu.session import CommandRefused, LostReply
 from blockferry.service.desk import Desk
 from blockferry.service.domains import Domains
+from blockferry.service.usage import look_up
 
 
 class Lifecycle:
@@ -102,7 +107,7 @@ class Lifecycle:
             parse_definition(self._desk.inactive(keeper.name)),
             snapshot,
             operation=number,
-            files=await self._desk.files(keeper, None, paths, headers),
+            files=await look_up(self._desk, keeper, None, paths, headers),
             resting=self._desk.resting(keeper.name),
         )
 
@@ -122,7 +127,7 @@ class Lifecycle:
         disks = {disk.target: disk for disk in definition.disks}
         while True:
             resting = [
-                (mirror, await self._desk.look(mirror, disks.get(mirror.target), _size(chains.get(mirror.target, ()))))
+                (mirror, await self._look(mirror, disks.get(mirror.target), _size(chains.get(mirror.target, ()))))
                 for mirror in self._desk.resting(keeper.name)
             ]
             gone = {mirror.target: look.problem for mirror, look in resting if look.problem is not None}
@@ -150,6 +155,23 @@ class Lifecycle:
             else:
                 self._desk.say("domain-started", keeper.name)
                 return
+
+    async def _look(self, mirror: Mirror, disk: DiskDef | None, size: int) -> Look:
+        """What is there of a resting mirror's destination; `size` is the disk's, in bytes."""
+        if not mirror.file.startswith("/"):
+            problem = await reachable(mirror.file)
+            return Look(fact=None, problem=flaw(mirror, disk, None) or problem)
+        fact = (await self._desk.images.facts((mirror.file,)))[mirror.file]
+        stamps = await self._desk.images.stamps((mirror.file, *mirror.stamps))
+        problem = flaw(mirror, disk, fact)
+        stamp, claim = stamps.get(mirror.file), self._desk.journal.claim(mirror.operation, mirror.file)
+        if problem is None and stamp is not None and claim not in (None, (stamp.device, stamp.inode)):
+            problem = "another file is there now"
+        if problem is None:
+            (head, *_below) = await self._desk.images.chain(mirror.file, mirror.format)
+            other = f"it has {head.virtual_size} bytes now, and the disk has {size}"
+            problem = head.problem or (None if head.virtual_size == size else other)
+        return Look(fact=fact, stamps=stamps, problem=problem)
 
     async def _run(self, keeper: Keeper, number: int, plan: Plan) -> None:
         record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False, ending=None)

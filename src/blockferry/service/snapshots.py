@@ -24,6 +24,7 @@ from blockferry.plan.redefine import remembered
 from blockferry.plan.snapshot import choose, existing_files, files_of, plan_snapshot
 from blockferry.service.desk import Desk, plan_view, require_path
 from blockferry.service.redefinition import redefine
+from blockferry.service.usage import look_up, standing
 from blockferry.service.windows import run_window
 
 # External snapshots of a running guest's disks are the only ones that are taken; XML is always validated.
@@ -74,8 +75,8 @@ class Snapshots:
                 names=names,
                 operation=operation,
                 name=name,
-                files=await self._desk.files(
-                    keeper, seen, files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")
+                files=await look_up(
+                    self._desk, keeper, seen, files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")
                 ),
                 now=time.time(),
                 parent=current_snapshot(snapshots, seen.chains),
@@ -197,7 +198,7 @@ class Snapshots:
                 operation=operation,
                 children=bool(flags & SnapshotDelete.CHILDREN),
                 only_children=bool(flags & SnapshotDelete.CHILDREN_ONLY),
-                users=await self._desk.standing(keeper, seen),
+                users=await standing(self._desk, keeper, seen),
             )
             if request.dry_run:
                 return plan_view(request.domain, plan)

@@ -92,7 +92,7 @@ def create(
         raise click.UsageError("--current is for --redefine.")
     what: Json = {"wish": {"name": snap, "description": description, **_disks(named, mirrors, backings, modes)}}
     if xml is not None:
-        what = {"xml": xml.read(), "name": snap, "description": description}
+        what = {"xml": _read(xml), "name": snap, "description": description}
     flags = (
         SnapshotCreate.ATOMIC * (atomic or reuse_ext)
         | SnapshotCreate.REUSE_EXT * reuse_ext
@@ -136,6 +136,15 @@ def _pairs(texts: tuple[str, ...], option: str, what: str) -> Iterator[tuple[str
             raise click.BadParameter(f"{text!r} is not TARGET={what}, once a disk.", param_hint=option)
         seen.add(disk_name(target))
         yield disk_name(target), value
+
+
+def _read(xml: TextIO) -> str:
+    try:
+        return xml.read()
+    except UnicodeDecodeError as error:
+        from blockferry.errors import InvalidXml
+
+        raise InvalidXml(element="document", reason="it is not UTF-8 text") from error
 
 
 @snapshot.command("list", epilog=examples("blockferry snapshot list vm1"))
