@@ -69,9 +69,10 @@ class Defined:
                 return event
         raise AssertionError("it was not noticed")
 
-    async def reopen(self) -> None:
-        """End the service and start one on the same state directory."""
-        await self.service.close()
+    async def reopen(self, *, closed: bool = False) -> None:
+        """End the service, unless that was done, and start one on the same state directory."""
+        if not closed:
+            await self.service.close()
         self.service = await Service.open(self.path / "state")
 
     async def snapshot(self, name: str, mirrors: Targets = (), only: Targets = ("vda", "vdb")) -> None:
@@ -105,7 +106,7 @@ class Defined:
         yield session
 
     async def write(self, target: str, byte: int, offset: int = 0, length: int = 64 * KIB) -> None:
-        """Write through the guest's device, as QEMU's own test command does."""
+        """Write through the guest's device, as QEMU's own test command does, and flush: a kill must not lose it."""
         async with self.monitor() as session:
             for drive in await session.execute("query-block"):
                 if f"/disk-{target}/" in drive.get("qdev", ""):
@@ -116,6 +117,8 @@ class Defined:
             while (now := await self._done(session, qdev)) == before:
                 pass
             assert now == (before[0] + 1, before[1])
+            # A write is only flushed by itself once the firmware has found the disk.
+            await session.execute("human-monitor-command", command_line=f'qemu-io -d {qdev} "flush"')
         self.written[target][offset : offset + length] = bytes([byte]) * length
 
     async def _done(self, session: Session, qdev: str) -> tuple[int, int]:
