@@ -199,7 +199,7 @@ class Domain:
         await self._ferry.submit(requests.Undefine(domain=self.name))
 
     async def snapshot_create_xml(self, xml: str, flags: int = 0) -> DomainSnapshot:
-        """Take a snapshot as the XML says.
+        """Take a snapshot as the XML says; with REDEFINE (1) none is taken: the one that the XML describes is remembered.
 
         Args:
             xml: `<domainsnapshot>`, with `<mirror file= backing=>` in any `<disk>`.

@@ -23,6 +23,7 @@ ELSEWHERE = {
         "snapshot delete --reopen-mirror",
         "qemu/test_snapshot_delete.py",
     ),
+    "snapshot-internal": ("a snapshot inside an image", "snapshot show, revert, delete", "qemu/test_redefine.py"),
     "snapshot-not-mergeable": ("a snapshot that can't be merged", "snapshot delete", "qemu/test_chains.py"),
     "not-defined": ("a guest that was attached", "start, stop, undefine, snapshot revert", "qemu/test_domain.py"),
     "already-running": ("a guest that runs", "start, define, undefine", "qemu/test_lifecycle.py"),

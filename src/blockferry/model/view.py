@@ -129,11 +129,26 @@ class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
     version: int = VERSION
 
 
+class InternalSnapshotView(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot inside a qcow2 image in a disk's chain: listed, and nothing is done with it.
+
+    `id` is its number in that image, `created` seconds since 1970, `memory` bytes of the guest's memory that it holds.
+    """
+
+    name: str
+    target: str
+    file: str
+    id: str
+    created: float
+    memory: int = 0
+
+
 class SnapshotList(_View, frozen=True, kw_only=True, tag="snapshots"):
-    """A domain's snapshots, oldest first."""
+    """A domain's snapshots, oldest first; `internal` are those inside its images."""
 
     domain: str
     snapshots: tuple[SnapshotView, ...]
+    internal: tuple[InternalSnapshotView, ...] = ()
     version: int = VERSION
 
 

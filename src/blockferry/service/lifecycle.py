@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
 
 import msgspec
 
@@ -94,7 +93,7 @@ class Lifecycle:
     async def revert(self, request: ask.RevertSnapshot) -> view.DomainView:
         """Bring a guest back to what its disks were at a snapshot; one that runs is ended first."""
         async with self._settled(request.domain) as keeper:
-            snapshot = self._desk.snapshot(request.domain, request.snapshot)
+            snapshot = await self._desk.snapshot(request.domain, request.snapshot)
             # Refused before the guest is ended, if it is refused.
             await self._plan_revert(keeper, snapshot, self._desk.journal.next_operation())
             if keeper.home.taken():
@@ -117,16 +116,10 @@ class Lifecycle:
             resting=self._desk.resting(keeper.name),
         )
 
-    @contextlib.asynccontextmanager
-    async def _settled(self, name: str) -> AsyncIterator[Keeper]:
+    def _settled(self, name: str) -> contextlib.AbstractAsyncContextManager[Keeper]:
         """A defined domain to oneself, running or shut off, with everything of before settled."""
-        keeper = self._defined(name)
-        async with keeper.lock:
-            if self._desk.journal.open_operations(name):
-                await keeper.reconcile()
-            for operation in self._desk.journal.open_operations(name):
-                raise errors.Unsettled(domain=name, operation=operation.id)
-            yield keeper
+        self._defined(name)
+        return self._desk.holding(name)
 
     async def _start(self, keeper: Keeper, request: ask.Start) -> None:
         """Start it with its mirrors; one that can't be established is dropped, and it is tried without."""

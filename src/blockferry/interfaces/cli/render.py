@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from blockferry.interfaces.cli.text import duration, moment, paint, percent, rate, size, table
+from blockferry.interfaces.cli.text import duration, moment, paint, percent, printable, rate, size, table
 from blockferry.interfaces.cli.wire import Json
 
 
@@ -61,7 +61,7 @@ def xml(view: Json) -> str:
 
 
 def snapshots(view: Json) -> str:
-    """`snapshot list`: a tree, each snapshot under the one that it was taken on."""
+    """`snapshot list`: a tree, each snapshot under the one that it was taken on; then the internal ones."""
     rows = [
         [
             ("* " if row["current"] else "  ") + branch + row["name"],
@@ -73,6 +73,10 @@ def snapshots(view: Json) -> str:
             row["parent"] or "-",
         ]
         for branch, row in _tree(view["snapshots"])
+    ]
+    rows += [
+        ["  " + printable(row["name"]), moment(row["created"]), "internal", row["target"], "-", "-"]
+        for row in view.get("internal", ())
     ]
     heading = ("  NAME", "CREATED", "STATE", "DISKS", "MIRRORS", "PARENT")
     return table(rows, heading) or f"{view['domain']} has no snapshots"

@@ -38,6 +38,7 @@ def snapshot() -> None:
         "blockferry snapshot create vm1 move --disk vda=/src/snap.img --mirror vda=/dest/snap.img",
         "blockferry snapshot create vm1 --xml snapshot.xml --dry-run",
         "blockferry snapshot create vm1 ours --disk vda=/src/made.qcow2 --reuse-ext",
+        "blockferry snapshot create vm1 --xml snapshot.xml --redefine",
     ),
 )
 @domain_argument
@@ -50,6 +51,8 @@ def snapshot() -> None:
 @click.option("--atomic", is_flag=True, help="All disks at one instant, or nothing is changed.")
 @click.option("--reuse-ext", is_flag=True, help="Take overlays that are there already, none is made; --atomic with it.")
 @click.option("--no-metadata", is_flag=True, help="Don't remember the snapshot, only switch to the new images.")
+@click.option("--redefine", is_flag=True, help="Take none: remember one that was taken, from its --xml.")
+@click.option("--current", is_flag=True, help="With --redefine: only if the guest is on its images.")
 @click.option("--description", metavar="TEXT", help="Free text.")
 @dry_run_option
 @json_option
@@ -67,6 +70,8 @@ def create(
     atomic: bool,
     reuse_ext: bool,
     no_metadata: bool,
+    redefine: bool,
+    current: bool,
     description: str | None,
     dry_run: bool,
 ) -> None:
@@ -79,6 +84,12 @@ def create(
         raise click.UsageError(
             "--xml says itself what is done with which disk: leave out --disk, --mirror, --mirror-backing and --mode."
         )
+    if redefine and (xml is None or atomic or reuse_ext or no_metadata):
+        raise click.UsageError(
+            "--redefine remembers a snapshot that was taken: it wants its --xml, and no word on how one is taken."
+        )
+    if current and not redefine:
+        raise click.UsageError("--current is for --redefine.")
     what: Json = {"wish": {"name": snap, "description": description, **_disks(named, mirrors, backings, modes)}}
     if xml is not None:
         what = {"xml": _read(xml), "name": snap, "description": description}
@@ -86,6 +97,8 @@ def create(
         SnapshotCreate.ATOMIC * (atomic or reuse_ext)
         | SnapshotCreate.REUSE_EXT * reuse_ext
         | SnapshotCreate.NO_METADATA * no_metadata
+        | SnapshotCreate.REDEFINE * redefine
+        | SnapshotCreate.CURRENT * current
     )
     render_it = render.plan if dry_run else render.snapshot
     session.answer(render_it, "snapshot-create", domain=name, flags=int(flags), dry_run=dry_run, **what)
@@ -139,7 +152,7 @@ def _read(xml: TextIO) -> str:
 @json_option
 @click.pass_obj
 def list_(session: Session, name: str) -> None:
-    """A domain's snapshots, oldest first."""
+    """A domain's snapshots, oldest first; below them those that are inside its images."""
     session.answer(render.snapshots, "snapshot-list", domain=name)
 
 

@@ -55,6 +55,11 @@ def moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def printable(text: str) -> str:
+    """What others have written, without characters that a terminal takes for commands."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
     """Columns, two spaces apart; the heading only when there are rows."""
     lines = [list(heading), *map(list, rows)] if heading and rows else list(map(list, rows))
