@@ -18,6 +18,11 @@ def paint(word: str) -> str:
     return click.style(word, fg=colour) if colour else word
 
 
+def visible(text: str) -> str:
+    """A name of somebody else's making, with what a terminal would obey, or XML can't hold, written out: \\x1b."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def size(count: float | None) -> str:
     """Bytes: 512 B, 1.5 KiB, 10.0 GiB."""
     if count is None:
