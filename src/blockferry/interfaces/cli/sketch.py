@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from blockferry.interfaces.cli.text import percent
 from blockferry.interfaces.cli.wire import Json
 
 # What goes on with a chain, in this order; the rest of what a node uses is at its side.
@@ -53,18 +54,30 @@ class Row(NamedTuple):
     jobs: tuple[Json, ...] = ()
 
 
+class Group(NamedTuple):
+    """Rows that belong together: a disk's with those of its jobs; or what has a title."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
 class Sketch(NamedTuple):
-    """All rows, a job's behind its disk's.
+    """All rows.
 
     Attributes:
-        rows: in their order.
-        shared: node -> the rows that come to it.
+        groups: in their order.
+        shared: node -> the rows that come to it, the one where it is drawn first.
         jobs: those that work nowhere in the rows.
     """
 
-    rows: tuple[Row, ...]
+    groups: tuple[Group, ...]
     shared: dict[str, tuple[str, ...]]
     jobs: tuple[Json, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Those of all groups."""
+        return tuple(row for group in self.groups for row in group.rows)
 
 
 def sketch(view: Json) -> Sketch:
@@ -94,15 +107,26 @@ class _Sketcher:
                 own.setdefault(at, []).append(self._row("job", job, _called(job), job["dest"], "target"))
             else:
                 notes.setdefault(at, []).append(job)
-        rows: list[Row] = []
-        for row in devices:
-            rows += [row._replace(jobs=tuple(notes.pop(row.label, ()))), *own.pop(row.label, ())]
-        for left in own.values():  # of a disk that is gone
-            rows += left
-        rows += [self._row("user", each, each["name"] or "an export", each["node"], "root") for each in self._view["users"]]
-        rows += [self._row("unused", {}, "nobody", each, "") for each in self._view["unused"] if each not in self._place]
+        groups = [
+            Group("", (row._replace(jobs=tuple(notes.pop(row.label, ()))), *own.pop(row.label, ()))) for row in devices
+        ]
+        rest = (
+            ("other jobs", [row for left in own.values() for row in left]),  # of a disk that is gone, or of none
+            ("used by something else", [self._user(each) for each in self._view["users"]]),
+            ("left over: nobody uses these nodes", [self._unused(each) for each in self._view["unused"]]),
+        )
+        # What nobody uses may be a job's destination, and has its place then.
+        groups += [
+            Group(title, tuple(rows)) for title, found in rest if (rows := [row for row in found if _shows(row)])
+        ]
         shared = {node: tuple(dict.fromkeys([self._place[node], *comers])) for node, comers in self._comers.items()}
-        return Sketch(tuple(rows), shared, tuple(job for left in notes.values() for job in left))
+        return Sketch(tuple(groups), shared, tuple(job for left in notes.values() for job in left))
+
+    def _user(self, user: Json) -> Row:
+        return self._row("user", user, user["name"] or "an export", user["node"], "root")
+
+    def _unused(self, node: str) -> Row:
+        return self._row("unused", {}, "", None if node in self._place else node, "")
 
     def _has_row(self, job: Json) -> bool:
         """Whether a job's destination is drawn below its disk: one that was lost is too, although it has no node."""
@@ -152,6 +176,10 @@ class _Sketcher:
         return [(depth, role, child, (role, child) == known[-1]) for role, child in reversed(known)]
 
 
+def _shows(row: Row) -> bool:
+    return bool(row.layers) or row.kind != "unused"
+
+
 def _called(job: Json) -> str:
     """How another row refers to a job's row."""
     return f"{job['disk']}'s {job['type']}" if job["disk"] else f"job {job['id']}"
@@ -163,3 +191,8 @@ def counts(view: Json) -> str:
     if view["state"] == "shut off":
         amounts[1] = (len(view["nodes"]), "image")
     return ", ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in amounts if count or word != "job")
+
+
+def progress_words(job: Json) -> list[str]:
+    """How far a job is; of a ready mirror that is all there is to say."""
+    return [percent(job["current"], job["total"])] if job["state"] in ("copying", "running") and job["total"] else []

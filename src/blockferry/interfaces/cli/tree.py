@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from blockferry.interfaces.cli.sketch import Layer, Row, Side, Sketch, counts, sketch
-from blockferry.interfaces.cli.text import paint, percent, size, visible
+from blockferry.interfaces.cli.sketch import Layer, Row, Side, Sketch, counts, progress_words, sketch
+from blockferry.interfaces.cli.text import paint, size, visible
 from blockferry.interfaces.cli.wire import Json
 
 
@@ -13,27 +13,30 @@ def graph(view: Json) -> str:
     """`graph`: the guest, then each disk with its chain and its mirrors, then what is left over."""
     drawn = sketch(view)
     lines = ["  ".join([view["domain"], paint(view["state"]), counts(view)])]
-    before = ""
-    for row in drawn.rows:
-        if row.kind == "unused" and before != "unused":
-            lines += ["", click.style("left over: nobody uses these nodes", bold=True)]
-        before = row.kind
-        lines += _row(row, drawn)
+    for group in drawn.groups:
+        lines += ["", *([click.style(group.title, bold=True)] if group.title else [])]
+        for number, row in enumerate(group.rows):
+            lines += _row(row, drawn, below=number > 0)
     if drawn.jobs:
         lines += ["", click.style("other jobs", bold=True), *(f"  {job_words(job)}" for job in drawn.jobs)]
     return "\n".join(lines)
 
 
-def _row(row: Row, drawn: Sketch) -> list[str]:
+def _row(row: Row, drawn: Sketch, *, below: bool) -> list[str]:
     if row.kind == "job":
-        return ["║", f"╚═▶ {job_words(row.head)}", *(f"    {line}" for line in _spine(row, drawn))]
+        return [*_hangs(row.head, below=below), *(f"    {line}" for line in _spine(row, drawn))]
     heads = {"device": _device, "user": _user}
-    lines = ["", heads[row.kind](row.head)] if row.kind in heads else []
+    lines = [heads[row.kind](row.head)] if row.kind in heads else []
     if row.kind == "device" and not row.layers and row.joins is None:
         lines.append("(empty)")
     lines += _spine(row, drawn)
-    lines += [f"═▶ {job_words(job)}" for job in row.jobs]
+    for job in row.jobs:
+        lines += _hangs(job, below=True)
     return lines
+
+
+def _hangs(job: Json, *, below: bool) -> list[str]:
+    return [*(["║"] if below else []), f"╚═▶ {job_words(job)}"]
 
 
 def _device(device: Json) -> str:
@@ -51,7 +54,9 @@ def _spine(row: Row, drawn: Sketch) -> list[str]:
     wide = max(map(len, roles), default=0)
     lines: list[str] = []
     for number, layer in enumerate(row.layers, 1):
-        lines.append(f"{'▼' if layer.role else '●'} {layer.role:{wide}}  {_node(layer.node, _others(layer, row, drawn))}")
+        lines.append(
+            f"{'▼' if layer.role else '●'} {layer.role:{wide}}  {_node(layer.node, _others(layer, row, drawn))}"
+        )
         rail = "│" if number < len(row.layers) or row.joins else " "
         lines += [f"{rail} {'':{wide}}  {branch}" for branch in _sides(layer.sides, drawn)]
     if row.joins:
@@ -105,8 +110,3 @@ def job_words(job: Json) -> str:
 
 def _on(job: Json) -> str:
     return f", works on {visible(job['source'])}" if job["source"] else ""
-
-
-def progress_words(job: Json) -> list[str]:
-    """How far a job is; a ready mirror is all there is to say."""
-    return [percent(job["current"], job["total"])] if job["state"] in ("copying", "running") and job["total"] else []
