@@ -57,7 +57,7 @@ def write(path: str, text: str) -> None:
             file.write(text)
             os.fchmod(file.fileno(), 0o644)
         os.replace(part, whole)
-    except OSError:
+    except BaseException:
         if os.path.exists(part):
             os.unlink(part)
         raise

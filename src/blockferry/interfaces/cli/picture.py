@@ -7,6 +7,7 @@ from blockferry.interfaces.cli.sketch import counts, sketch
 from blockferry.interfaces.cli.text import BAD, BUSY, GOOD, visible
 from blockferry.interfaces.cli.wire import Json
 
+SVG = "http://www.w3.org/2000/svg"
 MONO = "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"
 SANS = "system-ui, 'DejaVu Sans', 'Segoe UI', Helvetica, Arial, sans-serif"
 # style -> (background, border, text). A box's style may have a second word, a job's state, which gives the border.
@@ -30,13 +31,13 @@ def graph(view: Json) -> str:
     name, about = visible(view["domain"]), f"{view['state']}  ·  {counts(view)}"
     words = [_jobs_words(view)] if view["jobs"] else []
     width, height = max(placed.width, 420), placed.height
+    sizes = f'width="{width:.0f}" height="{height:.0f}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{_escape(SANS)}">',
+        f'<svg xmlns="{SVG}" {sizes} viewBox="0 0 {width:.0f} {height:.0f}" role="img" font-family="{_escape(SANS)}">',
         f"<title>{_escape(f'Block graph of {name}')}</title>",
         f"<desc>{_escape(about)}</desc>",
         _markers(),
-        f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>',
+        f'<rect {sizes} fill="#ffffff"/>',
         _text(MARGIN, 36, name, "#16263b", 20, bold=True),
         _text(MARGIN, 58, "  ·  ".join([about, *words]), GREY, 13),
         *(_panel(each, width) for each in placed.panels),
@@ -106,10 +107,13 @@ def _arrow(arrow: Arrow) -> str:
     job = arrow.style.split()[1:]
     colour = _colour(job[0]) if job else "#6b7788"
     head = _marker(colour)
-    line = f'<path d="{_path(arrow.points)}" fill="none" stroke="{colour}" stroke-width="{2.4 if job else 1.5}" marker-end="url(#{head})"/>'
+    wide = 2.4 if job else 1.5
+    tip = f"<title>{_escape(arrow.tip)}</title>" if arrow.tip else ""
+    line = f'<path d="{_path(arrow.points)}" fill="none" stroke="{colour}" stroke-width="{wide}" marker-end="url(#{head})"/>'
     x, y = arrow.at
-    label = _text(x, y, arrow.label, colour, 12 if job else 11, bold=bool(job))
-    return line + label + (_text(x, y + 21, visible(arrow.below), GREY, 10.5) if arrow.below else "")
+    label = _text(x, y, visible(arrow.label), colour, 12 if job else 11, bold=bool(job))
+    below = _text(x, y + 21, visible(arrow.below), GREY, 10.5) if arrow.below else ""
+    return f"<g>{tip}{line}{label}{below}</g>"
 
 
 def _path(points: tuple[tuple[float, float], ...]) -> str:

@@ -72,6 +72,7 @@ class Arrow(NamedTuple):
     label: str
     at: tuple[float, float]
     below: str = ""
+    tip: str = ""
 
 
 class Panel(NamedTuple):
@@ -156,7 +157,7 @@ def _user(user: Json) -> Text:
 
 
 def _lost(job: Json) -> Text:
-    lines = [f"{job['type']} {job['state']}", short(job["file"] or ""), short(job["reason"] or "")]
+    lines = [short(job["file"] or job["id"]), short(job["reason"] or "")]
     return Text(f"ghost {job['state']}", tuple(line for line in lines if line), job_tip(job))
 
 
@@ -332,7 +333,7 @@ class _Placer:
         label = " ".join([job["type"], "·", job["state"], *progress_words(job)])
         below = f"of snapshot {job['snapshot']}" if job["snapshot"] else ""
         below = below if job["operation"] is not None else f"{short(job['id'], 20)}, not blockferry's"
-        self._arrows.append(Arrow(points, f"job {job['state']}", label, (x + 10, into.middle - 7), below))
+        self._arrows.append(Arrow(points, f"job {job['state']}", label, (x + 10, into.middle - 7), below, job_tip(job)))
 
     def _device(self, target: str | None) -> Box | None:
         heads = zip(self._rows, self._heads, strict=True)

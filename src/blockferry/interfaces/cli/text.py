@@ -19,7 +19,7 @@ def paint(word: str) -> str:
 
 
 def visible(text: str) -> str:
-    """A name of somebody else's making, with what a terminal would obey, or XML can't hold, written out: \\x1b."""
+    """A name of somebody else's making, with what a terminal would obey, or XML can't hold, written as Python does."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 

@@ -12,7 +12,7 @@ from blockferry.interfaces.cli.wire import Json
 def graph(view: Json) -> str:
     """`graph`: the guest, then each disk with its chain and its mirrors, then what is left over."""
     drawn = sketch(view)
-    lines = ["  ".join([view["domain"], paint(view["state"]), counts(view)])]
+    lines = ["  ".join([visible(view["domain"]), paint(view["state"]), counts(view)])]
     for group in drawn.groups:
         lines += ["", *([click.style(group.title, bold=True)] if group.title else [])]
         for number, row in enumerate(group.rows):
@@ -24,19 +24,19 @@ def graph(view: Json) -> str:
 
 def _row(row: Row, drawn: Sketch, *, below: bool) -> list[str]:
     if row.kind == "job":
-        return [*_hangs(row.head, below=below), *(f"    {line}" for line in _spine(row, drawn))]
+        return [*_hangs(row.head, below=below, drawn=bool(row.layers)), *(f"    {line}" for line in _spine(row, drawn))]
     heads = {"device": _device, "user": _user}
     lines = [heads[row.kind](row.head)] if row.kind in heads else []
     if row.kind == "device" and not row.layers and row.joins is None:
         lines.append("(empty)")
     lines += _spine(row, drawn)
     for job in row.jobs:
-        lines += _hangs(job, below=True)
+        lines += _hangs(job, below=True, drawn=False)
     return lines
 
 
-def _hangs(job: Json, *, below: bool) -> list[str]:
-    return [*(["║"] if below else []), f"╚═▶ {job_words(job)}"]
+def _hangs(job: Json, *, below: bool, drawn: bool) -> list[str]:
+    return [*(["║"] if below else []), f"╚═▶ {job_words(job, drawn=drawn)}"]
 
 
 def _device(device: Json) -> str:
@@ -97,12 +97,12 @@ def _sides(sides: tuple[Side, ...], drawn: Sketch) -> list[str]:
     return lines
 
 
-def job_words(job: Json) -> str:
-    """A job on one line: what it is, how far, and whose."""
+def job_words(job: Json, *, drawn: bool = False) -> str:
+    """A job on one line: what it is, how far, and whose; and where it goes, if that is not drawn below it."""
     words = [job["type"], paint(job["state"]), *progress_words(job)]
     words += [f"of snapshot {job['snapshot']}"] if job["snapshot"] else []
     words += [visible(job["id"])]
-    words += [f"into {visible(job['file'] or job['dest'])}"] if job["file"] or job["dest"] else []
+    words += [f"into {visible(job['file'] or job['dest'])}"] if (job["file"] or job["dest"]) and not drawn else []
     words += [f"not started by blockferry{_on(job)}"] if job["operation"] is None else []
     words += [f"({visible(job['reason'])})"] if job["reason"] else []
     return "  ".join(words)
