@@ -60,11 +60,9 @@ def node(name: str) -> Node:
 
 
 def mirror(**more: str) -> Mirror:
-    values = {
-        **{"kind": "mirror", "domain": "vm1", "target": "vda", "operation": 1, "job": "m", "snapshot": "s1"},
-        **{"source": "/a", "file": "/dst/x", "format": "qcow2"},
-        **{"source_node": "a", "node": "x", "file_node": "x-f", "filter_node": "a-t"},
-    }
+    values = {"kind": "mirror", "domain": "vm1", "target": "vda", "operation": 1, "job": "m", "snapshot": "s1"}
+    values |= {"source": "/a", "file": "/dst/x", "format": "qcow2"}
+    values |= {"source_node": "a", "node": "x", "file_node": "x-f", "filter_node": "a-t"}
     return msgspec.convert(values | more, Mirror)
 
 
@@ -78,7 +76,7 @@ def text(view: Json) -> str:
 
 
 def picture_of(view: Json) -> ET.Element:
-    return ET.fromstring(picture.graph(view))
+    return ET.fromstring(picture.graph(view))  # noqa: S314 (our own)
 
 
 def words(view: Json) -> list[str]:
@@ -209,7 +207,30 @@ def test_jobs_of_others_exports_and_what_is_left_over() -> None:
         "other jobs",
         "  create  concluded  job1  not started by blockferry",
     ]
-    assert {"pflash0", "no name", "left", "left over: nobody uses these nodes", "backup · running"} <= set(words(view))
+    assert {
+        "pflash0",
+        "no name",
+        "left",
+        "left over: nobody uses these nodes",
+        "backup · running",
+        "create · concluded",
+    } <= set(words(view))
+
+
+def test_what_only_a_job_uses_is_not_left_out() -> None:
+    view = drawn(
+        seen("vda root a", "j main_node own-t", "own-t backing a", jobs=(Job(id="j", type="?", status="running"),))
+    )
+    assert text(view).splitlines()[4:] == [
+        "",
+        "used by jobs",
+        "●          own-t  mirror_top",
+        "▼ backing  a  qcow2  (shared: see vda)",
+        "",
+        "other jobs",
+        "  ?  running  j  not started by blockferry, works on own-t",
+    ]
+    assert "own-t" in words(view)
 
 
 def test_a_node_beside_a_chain_has_what_is_under_it_beside_it() -> None:

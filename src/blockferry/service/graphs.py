@@ -101,6 +101,9 @@ def _is_drawn(job: BlockJob, seen: Observation | None) -> bool:
 
 def _our_job(graph: Graph | None, ours: BlockJob, job: Job | None) -> view.GraphJob:
     source, dest, file = _ends(ours)
+    main = graph.child(ours.job, "main node") if graph is not None else None
+    if graph is not None and main is not None and ours.type == "fill" and graph.below_filters(main) in dest:
+        dest = (main, *dest)  # the stream's own filter, which nothing else uses
     return view.GraphJob(
         id=ours.job,
         type=ours.type,

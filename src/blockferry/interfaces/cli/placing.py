@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import NamedTuple
 
-from blockferry.interfaces.cli.sketch import Row, Side, Sketch, progress_words
+from blockferry.interfaces.cli.sketch import Group, Row, Side, Sketch, progress_words
 from blockferry.interfaces.cli.text import size, visible
 from blockferry.interfaces.cli.wire import Json
 
@@ -158,6 +158,8 @@ def _user(user: Json) -> Text:
 
 def _lost(job: Json) -> Text:
     lines = [short(job["file"] or job["id"]), short(job["reason"] or "")]
+    if job["operation"] is None:
+        lines.insert(0, f"{job['type']} · {job['state']}")
     return Text(f"ghost {job['state']}", tuple(line for line in lines if line), job_tip(job))
 
 
@@ -202,10 +204,11 @@ class _Placer:
     """Columns get their widths and rows their heights from what is in them; then come the arrows."""
 
     def __init__(self, drawn: Sketch) -> None:
-        self._groups = drawn.groups
-        self._rows = drawn.rows
-        self._texts = [texts(row, drawn) for row in drawn.rows]
-        self._column = columns(drawn.rows)
+        nowhere = tuple(Row("job", job, job["id"], (), None) for job in drawn.jobs)
+        self._groups = (*drawn.groups, *([Group("other jobs", nowhere)] if nowhere else []))
+        self._rows = drawn.rows + nowhere
+        self._texts = [texts(row, drawn) for row in self._rows]
+        self._column = columns(self._rows)
         self._left, self._lanes, self._right = self._measure()
         self._boxes: dict[str, Box] = {}
         self._heads: list[Box | None] = []  # a row each

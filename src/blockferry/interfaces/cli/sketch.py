@@ -110,23 +110,28 @@ class _Sketcher:
         groups = [
             Group("", (row._replace(jobs=tuple(notes.pop(row.label, ()))), *own.pop(row.label, ()))) for row in devices
         ]
-        rest = (
+        rest = [
             ("other jobs", [row for left in own.values() for row in left]),  # of a disk that is gone, or of none
             ("used by something else", [self._user(each) for each in self._view["users"]]),
             ("left over: nobody uses these nodes", [self._unused(each) for each in self._view["unused"]]),
-        )
-        # What nobody uses may be a job's destination, and has its place then.
-        groups += [
-            Group(title, tuple(rows)) for title, found in rest if (rows := [row for row in found if _shows(row)])
         ]
+        rest.append(("used by jobs", [self._unused(each) for each in self._tops()]))
+        # What nobody uses may be a job's destination, and has its place then; what only a job uses may have none yet.
+        shown = [Group(title, tuple(filter(_shows, found))) for title, found in rest]
+        groups += [group for group in shown if group.rows]
         shared = {node: tuple(dict.fromkeys([self._place[node], *comers])) for node, comers in self._comers.items()}
         return Sketch(tuple(groups), shared, tuple(job for left in notes.values() for job in left))
+
+    def _tops(self) -> list[str]:
+        """What has no place, and is under nothing that has none."""
+        left = self._nodes.keys() - self._place.keys()
+        return sorted(left - {child for name in left for _role, child in self._below.get(name, ())})
 
     def _user(self, user: Json) -> Row:
         return self._row("user", user, user["name"] or "an export", user["node"], "root")
 
     def _unused(self, node: str) -> Row:
-        return self._row("unused", {}, "", None if node in self._place else node, "")
+        return self._row("unused", {}, node, None if node in self._place else node, "")
 
     def _has_row(self, job: Json) -> bool:
         """Whether a job's destination is drawn below its disk: one that was lost is too, although it has no node."""
