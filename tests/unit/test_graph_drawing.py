@@ -161,6 +161,7 @@ def test_a_mirror_that_is_ready_and_one_that_was_lost() -> None:
     ready = drawn(seen(*MIRRORED, jobs=(Job(id="m", type="mirror", status="ready", ready=True),)), mirror())
     assert "╚═▶ mirror  ready  of snapshot s1  m\n" in text(ready)
     assert "mirror · ready" in words(ready)
+    assert ready["jobs"][0]["base"] is None, "it is joined to its base already"
     lost = drawn(seen("vda root a", "a file a-f"), mirror(state="lost", reason="No space left"))
     assert text(lost).endswith("║\n╚═▶ mirror  lost  of snapshot s1  m  into /dst/x  (No space left)")
     assert {"mirror · lost", "/dst/x", "No space left"} <= set(words(lost))
@@ -168,6 +169,26 @@ def test_a_mirror_that_is_ready_and_one_that_was_lost() -> None:
     assert picture.RED in picture.graph(lost).partition("</defs>")[2]
     ended = drawn(seen("vda root a", "a file a-f"), mirror(state="pivoted"))
     assert ended["jobs"] == []
+
+
+def test_what_a_mirror_will_back_onto_is_drawn_as_that() -> None:
+    """As the proposal's own drawing has it; its node backs onto nothing until the guest goes over."""
+    observed = seen(
+        *(each for each in MIRRORED if each != "x backing base"), jobs=(Job(id="m", type="mirror", status="ready"),)
+    )
+    (disk,) = observed.disks
+    observed = msgspec.structs.replace(
+        observed, disks=(msgspec.structs.replace(disk, chain=observed.graph.chain("throttle")),)
+    )
+    view = drawn(observed, mirror(backing="/base"))
+    assert view["jobs"][0]["base"] == "base"
+    assert text(view).splitlines()[-3:] == [
+        "    ▼ target   x  qcow2  1.0 GiB",
+        "    │          └─ file  x-f  file  /x",
+        "    ▽ backing  base  qcow2  (once the guest goes over)",
+    ]
+    assert "at the pivot" in words(view)
+    assert "shared" not in words(view)
 
 
 def test_a_commit_is_said_where_it_writes() -> None:

@@ -133,7 +133,8 @@ class GraphJob(msgspec.Struct, frozen=True, kw_only=True):
     """A block job.
 
     `type` and `state` are those of a `job`; of one that is not ours they are QEMU's, and `operation` is None. `source` and
-    `dest` are the nodes that data comes from and goes to, as far as there are any; `file` is where it goes.
+    `dest` are the nodes that data comes from and goes to, as far as there are any; `file` is where it goes. `base` is the
+    node that a mirror's destination is to back onto once the guest goes over; None when it does already, or stands alone.
     """
 
     id: str
@@ -145,6 +146,7 @@ class GraphJob(msgspec.Struct, frozen=True, kw_only=True):
     file: str | None
     current: int
     total: int
+    base: str | None = None
     operation: int | None = None
     snapshot: str | None = None
     reason: str | None = None

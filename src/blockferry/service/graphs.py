@@ -58,7 +58,7 @@ def graph_view(domain: str, seen: Observation, jobs: tuple[BlockJob, ...]) -> vi
     edges = sorted(edge for edge in graph.edges if edge.parent in graph.nodes)
     users, used = {edge.parent for edge in edges}, {edge.child for edge in graph.edges}
     nodes = tuple(_node(node, bottom=node.name not in users) for node in graph.nodes.values())
-    ours = tuple(_our_job(graph, job, seen.jobs.get(job.job)) for job in jobs if _is_drawn(job, seen))
+    ours = tuple(_our_job(job, seen) for job in jobs if _is_drawn(job, seen))
     others = tuple(_their_job(graph, job) for job in seen.jobs.values() if job.id not in {each.id for each in ours})
     return view.GraphView(
         domain=domain,
@@ -99,39 +99,49 @@ def _is_drawn(job: BlockJob, seen: Observation | None) -> bool:
     return state_of(job, seen.jobs.get(job.job) if seen is not None else None) not in _OVER
 
 
-def _our_job(graph: Graph | None, ours: BlockJob, job: Job | None) -> view.GraphJob:
-    source, dest, file = _ends(ours)
-    main = graph.child(ours.job, "main node") if graph is not None else None
-    if graph is not None and main is not None and ours.type == "fill" and graph.below_filters(main) in dest:
-        dest = (main, *dest)  # the stream's own filter, which nothing else uses
+def _our_job(ours: BlockJob, seen: Observation | None) -> view.GraphJob:
+    job = seen.jobs.get(ours.job) if seen is not None else None
+    source, dest, file = _ends(ours, seen.graph if seen is not None else None)
     return view.GraphJob(
         id=ours.job,
         type=ours.type,
         state=state_of(ours, job),
         disk=ours.target,
-        source=_first(graph, source),
-        dest=_first(graph, dest),
+        source=source,
+        dest=dest,
         file=file,
         current=job.current if job is not None else 0,
         total=job.total if job is not None else 0,
+        base=_base(ours, seen) if seen is not None and isinstance(ours, Mirror) and dest is not None else None,
         operation=ours.operation,
         snapshot=ours.snapshot if isinstance(ours, Mirror) else None,
         reason=ours.reason or (job.error if job is not None else None),
     )
 
 
-def _ends(ours: BlockJob) -> tuple[tuple[str | None, ...], tuple[str | None, ...], str]:
-    """The nodes that data may come from and go to, the likeliest first; and the file that it goes to."""
+def _ends(ours: BlockJob, graph: Graph | None) -> tuple[str | None, str | None, str]:
+    """The nodes that data comes from and goes to, and the file that it goes to."""
     if isinstance(ours, Mirror):
-        return (ours.filter_node, ours.device, ours.source_node), (ours.node,), ours.file
+        return _first(graph, ours.filter_node, ours.device, ours.source_node), _first(graph, ours.node), ours.file
     pulls = ours.type in ("rebase", "fill")
     into = ours.top if pulls or ours.base is None else ours.base
-    read = ours.leaving[:1] if pulls else (ours.top,)
-    return tuple(layer.node for layer in read), (into.node,), into.file
+    read = ours.leaving[0] if pulls and ours.leaving else ours.top
+    main = graph.child(ours.job, "main node") if graph is not None else None
+    # Above what a fill writes to is the stream's own filter, which nothing else uses.
+    above = main if graph is not None and main is not None and ours.type == "fill" else None
+    return _first(graph, read.node), _first(graph, above, into.node), into.file
 
 
-def _first(graph: Graph | None, names: tuple[str | None, ...]) -> str | None:
-    return next((name for name in names if graph is not None and name in graph.nodes), None)
+def _first(graph: Graph | None, *names: str | None) -> str | None:
+    return next((name for name in names if name is not None and graph is not None and name in graph.nodes), None)
+
+
+def _base(ours: Mirror, seen: Observation) -> str | None:
+    """What a mirror's destination is joined to in the window: an image of its disk's chain."""
+    disk = seen.disk(ours.target)
+    if ours.backing is None or disk is None or seen.graph.child(ours.node, "backing") is not None:
+        return None
+    return next((image.node for image in disk.chain if image.file == ours.backing), None)
 
 
 def _their_job(graph: Graph, job: Job) -> view.GraphJob:
@@ -205,5 +215,5 @@ def shut_off_graph(
         ),
         nodes=tuple(nodes.values()),
         edges=tuple(view.GraphEdge(parent=above, role="backing", child=below) for above, below in sorted(edges)),
-        jobs=tuple(_our_job(None, job, None) for job in jobs if _is_drawn(job, None)),
+        jobs=tuple(_our_job(job, None) for job in jobs if _is_drawn(job, None)),
     )

@@ -109,7 +109,8 @@ def _arrow(arrow: Arrow) -> str:
     head = _marker(colour)
     wide = 2.4 if job else 1.5
     tip = f"<title>{_escape(arrow.tip)}</title>" if arrow.tip else ""
-    line = f'<path d="{_path(arrow.points)}" fill="none" stroke="{colour}" stroke-width="{wide}" marker-end="url(#{head})"/>'
+    look = f'stroke="{colour}" stroke-width="{wide}"' + (' stroke-dasharray="5 4"' if arrow.style == "later" else "")
+    line = f'<path d="{_path(arrow.points)}" fill="none" {look} marker-end="url(#{head})"/>'
     x, y = arrow.at
     label = _text(x, y, visible(arrow.label), colour, 12 if job else 11, bold=bool(job))
     below = _text(x, y + 21, visible(arrow.below), GREY, 10.5) if arrow.below else ""

@@ -237,9 +237,10 @@ class _Placer:
         lanes: dict[str, int] = {}
         used: dict[int, int] = {}
         for row in self._rows:
-            if row.joins and (node := row.joins[1]["id"]) in self._column and node not in lanes:
-                column = self._column[node]
-                lanes[node] = used[column] = used.get(column, -1) + 1
+            for node in [each["id"] for each in (row.joins[1] if row.joins else None, row.later) if each is not None]:
+                if node in self._column and node not in lanes:
+                    column = self._column[node]
+                    lanes[node] = used[column] = used.get(column, -1) + 1
         left: list[float] = []
         x: float = MARGIN + PAD
         for column in range(max(widths) + 1):
@@ -301,7 +302,9 @@ class _Placer:
             before = box
         if row.joins is not None and before is not None:
             role, node = row.joins
-            self._join(before, role, self._boxes[node["id"]], self._lanes.get(node["id"], 0))
+            self._join(before, role, node["id"], "chain")
+        if row.later is not None and before is not None:
+            self._join(before, "backing", row.later["id"], "later", "at the pivot")
 
     def _draw_sides(self, box: Box, sides: tuple[Side, ...]) -> None:
         above = [box]
@@ -318,11 +321,12 @@ class _Placer:
             self._arrows.append(Arrow(points, "chain", side.role, (x + 6, used.y - 4)))
             above.append(used)
 
-    def _join(self, box: Box, role: str, into: Box, lane: int) -> None:
+    def _join(self, box: Box, role: str, node: str, style: str, below: str = "") -> None:
         """An arrow to a node of another row: along its own, then up or down just before that node."""
-        x = into.x - 18 - LANE * lane
+        into = self._boxes[node]
+        x = into.x - 18 - LANE * self._lanes.get(node, 0)
         points = ((box.right, box.middle), (x, box.middle), (x, into.middle), (into.x, into.middle))
-        self._arrows.append(Arrow(points, "chain", role, (box.right + 8, box.middle - 6)))
+        self._arrows.append(Arrow(points, style, role, (box.right + 8, box.middle - 6), below))
 
     def _hang(self, row: Row, head: Box | None) -> None:
         """A job's arrow, from where its data comes from: the filter above its disk, or the disk itself."""

@@ -44,6 +44,7 @@ class Row(NamedTuple):
         layers: its nodes, the topmost first.
         joins: role and node of another row, which its spine goes on with.
         jobs: those that work on nodes of this row and have no row of their own.
+        later: the node that the spine is to go on with once the guest goes over to it.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Row(NamedTuple):
     layers: tuple[Layer, ...]
     joins: tuple[str, Json] | None
     jobs: tuple[Json, ...] = ()
+    later: Json | None = None
 
 
 class Group(NamedTuple):
@@ -152,7 +154,7 @@ class _Sketcher:
             spine = self._spine(node)
             layers.append(Layer(role, node, self._sides(name, spine, label)))
             role, name = spine or ("", None)
-        return Row(kind, head, label, tuple(layers), joins)
+        return Row(kind, head, label, tuple(layers), joins, later=self._nodes.get(head.get("base") or ""))
 
     def _spine(self, node: Json) -> tuple[str, str] | None:
         """What a chain goes on with below this node: (role, node)."""

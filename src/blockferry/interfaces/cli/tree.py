@@ -50,18 +50,25 @@ def _user(user: Json) -> str:
 
 def _spine(row: Row, drawn: Sketch) -> list[str]:
     """A line a node of the chain, a line each for what is at its side; the roles are a column of their own."""
-    roles = [layer.role for layer in row.layers] + ([row.joins[0]] if row.joins else [])
+    roles = (
+        [layer.role for layer in row.layers]
+        + ([row.joins[0]] if row.joins else [])
+        + (["backing"] if row.later else [])
+    )
     wide = max(map(len, roles), default=0)
     lines: list[str] = []
     for number, layer in enumerate(row.layers, 1):
         lines.append(
             f"{'▼' if layer.role else '●'} {layer.role:{wide}}  {_node(layer.node, _others(layer, row, drawn))}"
         )
-        rail = "│" if number < len(row.layers) or row.joins else " "
+        rail = "│" if number < len(row.layers) or row.joins or row.later else " "
         lines += [f"{rail} {'':{wide}}  {branch}" for branch in _sides(layer.sides, drawn)]
     if row.joins:
         role, node = row.joins
         lines.append(f"▼ {role:{wide}}  {_reference(node, drawn)}")
+    if row.later:
+        words = [click.style(visible(row.later["id"]), bold=True), row.later["driver"], "(once the guest goes over)"]
+        lines.append(f"▽ {'backing':{wide}}  {'  '.join(words)}")
     return lines
 
 
