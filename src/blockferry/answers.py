@@ -207,7 +207,7 @@ def not_current(snapshot: Snapshot, seen: Observation) -> str | None:
         now = seen.disk(disk.target)
         if now is None or not now.chain:
             return f"disk {disk.target} is not there"
-        if now.active.file != disk.file:
+        if now.active.file not in (disk.file, *snapshot.reverted.get(disk.target, ())):
             return f"{disk.target} is on {now.active.file}, not on {disk.file}"
     return None
 

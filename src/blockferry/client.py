@@ -163,14 +163,20 @@ class Domain:
         """Its block graph: devices, nodes, who uses what, and the jobs that work on it."""
         return await self._ferry.ask(requests.ShowGraph(domain=self.name), views.GraphView)
 
-    async def create(self, *, paused: bool = False) -> views.DomainView:
-        """Start it; `paused` leaves it paused before its first instruction.
+    async def create(self, *, paused: bool = False, require_mirrors: bool = False) -> views.DomainView:
+        """Start it, with its mirrors.
+
+        Args:
+            paused: leave it paused before its first instruction.
+            require_mirrors: don't start it when a mirror can't be established again.
 
         Raises:
+            MirrorGone: one can't.
             OperationFailed: QEMU did not start, with its last words.
             AlreadyRunning: it runs.
         """
-        return await self._ferry.ask(requests.Start(domain=self.name, paused=paused), views.DomainView)
+        request = requests.Start(domain=self.name, paused=paused, require_mirrors=require_mirrors)
+        return await self._ferry.ask(request, views.DomainView)
 
     async def shutdown(self, timeout: float = TIMEOUT_S) -> None:
         """Ask the guest to shut down, and wait for it, `timeout` seconds.
@@ -412,6 +418,16 @@ class DomainSnapshot:
             timeout=timeout,
         )
         return await self._ferry.ask(request, views.Done)
+
+    async def revert(self, *, start: bool = False, pause: bool = False) -> views.DomainView:
+        """Bring its guest back to it; a guest that runs is ended first.
+
+        Args:
+            start: start it again.
+            pause: start it again, and leave it paused.
+        """
+        request = requests.RevertSnapshot(domain=self.view.domain, snapshot=self.name, start=start, pause=pause)
+        return await self._ferry.ask(request, views.DomainView)
 
 
 class BlockJob:

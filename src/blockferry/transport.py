@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from blockferry import hostprocess
-from blockferry.errors import BlockferryError, HostProcessUnreachable, InternalError, from_dict
+from blockferry.errors import BadRequest, BlockferryError, HostProcessUnreachable, InternalError, from_dict
 from blockferry.model import request as requests
 from blockferry.model import view as views
 from blockferry.sockets import short_path
@@ -42,10 +42,15 @@ class HttpTransport:
         """Carry out a request.
 
         Raises:
+            BadRequest: it has text that is no text.
             HostProcessUnreachable: the host process went away before it answered.
             BlockferryError: what it answered.
         """
-        message = self._http.build_request("POST", "/v1/request", content=msgspec.json.encode(request))
+        try:
+            content = msgspec.json.encode(request)
+        except UnicodeEncodeError as error:
+            raise BadRequest(reason=f"{error.object[:200]!r} is not UTF-8") from error
+        message = self._http.build_request("POST", "/v1/request", content=content)
         async with self._sent(message) as response:
             view: views.View = msgspec.json.decode(await response.aread(), type=views.View)
             return view

@@ -366,7 +366,8 @@ def test_a_table_lines_up_in_colour_too() -> None:
 def test_a_chain_is_drawn_from_the_active_image_down() -> None:
     images = [{"file": f"/{name}", "format": "qcow2"} for name in ("snap", "mid", "base")]
     mirror = {"file": "/dest", "format": "qcow2", "state": "copying", "current": 1, "total": 4, "snapshot": "s1"}
-    disk = {"target": "vda", "bus": "virtio", "virtual_size": 1024, "qdev": "d0", "read_only": False, "source": "/snap"}
+    disk = {"target": "vda", "bus": "virtio", "virtual_size": 1024, "qdev": "d0", "device": "disk", "read_only": False}
+    disk["source"] = "/snap"
     view = {"name": "vm1", "state": "running", "pid": 42, "qemu": "7.2", "current_snapshot": None, "qmp": "/q"}
     view |= {"reason": None, "disks": [{**disk, "chain": images, "mirror": {**mirror, "reason": None}}]}
     assert click.unstyle(render.domain(view)).splitlines()[2:] == [

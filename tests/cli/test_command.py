@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import termios
 from pathlib import Path
@@ -93,6 +94,34 @@ async def test_an_error_is_a_sentence_a_status_and_with_json_an_object(command: 
     assert line["kind"] == "error"
     assert line["error"]["code"] == "no-such-domain"
     assert line["error"]["fields"] == {"domain": "vm1"}
+
+
+async def test_what_is_refused_is_said_in_a_line(command: Command, vm1: TestQemu) -> None:
+    """Every refusal is in tests/qemu/refusals.py; here is what the command makes of some that may go wrong on the way."""
+    folder = vm1.directory
+    before = await command.json("show", "vm1")
+    laughs = folder / "laughs.xml"
+    laughs.write_text("<!DOCTYPE d [<!ENTITY a 'ha'>]><domainsnapshot><name>&a;</name></domainsnapshot>")
+    large = folder / "large.xml"
+    large.write_text(f"<domainsnapshot>{' ' * 20_000_000}</domainsnapshot>")
+    binary = folder / "binary.xml"
+    binary.write_bytes(b"\xff\xfe<domainsnapshot/>")
+    for status, words, arguments in (
+        (34, "b.raw exists already", ["copy", "vm1", "vda", f"{folder}/./b.raw"]),
+        (35, "it is a directory", ["copy", "vm1", "vda", folder]),
+        (35, "File name too long", ["copy", "vm1", "vda", folder / ("n" * 256)]),
+        (13, "is not UTF-8", ["copy", "vm1", "vda", os.fsdecode(os.fsencode(folder) + b"/\x80")]),
+        (35, "control character", ["copy", "vm1", "vda", f"{folder}/a\x1bb"]),
+        (35, "Connection refused", ["copy", "vm1", "vda", "nbd://127.0.0.1:1/x"]),
+        (42, "a DOCTYPE is not accepted", ["snapshot", "create", "vm1", "--xml", laughs]),
+        (13, "over 4194304 bytes", ["snapshot", "create", "vm1", "--xml", large]),
+        (42, "not UTF-8|not Unicode", ["snapshot", "create", "vm1", "--xml", binary]),
+    ):
+        result = await command(*map(str, arguments), status=status)
+        assert result.stdout == ""
+        assert re.fullmatch(rf"blockferry: .*({words}).*\n", result.stderr), result.stderr
+        assert result.stderr[:-1].isprintable()
+    assert await command.json("show", "vm1") == before
 
 
 async def test_a_socket_that_something_else_holds(command: Command, guest: TestQemu) -> None:

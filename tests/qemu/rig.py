@@ -1,4 +1,7 @@
-"""A real guest with three disks of different kinds, the service on it, and a model of what the guest has written."""
+"""A real guest with three disks of different kinds, the service on it, and a model of what the guest has written.
+
+Of other disks: `open_guest`, as test_guests.py does.
+"""
 
 import asyncio
 import contextlib
@@ -8,7 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,7 @@ class Rig:
     service: Service
     proxy: QmpFaultProxy | None
     written: dict[str, bytearray]
+    qdevs: Mapping[str, str]  # by target, what query-block calls the device
     pauses: EventListener = field(default_factory=lambda: EventListener(("STOP", "RESUME")))
 
     # --- asking -----------------------------------------------------------------------------------------------
@@ -192,34 +196,28 @@ class Rig:
 
     async def write(self, target: str, byte: int, offset: int = 0, length: int = 64 * KIB) -> None:
         """Write through the guest's device, as QEMU's own test command does."""
-        done, failed = await self._writes(target)
-        qdev = (await self._drives())[target]["qdev"]
-        # Only the asynchronous ones are counted; aio_flush, which would wait, hangs QEMU 7.2 with an iothread.
-        await self.hmp(f'qemu-io -d {qdev} "aio_write -q -P {byte:#x} {offset} {length}"')
+        await self.write_each({target: byte}, offset, length)
+
+    async def write_each(self, bytes_: Mapping[str, int], offset: int = 0, length: int = 64 * KIB) -> None:
+        """Write a byte to each of several disks, all at once."""
+        before = await self._writes(bytes_)
+        for target, byte in bytes_.items():
+            # Only the asynchronous ones are counted; aio_flush, which would wait, hangs QEMU 7.2 with an iothread.
+            await self.hmp(f'qemu-io -d {self.qdevs[target]} "aio_write -q -P {byte:#x} {offset} {length}"')
         async with asyncio.timeout(EVENT_TIMEOUT_S):
-            while (now := await self._writes(target)) == (done, failed):
+            while set(before.items()) & set((now := await self._writes(bytes_)).items()):
                 pass
-        assert now == (done + 1, failed), f"the write to {target} failed"
-        self.written[target][offset : offset + length] = bytes([byte]) * length
+        for target, byte in bytes_.items():
+            done, failed = before[target]
+            assert now[target] == (done + 1, failed), f"the write to {target} failed"
+            self.written[target][offset : offset + length] = bytes([byte]) * length
 
-    async def _writes(self, target: str) -> tuple[int, int]:
-        stats = (await self._stats())[target]
-        return stats["wr_operations"], stats["failed_wr_operations"]
-
-    async def _stats(self) -> dict[str, Any]:
+    async def _writes(self, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """By target, how many writes are done and how many failed."""
         answer = await self.guest.command("query-blockstats")
         found = {each["qdev"]: each["stats"] for each in answer if "qdev" in each}
-        return {target: found[drive["qdev"]] for target, drive in (await self._drives()).items()}
-
-    async def _drives(self) -> dict[str, Any]:
-        """query-block's entries by target; not asked of the code under test."""
-        found = {}
-        for drive in await self.guest.command("query-block"):
-            qdev = drive.get("qdev", "")
-            for part, target in (("/d0-dev/", "vda"), ("/peripheral-anon/", "vdb"), ("d2-dev", "sda")):
-                if part in qdev:
-                    found[target] = drive
-        return found
+        stats = {target: found[self.qdevs[target]] for target in targets}
+        return {target: (each["wr_operations"], each["failed_wr_operations"]) for target, each in stats.items()}
 
     async def hmp(self, line: str) -> str:
         return await self.guest.command("human-monitor-command", {"command-line": line})
@@ -324,26 +322,50 @@ async def open_rig(
     qemu: QemuBinaries, path: Path, *, paused: bool = False, proxy: bool = False, args: Sequence[str] = ()
 ) -> AsyncIterator[Rig]:
     """Start it all, attached as vm1; `args` are more disks."""
-    (path / "dst").mkdir()
-    (path / "state").mkdir()
     written = {
         target: bytearray(bytes([0x10 * number]) * MIB + bytes(SIZE - MIB))
         for number, target in enumerate(FORMATS, start=1)
     }
     disks = three_disks(qemu, path)
+    async with open_guest(qemu, path, [*disks, *args], written, paused=paused, proxy=proxy) as rig:
+        yield rig
+
+
+@contextlib.asynccontextmanager
+async def open_guest(
+    qemu: QemuBinaries,
+    path: Path,
+    args: Sequence[str],
+    written: dict[str, bytearray],
+    *,
+    paused: bool = False,
+    proxy: bool = False,
+    machine: str = "pc",
+) -> AsyncIterator[Rig]:
+    """Start a guest of any disks, attached as vm1; those in `written` are on PATH/TARGET.img and hold that."""
+    (path / "dst").mkdir()
+    (path / "state").mkdir()
     async with contextlib.AsyncExitStack() as stack:
-        guest = await stack.enter_async_context(TestQemu(qemu, path, args=[*disks, *args], paused=paused))
+        guest = await stack.enter_async_context(TestQemu(qemu, path, args=args, paused=paused, machine=machine))
         between = None
         if proxy:
             between = await stack.enter_async_context(QmpFaultProxy(guest.qmp, path / "proxy.sock"))
         service = await Service.open(path / "state")
-        rig = Rig(qemu, path, guest, service, between, written)
+        rig = Rig(qemu, path, guest, service, between, written, await find_qdevs(guest, path, written))
         guest.control.register_listener(rig.pauses)
         try:
             await rig.reattach(between)
             yield rig
         finally:
             await rig.service.close()
+
+
+async def find_qdevs(guest: TestQemu, path: Path, written: Mapping[str, bytearray]) -> dict[str, str]:
+    """What query-block calls each target's device, by its image; not asked of the code under test."""
+    files = {str(path / f"{target}.img"): target for target in written}
+    drives = await guest.command("query-block")
+    found = {drive.get("inserted", {}).get("file"): drive.get("qdev") for drive in drives}
+    return {target: found[file] for file, target in files.items()}
 
 
 def wish_xml(name: str, *disks: str) -> str:

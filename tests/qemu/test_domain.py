@@ -192,26 +192,6 @@ async def refused(service: Service, qmp: Path | str, kind: type[errors.Blockferr
     assert "vm2" not in [row.name for row in (await service.submit(ask.ListDomains())).domains]
 
 
-async def test_attach_to_nothing(service: Service, tmp_path: Path) -> None:
-    await refused(service, tmp_path / "none", errors.QmpUnreachable, "No such file")
-    (tmp_path / "file").write_text("")
-    await refused(service, tmp_path / "file", errors.QmpUnreachable, "Connection refused")
-    await refused(service, "relative", errors.QmpUnreachable, "absolute")
-    with pytest.raises(errors.InvalidName):
-        await service.submit(ask.Attach(domain="-x", qmp=str(tmp_path / "none")))
-
-
-@pytest.mark.parametrize("greeting", [b"220 smtp.example\r\n", b'{"no": "greeting"}\r\n', b""])
-async def test_attach_to_what_is_not_qmp(service: Service, tmp_path: Path, greeting: bytes) -> None:
-    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(greeting)
-        writer.close()
-
-    server = await asyncio.start_unix_server(answer, tmp_path / "s.sock")
-    async with server:
-        await refused(service, tmp_path / "s.sock", errors.QmpUnreachable, "no QEMU answers")
-
-
 async def test_attach_to_a_busy_socket(service: Service, rig: Rig) -> None:
     """rig's own service holds it: said within the time-out, with how to add another."""
     started = asyncio.get_running_loop().time()

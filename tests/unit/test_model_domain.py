@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockferry.model.domain import TARGET_PREFIX, assign_targets, target_name
+from blockferry.model.domain import TARGET_PREFIX, assign_targets, names_that_last, target_name
 
 BUSES = sorted(TARGET_PREFIX)
 
@@ -71,3 +71,13 @@ def test_property_names_are_unique_and_stable(first: list[tuple[str, str]], seco
     for qdev, _bus in second:
         assert after[qdev] == before.get(qdev, after[qdev])
     assert len({**before, **after}) == len(set({**before, **after}.values()))
+
+
+def test_names_that_last_are_of_devices_with_an_id() -> None:
+    lasting = {
+        "d2-dev": "sda",
+        "/machine/peripheral/d0-dev/virtio-backend": "vda",
+        "/machine/peripheral/u/u.0/legacy[0]": "sdb",
+    }
+    counted = {"/machine/peripheral-anon/device[0]/virtio-backend": "vdb", "/machine/unattached/device[19]": "hda"}
+    assert names_that_last({**lasting, **counted}) == lasting

@@ -14,7 +14,7 @@ from blockferry.model.graph import Edge, Graph
 from blockferry.model.job import Job
 from blockferry.model.request import Commit, Rebase
 from blockferry.model.snapshot import Snapshot, SnapshotDisk
-from blockferry.plan.chain import has_ended, joined, plan_commit, plan_end, plan_merge, plan_rebase
+from blockferry.plan.chain import NOBODY, Users, has_ended, joined, plan_commit, plan_end, plan_merge, plan_rebase
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.steps import (
     CompleteJobs,
@@ -199,9 +199,10 @@ def commit(
     disk: str = "vda",
     snapshots: tuple[Snapshot, ...] = (),
     bandwidth: int = 0,
+    users: Users = NOBODY,
 ) -> Plan:
     request = Commit(domain="vm1", disk=disk, top=top, base=base, flags=flags, bandwidth=bandwidth)
-    return plan_commit("vm1", seen, request, snapshots, names=NAMES, operation=5)
+    return plan_commit("vm1", seen, request, snapshots, names=NAMES, operation=5, users=users)
 
 
 SHALLOW, DELETE, ACTIVE = (int(flag) for flag in (BlockCommit.SHALLOW, BlockCommit.DELETE, BlockCommit.ACTIVE))
@@ -282,6 +283,14 @@ def test_commit_into_what_another_disk_stands_on(base: str, shared: bool) -> Non
         return
     with pytest.raises(errors.DiskUnsuitable, match=f"vdb stands on {base} as well"):
         commit(base=base, seen=seen)
+
+
+@pytest.mark.parametrize("who", ["vdb", "vm2's vda", "the copy of vdb"])
+def test_commit_into_what_somebody_stands_on_under_another_name(who: str) -> None:
+    users = {"/low.raw": ("vda", who), "/one": ("vda",), "/two": ("vda",), "/top": ("vda",)}
+    assert commit(base="/one", users=users)
+    with pytest.raises(errors.DiskUnsuitable, match=f"{who} stands on /low.raw as well"):
+        commit(base="/low.raw", users=users)
 
 
 def snapshot(name: str, *disks: tuple[str, str, str], parent: str | None = None) -> Snapshot:

@@ -11,7 +11,7 @@ from test_plan_snapshot import GIB, SIZE, Plug, fact, observed
 from blockferry import errors
 from blockferry.model.blockjob import ChainJob, Layer, Mirror
 from blockferry.model.domain import Observation
-from blockferry.model.files import FileFact, ImageFact
+from blockferry.model.files import ExportFact, FileFact, ImageFact
 from blockferry.model.flags import BlockCopy
 from blockferry.model.request import StartCopy
 from blockferry.plan.copy import close_job, plan_cancel, plan_copy
@@ -40,11 +40,17 @@ def plan(
     facts: dict[str, FileFact] | None = None,
     images: dict[str, tuple[ImageFact, ...]] | None = None,
     users: dict[str, str] | None = None,
+    exports: tuple[ExportFact, ...] = (),
     seen: Observation = SEEN,
     **more: Any,
 ) -> Plan:
     known = {path: fact(path, kind="file") for path in ("/top", "/mid", "/low.raw", "/img/vdb.img")}
-    files = Files(facts=known | {dest: fact(dest)} | (facts or {}), images=images or {}, users=users or {})
+    files = Files(
+        facts=known | {dest: fact(dest)} | (facts or {}),
+        images=images or {},
+        users=users or {},
+        exports={export.uri: export for export in exports},
+    )
     request = StartCopy(domain="vm1", disk=disk, dest=dest, **more)
     return plan_copy("vm1", seen, request, names=Names("abcd", 3), operation=3, files=files)
 
@@ -215,6 +221,53 @@ def test_users_are_known_by_the_real_name() -> None:
     link = {"/d": fact("/d", kind="block", real="/dev/dm-0", size=GIB)}
     with pytest.raises(errors.ImageUnsuitable, match="vm2"):
         plan(facts=link, users={"/dev/dm-0": "vm2's"})
+
+
+@pytest.mark.parametrize("flags", [0, REUSE])
+def test_the_disks_own_chain_is_no_destination_through_a_hard_link(flags: int) -> None:
+    facts = {"/mid": fact("/mid", kind="file", identity="1:7"), "/d": fact("/d", kind="file", identity="1:7")}
+    with pytest.raises(errors.DestinationUnusable, match="in the chain of vda"):
+        plan(flags=flags, facts=facts, images=header())
+
+
+def test_users_are_known_by_the_file_itself() -> None:
+    """A hard link has another name, and what a device node's name says means nothing."""
+    for kind, identity in (("file", "1:7"), ("block", "device 1")):
+        link = {"/d": fact("/d", kind=kind, identity=identity, size=GIB)}
+        with pytest.raises(errors.ImageUnsuitable, match="vm2"):
+            plan(flags=REUSE, facts=link, images=header(), users={identity: "vm2's"})
+
+
+def test_files_without_an_identity_are_not_one() -> None:
+    """Two that are not there yet."""
+    assert not fact("/a").is_same(fact("/b"))
+    assert fact("/a").is_same(fact("/b", real="/a"))
+
+
+def test_existing_image_that_can_t_be_written_to() -> None:
+    there = {"/d": fact("/d", kind="file", problem="Read-only file system")}
+    with pytest.raises(errors.ImageUnsuitable, match="Read-only file system"):
+        plan(flags=REUSE, facts=there, images=header())
+
+
+@pytest.mark.parametrize(
+    ("export", "match"),
+    [
+        (ExportFact(uri="nbd://h/x", problem="its server has no export 'x'"), "no export 'x'"),
+        (ExportFact(uri="nbd://h/x", size=SIZE - 512), f"{SIZE - 512} bytes, and the disk has {SIZE}"),
+        (ExportFact(uri="nbd://h/x", size=SIZE + 512), f"{SIZE + 512} bytes, and the disk has {SIZE}"),
+    ],
+)
+def test_export_that_won_t_do(export: ExportFact, match: str) -> None:
+    with pytest.raises(errors.DestinationUnusable, match=match):
+        plan(dest="nbd://h/x", exports=(export,))
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_export_that_does_or_does_not_say(size: int | None) -> None:
+    """Its size is looked at again in QEMU's node."""
+    made = plan(dest="nbd://h/x", exports=(ExportFact(uri="nbd://h/x", size=size),))
+    assert any(isinstance(step, RequireSize) for step in made.prepare)
 
 
 def test_export_in_use() -> None:

@@ -12,7 +12,7 @@ from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
-from blockferry.plan.snapshot import choose, files_of, plan_snapshot
+from blockferry.plan.snapshot import Choice, choose, files_of, plan_snapshot
 from blockferry.plan.steps import AddNode, ClaimFile, CommitDown, CreateImage, RemoveFile, StartMirror, TakeSnapshots
 
 SIZE = 1 << 20
@@ -32,6 +32,7 @@ class Plug:
     filter: str | None = None
     empty: bool = False
     direct: bool = False
+    encrypted: bool = False
     size: int = SIZE
     below: tuple[tuple[str, int], ...] = ()  # what it backs onto, top first: path (raw where it ends so) and size
 
@@ -46,7 +47,7 @@ class Plug:
         above = None
         for index, (path, size) in enumerate(((self.path, self.size), *self.below)):
             top, file = (f"{self.target}-{kind}{index or ''}" for kind in "nf")
-            common = {"filename": path, "virtual_size": size, "direct": self.direct}
+            common = {"filename": path, "virtual_size": size, "direct": self.direct, "encrypted": self.encrypted}
             fmt = self.fmt if index == 0 else "raw" if path.endswith(".raw") else "qcow2"
             read_only = self.read_only or index > 0
             nodes[top] = Node(name=top, driver=fmt, read_only=read_only, **common)
@@ -103,10 +104,16 @@ def fact(path: str, **more: object) -> FileFact:
     return FileFact(**{"path": path, "real": path, "kind": "absent", "device": 1, "free": GIB, **more})
 
 
+def images_of(choices: tuple[Choice, ...]) -> dict[str, FileFact]:
+    """The disks' images, which are there."""
+    return {path: fact(path, kind="file") for path in (choice.disk.active.file for choice in choices)}
+
+
 def plan(seen: Observation, wish: SnapshotWish, **facts: FileFact) -> Plan:
-    """`facts` by file name; what is not told is absent, with room."""
+    """`facts` by file name; of what is not told the disks' images are there and the rest is absent, with room."""
     choices, _left_out = choose("vm1", seen, wish, "s1", SnapshotCreate(0))
-    known = {path: fact(path) for path in files_of(choices)} | {each.path: each for each in facts.values()}
+    known = {path: fact(path) for path in files_of(choices)} | images_of(choices)
+    known |= {each.path: each for each in facts.values()}
     files = Files(facts=known)
     return plan_snapshot(
         "vm1", seen, wish, names=Names("abcd", 7), operation=7, name="s1", files=files, now=1.5, parent="s0"
@@ -219,10 +226,21 @@ def test_generated_name_of_what_is_no_file() -> None:
 UNSUITABLE = {
     "empty": Plug("vdc", empty=True),
     "cdrom": Plug("vdc", device="cdrom"),
+    "floppy": Plug("vdc", device="floppy"),
+    "passed through": Plug("vdc", device="lun"),
+    "/img/vdc.img is encrypted": Plug("vdc", encrypted=True),
     "read-only": Plug("vdc", read_only=True),
     "vmdk": Plug("vdc", fmt="vmdk"),
     "bare file": Plug("vdc", fmt="file"),
 }
+
+
+def test_an_image_that_was_deleted_gets_no_overlay() -> None:
+    with pytest.raises(errors.ImageUnsuitable, match=r"/img/vdb\.img .* not there any more .*`blockferry copy`"):
+        plan(TWO, SnapshotWish(), gone=fact("/img/vdb.img"))
+    # What is no file of this host has none to be looked up.
+    seen = observed(Plug("vda", file="nbd://host/x", driver="nbd"))
+    assert plan(seen, SnapshotWish(disks=(DiskWish(name="vda", file="/o"),)), gone=fact("nbd://host/x"))
 
 
 @pytest.mark.parametrize("why", sorted(UNSUITABLE))

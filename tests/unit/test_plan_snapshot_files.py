@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_plan_snapshot import GIB, SIZE, Plug, fact, observed
+from test_plan_snapshot import GIB, SIZE, Plug, fact, images_of, observed
 
 from blockferry import errors
 from blockferry.model.domain import Observation
@@ -38,10 +38,10 @@ def plan(
     users: dict[str, str] | None = None,
     only_these: bool = True,
 ) -> Plan:
-    """What is not told is absent, with room; what has a header is a file."""
+    """What is not told is absent, with room; what has a header is a file, as are the disks' images."""
     wish = SnapshotWish(disks=disks, only_these=only_these)
     choices, _left_out = choose("vm1", seen, wish, "s1", SnapshotCreate(flags))
-    known = {path: fact(path) for path in files_of(choices)}
+    known = {path: fact(path) for path in files_of(choices)} | images_of(choices)
     known |= {head.path: fact(head.path, kind="file") for head in images}
     files = Files(
         facts=known | {each.path: each for each in facts},
@@ -351,3 +351,45 @@ def test_of_a_part_the_disks_that_switched_keep_their_images_and_nothing_else_st
     assert {step.path for step in kept if isinstance(step, ClaimFile)} == {f"/new/{t}" for t in on_files}
     assert {p.target for step in kept if isinstance(step, TakeSnapshots) for p in step.pairs} == switched
     assert not [step for step in kept if isinstance(step, StartMirror)]
+
+
+# --- one file twice -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backing", ["/new/m", "/new/./m", "/new/o"])
+def test_mirror_that_backs_onto_a_file_that_is_made(backing: str) -> None:
+    """Itself, or an overlay: a chain that comes back to itself, or that holds what the guest writes twice."""
+    mirror = MirrorWish(file="/new/m", backing=backing, backing_format="qcow2")
+    real = backing.replace("/./", "/")
+    with pytest.raises(errors.DuplicateFile, match=backing):
+        plan(DiskWish(name="vda", file="/new/o", mirror=mirror), facts=(fact(backing, real=real),))
+
+
+def test_mirrors_may_share_a_base() -> None:
+    disks = [
+        DiskWish(
+            name=target,
+            file=f"/new/{target}",
+            mirror=MirrorWish(file=f"/dst/{target}", backing="/dst/base", backing_format="raw"),
+        )
+        for target in ("vda", "vdb")
+    ]
+    assert len([step for step in plan(*disks).prepare if isinstance(step, StartMirror)]) == 2
+
+
+def test_two_names_of_one_image() -> None:
+    disks = [DiskWish(name=target, file=f"/new/{target}") for target in ("vda", "vdb")]
+    facts = tuple(fact(f"/new/{target}", kind="file", identity="1:7") for target in ("vda", "vdb"))
+    images = tuple(
+        ImageFact(
+            path=f"/new/{target}",
+            format="qcow2",
+            virtual_size=SIZE,
+            backing=f"/img/{target}.img",
+            real_backing=f"/img/{target}.img",
+            backing_format=fmt,
+        )
+        for target, fmt in (("vda", "qcow2"), ("vdb", "raw"))
+    )
+    with pytest.raises(errors.DuplicateFile, match="/new/vdb"):
+        plan(*disks, flags=REUSE, facts=facts, images=images)

@@ -119,10 +119,10 @@ class Executor:
             case steps.Resume():
                 await self._resume(step)
             case _:
-                await self._do_node(step)
+                return await self._do_node(step)
         return {}
 
-    async def _do_node(self, step: steps.Step) -> None:
+    async def _do_node(self, step: steps.Step) -> dict[str, Any]:
         match step:
             case steps.AddNode():
                 await self._add_node(step)
@@ -153,9 +153,10 @@ class Executor:
                 for target, words in (await self.read_back(step.disks)).items():
                     raise StepFailed(f"the destination of {target} does not answer: {words}")
             case _:
-                await self._do_job(step)
+                return await self._do_job(step)
+        return {}
 
-    async def _do_job(self, step: steps.Step) -> None:
+    async def _do_job(self, step: steps.Step) -> dict[str, Any]:
         match step:
             case steps.CommitDown():
                 await self._commit_down(step)
@@ -181,12 +182,15 @@ class Executor:
                     if name in step.jobs and job.status == "pending":
                         await self._session.execute("job-finalize", id=name)
                 await self.wait_jobs(step.jobs, frozenset({"concluded"}), WINDOW_SECONDS)
+            case steps.DrainMirrors():
+                return {"equal": await self._drain(step)}
             case steps.DismissJobs():
                 for name, job in (await self.jobs()).items():
                     if name in step.jobs and job.status == "concluded":
                         await self._session.execute("job-dismiss", id=name)
             case _:
                 raise AssertionError(step)
+        return {}
 
     # --- nodes ------------------------------------------------------------------------------------------------
 
@@ -368,6 +372,30 @@ class Executor:
                 else:
                     await self._session.execute("job-complete", id=name)
         await self.wait_jobs(step.jobs, frozenset({"pending", "concluded"}), WINDOW_SECONDS)
+
+    async def _drain(self, step: steps.DrainMirrors) -> list[str]:
+        """The targets whose mirrors have ended without an error; a destination that fails or hangs keeps nobody."""
+        names = set(step.jobs.values())
+        for name, job in (await self.jobs()).items():
+            if name in names and job.status == "ready":
+                with contextlib.suppress(CommandRefused):
+                    await self._session.execute("block-job-cancel", device=name, force=False)
+
+        async def over() -> bool:
+            jobs = await self.jobs()
+            for name in names & jobs.keys():
+                if jobs[name].status == "pending":
+                    await self._session.execute("job-finalize", id=name)
+            return all(jobs[name].status in ENDED for name in names & jobs.keys())
+
+        try:
+            await self._session.wait_until(over, JOB_EVENTS, what="bring mirrors to rest", seconds=WINDOW_SECONDS)
+        except LostReply:
+            if not self._session.alive:
+                raise
+        jobs = await self.jobs()
+        ended = {name for name, job in jobs.items() if job.status == "concluded" and job.error is None}
+        return [target for target, name in step.jobs.items() if name in ended]
 
     async def _cancel(self, name: str) -> None:
         job = (await self.jobs()).get(name)

@@ -17,7 +17,7 @@ from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
 from blockferry.journal.journal import DomainRecord, Journal, OperationRecord
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
-from blockferry.model.domain import Observation
+from blockferry.model.domain import Observation, names_that_last
 from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
 from blockferry.plan.chain import has_ended, plan_end
@@ -25,6 +25,7 @@ from blockferry.plan.copy import close_job
 from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
+from blockferry.plan.resting import stamped_files, to_rest
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.observe import Observer
@@ -75,6 +76,7 @@ class Keeper:
         self._said_ready: set[str] = set()
         self.in_flight: set[int] = set()
         self._last_words: dict[str, str] = {}
+        self._check_waits = False
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -102,7 +104,7 @@ class Keeper:
 
     async def _connect(self, timeout: float) -> Session:
         record = self.record
-        if record.defined and not self.home.taken():
+        if record.defined and (record.gone or not self.home.taken()):
             raise errors.NotRunning(domain=self.name)
         try:
             session = await Session.connect(record.qmp, timeout, self._witness)
@@ -117,9 +119,12 @@ class Keeper:
                 await session.close()
                 raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
             self._guest_gone("another QEMU process answers on its socket now")
+            observer.targets = names_that_last(observer.targets)
         self._session, self._observer, self.problem = session, observer, None
         self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._spawn(self._watch(session))
+        if record.defined and session.pid is not None:
+            self._spawn(self._await_end(session.pid, started))
         self.sample()
         return session
 
@@ -239,10 +244,24 @@ class Keeper:
     async def end(self, reason: str) -> None:
         """End the QEMU of a domain that we start, whatever its guest does; the caller holds the lock."""
         seen = await self.observe()
-        await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen))
-        status_of(seen.pid or 0)
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=None, born=None, gone=True))
-        self._say("domain-stopped", None, reason=reason)
+        self._journal.put_domain(msgspec.structs.replace(self.record, ending=reason))
+        files = {mirror.target: stamped_files(mirror, seen) for mirror in self.active() if isinstance(mirror, Mirror)}
+        done = await self.run(self._journal.reserve_operation(), plan_stop(self.name, seen, self.active()))
+        await self._stamp(done.id, files)
+        self._guest_gone("QEMU was ended")
+
+    async def _stamp(self, operation: int, files: dict[str, tuple[str, ...]]) -> None:
+        """Remember what the files of mirrors look like that were closed equal, once QEMU has let go of them."""
+        outcomes = [step.outcome.get("equal", ()) for step in self._journal.steps(operation)]
+        equal = {target for targets in outcomes for target in targets}
+        stamped = []
+        for mirror in self._journal.mirrors(self.name):
+            if mirror.state == "resting" and mirror.target in equal and files.get(mirror.target):
+                stamps = await self._images.stamps(files[mirror.target])
+                if len(stamps) == len(set(files[mirror.target])):
+                    stamped.append(msgspec.structs.replace(mirror, stamps=stamps))
+        if stamped:
+            self._journal.lose_jobs(self.name, {}, tuple(stamped))
 
     async def _end_if_shut_down(self, seen: Observation) -> None:
         """A guest that has shut down by itself leaves its QEMU standing (-no-shutdown), for us to end in good order."""
@@ -433,14 +452,19 @@ class Keeper:
         record = self.record
         if record.gone:
             return
+        resting: tuple[Mirror, ...] = ()
+        ended = self.active()
         if record.defined:
             words = (status_of(record.pid) if record.pid is not None else None, self.home.last_words())
-            reason = ": ".join([reason, *(each for each in words if each)])
-        lost = {job.target: f"{GONE}: {reason}" for job in self.active()}
-        if lost:
-            self._bus.publish(self._journal.lose_jobs(self.name, lost))
-        self._say("domain-crashed" if record.defined else "domain-gone", None, reason=reason)
-        self._journal.put_domain(msgspec.structs.replace(self.record, gone=True))
+            reason = record.ending or ": ".join([reason, *(each for each in words if each)])
+            resting, ended = to_rest(ended)
+        lost = {job.target: f"{GONE}: {reason}" for job in ended}
+        if lost or resting:
+            self._bus.publish(self._journal.lose_jobs(self.name, lost, resting))
+        kind = "domain-gone" if not record.defined else "domain-stopped" if record.ending else "domain-crashed"
+        self._say(kind, None, reason=reason)
+        record = msgspec.structs.replace(record, gone=True, ending=None)
+        self._journal.put_domain(msgspec.structs.replace(record, pid=None, born=None) if record.defined else record)
 
     def _say(self, kind: str, disk: str | None, **data: Any) -> None:
         event = Event(seq=0, time=time.time(), type=kind, domain=self.name, disk=disk, data=data)
@@ -487,7 +511,10 @@ class Keeper:
                 if isinstance(job, Mirror) and data["status"] == "ready":
                     self._say_ready(job)
                 ends = ("concluded", "null", "aborting", *(("ready", "pending") if isinstance(job, ChainJob) else ()))
-                if job is not None and data["status"] in ends:
+                # One that waits for the lock sees this as well: every commit that is ready says so again whenever the
+                # guest is drained, and twenty at once said it a thousand times.
+                if job is not None and data["status"] in ends and not self._check_waits:
+                    self._check_waits = True
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
@@ -497,12 +524,21 @@ class Keeper:
 
     async def _check(self) -> None:
         async with self.lock:
+            self._check_waits = False
             if self._journal.open_operations(self.name):
                 await self.reconcile()
             else:
                 seen = await self.observe()
                 await self.check_jobs(seen)
                 await self._end_if_shut_down(seen)
+
+    async def _await_end(self, pid: int, started: int | None) -> None:
+        """Follow the process of a guest that we started to its end, whatever becomes of the connection."""
+        await ends(pid, started, None)
+        async with self.lock:
+            if (self.record.pid, self.record.born) == (pid, started) and await self.is_gone():
+                with contextlib.suppress(errors.BlockferryError):
+                    await self.reconcile()
 
     async def _lost_connection(self) -> None:
         async with self.lock:

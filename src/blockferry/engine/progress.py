@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from blockferry.engine.bus import Bus
-from blockferry.model.blockjob import BlockJob, ChainJob
+from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.job import Job, Progress
 from blockferry.model.view import Event
 from blockferry.qemu.session import CommandRefused, LostReply, Session
@@ -30,7 +30,9 @@ def state_of(ours: BlockJob, job: Job | None) -> str:
         return "running"
     if job is None or job.over:
         return "lost"
-    return "ready" if job.ready or job.status in ("ready", "standby", "pending") else "copying"
+    if job.ready or job.status in ("ready", "standby", "pending"):
+        return "ready"
+    return "catching up" if isinstance(ours, Mirror) and ours.again else "copying"
 
 
 class Sampler:

@@ -18,6 +18,7 @@ from blockferry import errors
 from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.news import item, news
 from blockferry.journal.journal import Journal, OperationRecord, StepRecord
+from blockferry.model.blockjob import WORKING
 from blockferry.model.domain import Observation
 from blockferry.model.operation import OperationState, StepState, Stretch
 from blockferry.model.view import Event
@@ -143,8 +144,7 @@ class Runner:
         outcomes: tuple[StepRecord, ...] = ()
         # A plan that only forgets needs no QEMU: the guest may be gone.
         if plan.prepare or plan.window is not None:
-            launches = any(isinstance(step, steps.Launch) for step in plan.prepare)
-            executor = self._link.nobody() if launches else await self._executor("begin")
+            executor = self._link.nobody() if plan.offline else await self._executor("begin")
             await self._prepare(operation, plan, executor)
             if plan.window is not None:
                 outcomes = await self._pass_window(operation, plan.window, executor)
@@ -203,8 +203,7 @@ class Runner:
         outcomes = []
         for index, step in enumerate(settle):
             intent = _intent(index, "settle", step)
-            await _do(executor, step, {})
-            outcomes.append(_outcome(intent, "done"))
+            outcomes.append(_outcome(intent, "done", await _do(executor, step, {})))
         return tuple(outcomes)
 
     def _finish(
@@ -216,7 +215,7 @@ class Runner:
         row: str | None = None,
         pause_ms: float | None = None,
     ) -> None:
-        working = {job.operation for job in self._journal.jobs(self._link.name) if job.state == "active"}
+        working = {job.operation for job in self._journal.jobs(self._link.name) if job.state in WORKING}
         state: OperationState = "in-progress" if plan.what in LASTING and operation in working else "done"
         self._journal.finish(operation, state, outcomes, row=row, pause_ms=pause_ms)
 

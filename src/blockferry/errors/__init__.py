@@ -46,6 +46,7 @@ from blockferry.errors.jobs import (
 from blockferry.errors.lifecycle import (
     AlreadyRunning,
     CannotShutDown,
+    MirrorGone,
     NotDefined,
     NotRunning,
     StillRunning,
@@ -109,6 +110,7 @@ __all__ = [
     "JobNotDismissed",
     "JobNotReady",
     "JournalUnwritable",
+    "MirrorGone",
     "MissingCapability",
     "NoMirror",
     "NoRoom",

@@ -55,6 +55,21 @@ class StillRunning(Failed):
 
 
 @dataclass(eq=False)
+class MirrorGone(Refused):
+    """A mirror can't be established again, and the guest was to be started with its mirrors only."""
+
+    domain: str
+    disk: str
+    reason: str
+    code = "mirror-gone"
+    exit_status = 76
+    template = (
+        "{domain} was not started: the mirror of {disk} can't be established again: {reason}. Mend that, or start it "
+        "without --require-mirrors, which drops the mirror."
+    )
+
+
+@dataclass(eq=False)
 class CannotShutDown(Refused):
     """The guest can't be asked to shut down as it is now."""
 

@@ -5,6 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+# So much of a value is repeated in a message; a path has up to 4095 bytes, and a chain's has many.
+_VALUE_MAX = 4096
+
+
+def _short(value: Any) -> Any:
+    return f"{value[:_VALUE_MAX]}..." if isinstance(value, str) and len(value) > _VALUE_MAX else value
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _printable(character: str) -> str:
+    """Nothing that a terminal obeys, and nothing that can't be encoded."""
+    return character if character.isprintable() else repr(character)[1:-1]
+
 
 @dataclass(eq=False)
 class BlockferryError(Exception):
@@ -17,8 +33,9 @@ class BlockferryError(Exception):
 
     @property
     def message(self) -> str:
-        """The whole sentence that people read."""
-        return self.template.format(**self.fields())
+        """The whole sentence that people read: one line, whatever a caller wrote or a header says."""
+        values = {name: _short(value) for name, value in self.fields().items()}
+        return "".join(map(_printable, self.template.format(**values)))
 
     def fields(self) -> dict[str, Any]:
         """The error's own values, by name, as in its template."""
@@ -34,7 +51,7 @@ class BlockferryError(Exception):
             "outcome": self.outcome,
             "exit_status": self.exit_status,
             "message": self.message,
-            "fields": self.fields(),
+            "fields": {name: _encodable(value) for name, value in self.fields().items()},
         }
 
 

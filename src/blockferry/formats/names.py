@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Linux's PATH_MAX.
-PATH_BYTES_MAX = 4096
+# Linux's PATH_MAX, less the zero at the end.
+PATH_BYTES_MAX = 4095
 
 # Names become parts of file names and of QEMU's node names, and words of a command line: hence no leading '-' or '.'.
 _NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]{0,59}")
@@ -23,7 +23,12 @@ def path_flaw(path: str) -> str | None:
         return "is not an absolute path"
     if _CONTROL.search(path):
         return "has a control character in it"
-    if len(path.encode(errors="surrogatepass")) > PATH_BYTES_MAX:
+    try:
+        length = len(path.encode())
+    except UnicodeEncodeError:
+        # QMP and the journal are UTF-8; a name of other bytes could not be said to QEMU.
+        return "is not UTF-8"
+    if length > PATH_BYTES_MAX:
         return f"is longer than {PATH_BYTES_MAX} bytes"
     if ".." in path.split("/"):
         return "has a '..' in it"

@@ -19,11 +19,12 @@ import msgspec
 
 from blockferry import errors
 from blockferry.journal.schema import MIGRATIONS
-from blockferry.model.blockjob import BlockJob, JobEnd, Mirror
+from blockferry.model.blockjob import WORKING, BlockJob, JobEnd, Mirror
 from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepState, Stretch
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.plan import Plan, Record
+from blockferry.plan.steps import ClaimFile
 
 # Called before and after every durable write with ("before"|"after", what): for tests that die there.
 Witness = Callable[[str, str], None]
@@ -39,6 +40,7 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
         born: when that process was started (qemu.process.born), to tell it from another of that number.
         gone: whether that process is known, and has been said, to have ended.
         defined: whether we start it (and have its definition), rather than somebody else.
+        ending: why we are about to end its QEMU.
         targets: qdev -> target, kept once given.
     """
 
@@ -48,6 +50,7 @@ class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
     born: int | None = None
     gone: bool = False
     defined: bool = False
+    ending: str | None = None
     targets: dict[str, str] = {}
 
 
@@ -343,6 +346,15 @@ class Journal:
         records = [msgspec.json.decode(row[0], type=StepRecord) for row in rows]
         return tuple(sorted(records, key=lambda record: (record.started, record.index)))
 
+    def claim(self, operation: int, path: str) -> tuple[int, int] | None:
+        """Device and inode of the file that an operation created there; None when it created none."""
+        record = self.operation(operation)
+        for step in self.steps(operation) if record is not None else ():
+            begun = record.plan.prepare[step.index] if record is not None and step.stretch == "prepare" else None
+            if isinstance(begun, ClaimFile) and begun.path == path and step.outcome:
+                return int(step.outcome["device"]), int(step.outcome["inode"])
+        return None
+
     # --- snapshots and jobs -----------------------------------------------------------------------------------
 
     def _put_snapshot(self, snapshot: Snapshot) -> None:
@@ -368,7 +380,7 @@ class Journal:
 
     def _close_in_progress(self, domain: str) -> None:
         """An operation in progress ends with its last job."""
-        working = {job.operation for job in self.jobs(domain) if job.state == "active"}
+        working = {job.operation for job in self.jobs(domain) if job.state in WORKING}
         for (number,) in self._all("SELECT id FROM operation WHERE domain = ? AND state = 'in-progress'", (domain,)):
             if number not in working:
                 self._db.execute("UPDATE operation SET state = 'done', ended = ? WHERE id = ?", (time.time(), number))

@@ -6,7 +6,12 @@ from typing import Any, Literal
 
 import msgspec
 
-JobEnd = Literal["active", "done", "pivoted", "finished", "cancelled", "removed", "lost"]
+from blockferry.model.files import FileStamp
+
+JobEnd = Literal["active", "resting", "done", "pivoted", "finished", "cancelled", "removed", "lost"]
+
+# An operation that began one of these is not over.
+WORKING: frozenset[JobEnd] = frozenset({"active", "resting"})
 
 
 class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="mirror"):
@@ -30,8 +35,10 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
         backing: what the destination backs onto; None when it stands alone.
         backing_format: its format.
         options: more arguments of blockdev-mirror (granularity, buf-size, copy-mode).
-        state: `active` until it ended; then how.
+        state: `active` until it ended, then how; `resting` while its guest is shut off.
         reason: why it was lost or removed, in QEMU's own words where there are any.
+        stamps: path -> what its files and the source's looked like when they were closed and equal, while it rests.
+        again: whether it was established again, after its guest had been shut off.
     """
 
     domain: str
@@ -52,6 +59,8 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     options: dict[str, Any] = {}
     state: JobEnd = "active"
     reason: str | None = None
+    stamps: dict[str, FileStamp] = {}
+    again: bool = False
 
     @property
     def type(self) -> str:

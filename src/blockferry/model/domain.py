@@ -53,7 +53,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # libvirt's prefix for each bus; virDomainDiskDefAssignTargets has the same.
-TARGET_PREFIX = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd", "nvme": "nvme"}
+TARGET_PREFIX = {"virtio": "vd", "scsi": "sd", "sata": "sd", "usb": "sd", "ide": "hd", "nvme": "nvme", "fdc": "fd"}
 
 
 def target_name(bus: str, index: int) -> str:
@@ -69,6 +69,14 @@ def target_name(bus: str, index: int) -> str:
         index, rest = divmod(index - 1, 26)
         letters = chr(ord("a") + rest) + letters
     return TARGET_PREFIX[bus] + letters
+
+
+def names_that_last(targets: dict[str, str]) -> dict[str, str]:
+    """The names that hold in another QEMU process as well: of devices that somebody gave an id.
+
+    The path of any other counts devices: `/machine/unattached/device[19]` is another one with one more processor.
+    """
+    return {qdev: name for qdev, name in targets.items() if qdev.startswith("/machine/peripheral/") or qdev[:1] != "/"}
 
 
 def assign_targets(devices: list[tuple[str, str]], kept: dict[str, str]) -> dict[str, str]:

@@ -16,12 +16,13 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
         path: as it was asked for.
         real: with links resolved, for comparing.
         kind: what is there.
-        problem: why nothing can be created there, in the system's words; None when it can.
+        problem: why it can't be created, or written to when it is there, in the system's words; None when it can.
         device: its file system's number, for adding up what goes onto one.
         free: bytes free on its file system.
         allocated: bytes that it takes up now.
         size: bytes from its beginning to its end; a device's capacity.
         used: whether a QEMU (or one of its tools) has it open: it holds a lock on it.
+        identity: what is the same for every name of the file, hard links too; empty where there is none.
     """
 
     path: str
@@ -33,6 +34,21 @@ class FileFact(msgspec.Struct, frozen=True, kw_only=True):
     allocated: int = 0
     size: int = 0
     used: bool = False
+    identity: str = ""
+
+    def is_same(self, other: FileFact) -> bool:
+        """Whether both paths lead to one file."""
+        return self.real == other.real or (self.identity != "" and self.identity == other.identity)
+
+
+class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
+    """What tells a file that was touched from one that was not: which it is, its bytes, and when it changed (ns)."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
 
 
 class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,4 +70,18 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     backing: str | None = None
     backing_format: str | None = None
     real_backing: str | None = None
+    problem: str | None = None
+
+
+class ExportFact(msgspec.Struct, frozen=True, kw_only=True):
+    """What an NBD server says of an export.
+
+    Attributes:
+        uri: the export's.
+        size: bytes; None when the server does not say before it is opened.
+        problem: why nothing can be written to it; None when it can.
+    """
+
+    uri: str
+    size: int | None = None
     problem: str | None = None

@@ -28,6 +28,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         direct: cache.direct, O_DIRECT.
         no_flush: cache.no-flush.
         detect_zeroes: `off`, `on` or `unmap`.
+        encrypted: whether what is in its file can be read with a key only.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     direct: bool = False
     no_flush: bool = False
     detect_zeroes: str = "off"
+    encrypted: bool = False
 
 
 class Edge(msgspec.Struct, frozen=True, order=True):
@@ -115,8 +117,8 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True):
         backend: what QEMU's graph calls the device: its id, or the qdev's id or path.
         qdev: the qdev id, or the QOM path where it has no id.
         drive: what query-block calls its qdev: the id, or a path inside the device; other commands want that.
-        bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`.
-        device: `disk` or `cdrom`.
+        bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`, `fdc`.
+        device: `disk`, `cdrom`, `floppy`, or `lun` for the host's own device, passed through.
         root: the node that the device itself uses; None when the drive is empty.
         chain: its backing chain, active image first; empty when the drive is.
         read_only: whether the guest can't write to it.

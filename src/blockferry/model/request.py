@@ -41,10 +41,14 @@ class Undefine(_Request, frozen=True, kw_only=True, tag="undefine"):
 
 
 class Start(_Request, frozen=True, kw_only=True, tag="start"):
-    """Start a defined guest. `paused` leaves it paused."""
+    """Start a defined guest, with its mirrors.
+
+    `paused` leaves it paused; with `require_mirrors` a mirror that can't be established again keeps it from starting.
+    """
 
     domain: str
     paused: bool = False
+    require_mirrors: bool = False
 
 
 class Stop(_Request, frozen=True, kw_only=True, tag="stop"):
@@ -120,6 +124,15 @@ class DeleteSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-delete")
     flags: int = 0
     timeout: float = 60.0
     dry_run: bool = False
+
+
+class RevertSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-revert"):
+    """Bring a defined guest back to a snapshot; it is shut off then, or started again (`start`), or paused (`pause`)."""
+
+    domain: str
+    snapshot: str
+    start: bool = False
+    pause: bool = False
 
 
 class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
@@ -246,6 +259,7 @@ Request = (
     | ListSnapshots
     | ShowSnapshot
     | DeleteSnapshot
+    | RevertSnapshot
     | StartCopy
     | Rebase
     | Commit

@@ -96,6 +96,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         created: seconds since 1970.
         state: the guest's run state at that moment.
         parent: the snapshot that was current before, or None.
+        reverted: target -> overlays that were made on its images when the guest was brought back to it, the newest last.
         disks: those that took part.
         left_out: targets of those that took none.
         description: free text.
@@ -108,4 +109,5 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[SnapshotDisk, ...]
     left_out: tuple[str, ...] = ()
     parent: str | None = None
+    reverted: dict[str, tuple[str, ...]] = {}
     description: str | None = None

@@ -185,10 +185,10 @@ class SnapshotDiskView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
-    """A snapshot. `created` is seconds since 1970; `left_out` names disks that took no part, with the reason.
+    """A snapshot. `created` is seconds since 1970.
 
-    `parent` and `children` are the snapshots before and after it, `current` the one whose images the guest writes to;
-    `notes` say what to know of it, when it was just taken.
+    `parent` and `children` are the snapshots before and after it, `current` the one whose images the guest writes to. When it
+    was just taken `left_out` names disks that took no part, with the reason, and `notes` say what to know of it.
     """
 
     domain: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from blockferry import errors
@@ -33,6 +35,11 @@ from blockferry.plan.steps import (
     Stop,
     SyncFiles,
 )
+
+# By the file of an image in one of the domain's chains, whoever stands on it, under that name or another: targets, disks of
+# other domains, copies.
+Users = Mapping[str, tuple[str, ...]]
+NOBODY: Users = {}
 
 
 def joined(domain: str, seen: Observation, request: Rebase, jobs: tuple[BlockJob, ...]) -> BlockJob | None:
@@ -108,9 +115,25 @@ def plan_rebase(domain: str, seen: Observation, request: Rebase, *, names: Names
 
 
 def plan_commit(
-    domain: str, seen: Observation, request: Commit, snapshots: tuple[Snapshot, ...], *, names: Names, operation: int
+    domain: str,
+    seen: Observation,
+    request: Commit,
+    snapshots: tuple[Snapshot, ...],
+    *,
+    names: Names,
+    operation: int,
+    users: Users = NOBODY,
 ) -> Plan:
     """The plan of starting a commit.
+
+    Args:
+        domain: its name.
+        seen: the domain as observed.
+        request: what was asked for.
+        snapshots: the domain's.
+        names: of nodes and jobs.
+        operation: its number.
+        users: who stands on which image.
 
     Raises:
         Refused: any of its kinds, with nothing done.
@@ -134,9 +157,8 @@ def plan_commit(
         base = image_below(disk, request.base)
         if base not in rest:
             raise errors.ImageUnsuitable(path=request.base, reason=f"it is not under {top.file}")
-    job = _commit(
-        domain, seen, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE)
-    )
+    _require_unshared(domain, seen, disk, base, users)
+    job = _commit(domain, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE))
     job = msgspec.structs.replace(job, speed=request.bandwidth)
     changed, forgotten = after_commit(snapshots, job, _above(disk, job))
     return Plan(
@@ -165,6 +187,7 @@ def plan_merge(
     operation: int,
     children: bool = False,
     only_children: bool = False,
+    users: Users = NOBODY,
 ) -> Plan:
     """The plan of deleting a snapshot by merging its overlays down: O(what was written since), one job a disk.
 
@@ -177,6 +200,7 @@ def plan_merge(
         operation: its number.
         children: whether its descendants are deleted with it.
         only_children: or they alone.
+        users: who stands on which image.
 
     Raises:
         Refused: any of its kinds, with nothing done.
@@ -191,7 +215,8 @@ def plan_merge(
         disk = find_disk(domain, seen, target)
         require_suitable(domain, disk, seen)
         top, base = _merged_span(domain, disk, doomed)
-        job = _commit(domain, seen, disk, top, base, names=names, operation=operation, remove=True)
+        _require_unshared(domain, seen, disk, base, users)
+        job = _commit(domain, disk, top, base, names=names, operation=operation, remove=True)
         jobs.append(msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed)))
         starts.append(_start(jobs[-1], disk))
     which = ", ".join(each.name for each in doomed)
@@ -237,18 +262,9 @@ def _merged_span(domain: str, disk: Disk, doomed: tuple[Snapshot, ...]) -> tuple
 
 
 def _commit(
-    domain: str,
-    seen: Observation,
-    disk: Disk,
-    top: Image,
-    base: Image,
-    *,
-    names: Names,
-    operation: int,
-    remove: bool,
+    domain: str, disk: Disk, top: Image, base: Image, *, names: Names, operation: int, remove: bool
 ) -> ChainJob:
     first, last = disk.chain.index(top), disk.chain.index(base)
-    _require_unshared(domain, seen, disk, base)
     if base.virtual_size > top.virtual_size:
         # A smaller one QEMU grows (the guest's disk was); on a larger one the guest's disk would grow unasked.
         raise errors.DiskUnsuitable(
@@ -270,14 +286,15 @@ def _commit(
     )
 
 
-def _require_unshared(domain: str, seen: Observation, disk: Disk, base: Image) -> None:
-    """Refuse to write into an image that another disk stands on as well: that disk's data would change."""
-    for other in seen.disks:
-        if other.target != disk.target and any(same_file(image.file, base.file) for image in other.chain):
+def _require_unshared(domain: str, seen: Observation, disk: Disk, base: Image, users: Users) -> None:
+    """Refuse to write into an image that somebody else stands on as well: what is there would change under them."""
+    named = [other.target for other in seen.disks if any(same_file(image.file, base.file) for image in other.chain)]
+    for other in (*named, *users.get(base.file, ())):
+        if other != disk.target:
             raise errors.DiskUnsuitable(
                 domain=domain,
                 disk=disk.target,
-                reason=f"{other.target} stands on {base.file} as well, which a commit would change",
+                reason=f"{other} stands on {base.file} as well, which a commit would change",
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from blockferry import errors
-from blockferry.model.files import FileFact, ImageFact
+from blockferry.model.files import ExportFact, FileFact, ImageFact
 from blockferry.model.graph import Node
 
 # A new qcow2 with a backing file takes three clusters of 64 KiB; a fourth comes with its first write.
@@ -25,12 +25,14 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         facts: by path, as asked for.
         images: by path, the header and the chain of images that are there already.
-        users: real path -> the domain and disk that has it open, of all domains that are attached.
+        users: real path, or identity, -> the domain and disk that has it open, of all domains that are attached.
+        exports: by URI, what their servers say.
     """
 
     facts: Mapping[str, FileFact]
     images: Mapping[str, tuple[ImageFact, ...]] = {}
     users: Mapping[str, str] = {}
+    exports: Mapping[str, ExportFact] = {}
 
 
 class Room:
@@ -60,7 +62,7 @@ class Apart:
     """Sees to it that no two images of a request are one file."""
 
     def __init__(self) -> None:
-        self._real: set[str] = set()
+        self._facts: list[FileFact] = []
 
     def add(self, fact: FileFact) -> None:
         """Take a file.
@@ -68,9 +70,17 @@ class Apart:
         Raises:
             DuplicateFile: it was taken before, under whichever name.
         """
-        if fact.real in self._real:
+        self.require(fact)
+        self._facts.append(fact)
+
+    def require(self, fact: FileFact) -> None:
+        """Refuse a file that was taken.
+
+        Raises:
+            DuplicateFile: it was, under whichever name.
+        """
+        if any(fact.is_same(other) for other in self._facts):
             raise errors.DuplicateFile(path=fact.path)
-        self._real.add(fact.real)
 
 
 def require_new(fact: FileFact, users: Mapping[str, str]) -> None:
@@ -98,8 +108,24 @@ def require_existing(fact: FileFact, users: Mapping[str, str]) -> None:
     if fact.kind == "absent":
         raise errors.ImageUnsuitable(path=fact.path, reason="it does not exist, and existing files were asked for")
     if fact.kind in _KINDS:
-        raise errors.ImageUnsuitable(path=fact.path, reason=_KINDS[fact.kind])
+        raise errors.ImageUnsuitable(path=fact.path, reason=fact.problem or _KINDS[fact.kind])
     require_unused(fact, users)
+    if fact.problem:
+        raise errors.ImageUnsuitable(path=fact.path, reason=fact.problem)
+
+
+def require_there(path: str, facts: Mapping[str, FileFact]) -> None:
+    """Refuse to lay an overlay over a file that has no name any more: the overlay would back onto nothing.
+
+    Raises:
+        ImageUnsuitable: it was deleted, or is a temporary one of QEMU's.
+    """
+    if path.startswith("/") and path in facts and facts[path].kind == "absent":
+        reason = (
+            "it is not there any more (deleted while QEMU has it open, or a temporary one of snapshot=on), and an overlay "
+            "would back onto nothing; `blockferry copy` and a pivot save the disk"
+        )
+        raise errors.ImageUnsuitable(path=path, reason=reason)
 
 
 def require_unused(fact: FileFact, users: Mapping[str, str]) -> None:
@@ -108,7 +134,7 @@ def require_unused(fact: FileFact, users: Mapping[str, str]) -> None:
     Raises:
         ImageUnsuitable: with who it is, where that is known.
     """
-    user = users.get(fact.real)
+    user = users.get(fact.real) or users.get(fact.identity)
     if user is not None:
         raise errors.ImageUnsuitable(path=fact.path, reason=f"it is in use: {user}")
     if fact.used:

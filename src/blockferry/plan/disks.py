@@ -34,7 +34,7 @@ def unsuitable(disk: Disk, graph: Graph) -> str | None:
     if not disk.chain or disk.root is None:
         return "the drive is empty"
     if disk.device != "disk":
-        return f"it is a {disk.device}"
+        return f"it is a {disk.device}" + (", a device of the host passed through" if disk.device == "lun" else "")
     if disk.read_only:
         return "it is read-only"
     active = disk.active
@@ -42,6 +42,9 @@ def unsuitable(disk: Disk, graph: Graph) -> str | None:
         return f"its image is opened as bare {active.format}, without a format; open it as raw"
     if active.format not in ("qcow2", "raw"):
         return f"its image is {graph.nodes[active.node].driver}; only qcow2 and raw are carried out"
+    for image in disk.chain:
+        if graph.nodes[image.node].encrypted:
+            return f"{image.file} is encrypted, and what the guest writes to a new image would not be"
     return None
 
 

@@ -93,6 +93,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         settle: idempotent; tried forwards until done.
         left_out: disks that take no part, with the reason.
         notes: what people should know of it, such as a device that is overwritten.
+        offline: whether no QEMU runs when it begins: it starts one, or is about files alone.
         in_part: whether, the disks being switched one after the other, a failure leaves those that are switched.
     """
 
@@ -104,6 +105,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     settle: tuple[Step, ...] = ()
     left_out: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    offline: bool = False
     in_part: bool = False
 
     def lines(self) -> tuple[str, ...]:

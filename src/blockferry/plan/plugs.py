@@ -193,8 +193,7 @@ def chain_options(disk: DiskDef, chain: tuple[ImageFact, ...]) -> list[dict[str,
     for depth in reversed(range(len(chain))):
         image = chain[depth]
         read_only = depth > 0 or disk.read_only
-        cache = {"direct": disk.cache in ("none", "directsync"), "no-flush": disk.cache == "unsafe"}
-        common: dict[str, Any] = {"cache": cache, "discard": disk.discard or "ignore"}
+        common = {**cache_options(disk), "discard": disk.discard or "ignore"}
         options: dict[str, Any] = {
             "driver": image.format,
             "node-name": node_name(disk, depth),
@@ -211,6 +210,11 @@ def chain_options(disk: DiskDef, chain: tuple[ImageFact, ...]) -> list[dict[str,
         below = node_name(disk, depth)
         found.append(options)
     return found
+
+
+def cache_options(disk: DiskDef) -> dict[str, Any]:
+    """The disk's cache mode, as an option of every node of its."""
+    return {"cache": {"direct": disk.cache in ("none", "directsync"), "no-flush": disk.cache == "unsafe"}}
 
 
 def node_name(disk: DiskDef, depth: int) -> str:

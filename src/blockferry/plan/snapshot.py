@@ -97,7 +97,8 @@ def _mode(disk: Disk, entry: DiskWish | None, flags: SnapshotCreate) -> Mode:
 
 def files_of(choices: tuple[Choice, ...]) -> tuple[str, ...]:
     """Every file that is to be looked up before the plan is made."""
-    return tuple(path for choice in choices for path in (*choice.files, choice.disk.active.file))
+    backings = [choice.mirror.backing for choice in choices if choice.mirror and choice.mirror.backing]
+    return (*(path for choice in choices for path in (*choice.files, choice.disk.active.file)), *backings)
 
 
 def existing_files(choices: tuple[Choice, ...]) -> tuple[str, ...]:
@@ -236,6 +237,7 @@ def _pair(disk: Disk, names: Names) -> Pair:
 def _check_files(choices: tuple[Choice, ...], files: Files) -> None:
     apart, room = Apart(), Room()
     for choice in choices:
+        dest.require_there(choice.disk.active.file, files.facts)
         for path in choice.files:
             fact = files.facts[path]
             apart.add(fact)
@@ -245,6 +247,10 @@ def _check_files(choices: tuple[Choice, ...], files: Files) -> None:
             else:
                 dest.require_new(fact, files.users)
                 room.take(fact, dest.NEW_OVERLAY_BYTES)
+    for choice in choices:
+        backing = choice.mirror.backing if choice.mirror is not None else None
+        if backing is not None and backing in files.facts:
+            apart.require(files.facts[backing])
 
 
 def _check_existing(choice: Choice, path: str, files: Files) -> None:

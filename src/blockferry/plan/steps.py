@@ -377,6 +377,20 @@ class FinalizeJobs(_Step, frozen=True, kw_only=True, tag="finalize-jobs"):
         return "finalize " + ", ".join(self.jobs)
 
 
+class DrainMirrors(_Step, frozen=True, kw_only=True, tag="drain-mirrors"):
+    """End mirrors that have caught up, so that source and destination are equal; the guest stands still.
+
+    target -> job. One that fails is left: the outcome says which are equal.
+    """
+
+    jobs: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "bring mirrors to rest: " + ", ".join(self.jobs)
+
+
 class AwaitReady(_Step, frozen=True, kw_only=True, tag="await-ready"):
     """Wait until these jobs are ready; only for those that are ready at once."""
 
@@ -521,6 +535,7 @@ Step = (
     | CompleteJobs
     | FinalizeJobs
     | AwaitReady
+    | DrainMirrors
     | DismissJobs
     | Launch
     | EndQemu

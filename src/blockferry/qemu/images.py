@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from blockferry.model.files import FileFact, ImageFact, Kind
+from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
 from blockferry.qemu.qcow2 import empty_image
 
 # A chain longer than libvirt's own limit (virstoragefile, 200) is a loop or an attack.
@@ -70,6 +70,9 @@ class Images:
         info: dict[str, Any] = json.loads(out)
         name = info.get("backing-filename")
         backing = info.get("full-backing-filename") or name
+        special = _special(info)
+        if special:
+            return ImageFact(path=path, format=image_format, problem=special)
         if name is not None and ":" in str(name).split("/", 1)[0]:
             return ImageFact(path=path, format=image_format, problem=f"its backing {name!r} is no plain file name")
         if backing is not None and not str(backing).startswith("/"):
@@ -133,6 +136,11 @@ class Images:
         """
         return await asyncio.to_thread(_drop, path)
 
+    async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
+        """What tells whether somebody touches these files from now on; those that are no plain files have none."""
+        found = {path: await asyncio.to_thread(_stamp, path) for path in paths}
+        return {path: stamp for path, stamp in found.items() if stamp is not None}
+
     async def sync(self, paths: tuple[str, ...]) -> None:
         """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
         await asyncio.to_thread(_sync, paths)
@@ -166,16 +174,43 @@ def _follow_problem(path: str, image_format: str | None, looped: bool) -> str | 
     return None if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else "it is neither a file nor a block device"
 
 
+def _special(info: Mapping[str, Any]) -> str | None:
+    """What an image has that can't be carried out; QEMU would find it when it opens the image, or follow it."""
+    if info.get("encrypted"):
+        return "it is encrypted, and no key is given to QEMU"
+    details = info.get("format-specific", {}).get("data", {})
+    if details.get("corrupt"):
+        return "it is marked corrupt: `qemu-img check -r all` repairs it"
+    if details.get("data-file"):
+        return f"its data lie in another file, {details['data-file']}, which is not followed"
+    return None
+
+
+def aliases(path: str) -> tuple[str, ...]:
+    """What is the same for every name of a file: its path with links resolved, and its identity where it is there."""
+    real = os.path.realpath(path)
+    try:
+        return (real, _identity(os.stat(path)))
+    except OSError:
+        return (real,)
+
+
+def _identity(found: os.stat_result) -> str:
+    return f"device {found.st_rdev}" if stat.S_ISBLK(found.st_mode) else f"{found.st_dev}:{found.st_ino}"
+
+
 def _fact(path: str) -> FileFact:
     real = os.path.realpath(path)
     folder = os.path.dirname(real)
     kind: Kind = "absent"
     allocated = size = 0
     used = False
+    identity = ""
     try:
         kind = _kind(os.lstat(path).st_mode)
         found = os.stat(path)
         kind, allocated, size = _kind(found.st_mode), found.st_blocks * 512, found.st_size
+        identity = _identity(found)
         if kind in ("file", "block"):
             used = _locked(path)
         if kind == "block":
@@ -192,13 +227,15 @@ def _fact(path: str) -> FileFact:
     except OSError as error:
         return FileFact(path=path, real=real, kind=kind, problem=f"{folder}: {error.strerror}", allocated=allocated)
     problem = None
-    if room.f_flag & os.ST_RDONLY:
+    if kind == "block":
+        # A device's room is its own, and its folder needs no new name.
+        problem = _device_problem(path)
+    elif kind == "file":
+        problem = _file_problem(path)
+    elif room.f_flag & os.ST_RDONLY:
         problem = f"{folder} is mounted read-only"
     elif not os.access(folder, os.W_OK | os.X_OK):
         problem = f"{folder}: permission denied"
-    if kind == "block":
-        # A device's room is its own, and its folder needs no new name.
-        problem = None if os.access(path, os.R_OK | os.W_OK) else "permission denied"
     return FileFact(
         path=path,
         real=real,
@@ -209,6 +246,23 @@ def _fact(path: str) -> FileFact:
         allocated=allocated,
         size=size,
         used=used,
+        identity=identity,
+    )
+
+
+def _stamp(path: str) -> FileStamp | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return FileStamp(
+        device=found.st_dev,
+        inode=found.st_ino,
+        size=found.st_size,
+        modified=found.st_mtime_ns,
+        changed=found.st_ctime_ns,
     )
 
 
@@ -218,6 +272,25 @@ def is_block_device(path: str) -> bool:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except OSError:
         return False
+
+
+def _file_problem(path: str) -> str | None:
+    """Why a file that is there is not to be written to, whoever QEMU runs as."""
+    try:
+        return os.strerror(errno.EROFS) if os.statvfs(path).f_flag & os.ST_RDONLY else None
+    except OSError as error:
+        return error.strerror
+
+
+def _device_problem(path: str) -> str | None:
+    """Why a block device is not to be written to: what is mounted, swap or part of a volume is open exclusively."""
+    if not os.access(path, os.R_OK | os.W_OK):
+        return "permission denied"
+    try:
+        with _opened(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK):
+            return None
+    except OSError as error:
+        return "it is mounted, or part of a volume" if error.errno == errno.EBUSY else error.strerror
 
 
 @contextlib.contextmanager
@@ -272,20 +345,23 @@ def _kind(mode: int) -> Kind:
 
 def _claim(path: str, like: str | None) -> dict[str, Any]:
     try:
+        model = _stat(like) if like is not None else None
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileExistsError as error:
         raise ImageError(f"{path} exists already") from error
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
+        raise ImageError(f"{error.filename or path}: {error.strerror}") from error
     try:
-        if like is not None:
+        if model is not None:
             # QEMU runs as whoever owns its images: a file of root's it could not open.
-            model = os.stat(like)
             if os.geteuid() == 0:
                 os.fchown(descriptor, model.st_uid, model.st_gid)
             os.fchmod(descriptor, stat.S_IMODE(model.st_mode))
         made = os.fstat(descriptor)
     except OSError as error:
+        # A step that failed has nothing to undo: it leaves no file.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
         raise ImageError(f"{path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
@@ -293,12 +369,25 @@ def _claim(path: str, like: str | None) -> dict[str, Any]:
     return {"device": made.st_dev, "inode": made.st_ino}
 
 
+def _stat(path: str) -> os.stat_result | None:
+    """Owner and mode of an image; None of one that was deleted while QEMU has it open."""
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
 def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool:
     """Write an image into an empty regular file, and onto disk; False where it is none, with nothing done."""
     try:
+        # /dev/mapper/NAME is a link, so devices are followed; a file that we claimed is none.
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            return False
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return False
+                raise ImageError(f"{path} is not the file that was made there")
+            # Nothing of a destination that is made anew is kept; of one that was just claimed there is nothing.
+            os.ftruncate(descriptor, 0)
             if image_format == "qcow2":
                 contents = empty_image(size, backing, backing_format)
                 # Done twice it writes the same: nobody else has opened it yet.

@@ -11,13 +11,15 @@ from typing import Any
 import msgspec
 
 from blockferry import errors
-from blockferry.model.domain import Capabilities, Observation, assign_targets
+from blockferry.model.domain import Capabilities, Observation, assign_targets, target_name
 from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.job import Job
 from blockferry.qemu.session import CommandRefused, Session
 
 # QEMU's answers to several commands are of several moments; while a job ends they may disagree. Look again.
 LOOKS = 20
+# Libvirt's words for what is no plain disk; a lun is the host's own device, which takes the guest's SCSI commands as it is.
+DEVICES = {"scsi-cd": "cdrom", "ide-cd": "cdrom", "floppy": "floppy", "scsi-block": "lun", "scsi-generic": "lun"}
 REQUIRED = ("x-debug-query-block-graph", "query-named-block-nodes", "blockdev-add", "blockdev-reopen", "query-jobs")
 
 
@@ -25,10 +27,10 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     """A guest's drive as a device: what does not change while it is plugged in.
 
     Attributes:
-        bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`.
-        device: `disk` or `cdrom`.
+        bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`, `fdc`.
+        device: `disk`, `cdrom`, `floppy` or `lun`.
         order: its PCI and bus address, to be sorted by.
-        slot: the position on an IDE bus, which libvirt's name follows; None elsewhere.
+        slot: the position on an IDE or floppy bus, which libvirt's name follows; None elsewhere.
     """
 
     bus: str
@@ -148,7 +150,7 @@ class Observer:
             if qdev not in self.targets and _id(qdev) in self.targets:
                 self.targets[qdev] = self.targets[_id(qdev)]
             if device.slot is not None and qdev not in self.targets:
-                name = f"hd{chr(ord('a') + device.slot)}"
+                name = target_name(device.bus, device.slot)
                 if name not in self.targets.values():
                     self.targets[qdev] = name
         given = assign_targets([(qdev, device.bus) for device, qdev, _drive in found], self.targets)
@@ -181,11 +183,14 @@ class Observer:
             order = (number, unit)
             bus = "sata" if await self._is_ahci(place) else "ide"
             slot = 2 * number + unit if bus == "ide" else None
+        elif kind == "floppy":
+            place, bus = str(await self._property(path, "parent_bus")), "fdc"
+            slot = int(await self._property(path, "unit") or 0)
+            order = (slot,)
         if bus is None:
             return None
-        cdrom = kind in ("scsi-cd", "ide-cd")
         address = await self._pci_address(place)
-        return Device(bus=bus, device="cdrom" if cdrom else "disk", order=(*address, *order), slot=slot)
+        return Device(bus=bus, device=DEVICES.get(kind, "disk"), order=(*address, *order), slot=slot)
 
     async def _property(self, path: str, name: str) -> Any:
         try:
@@ -247,6 +252,7 @@ def _node(answer: dict[str, Any], folder: Path | None) -> Node:
         direct=cache.get("direct", False),
         no_flush=cache.get("no-flush", False),
         detect_zeroes=answer.get("detect_zeroes", "off"),
+        encrypted=answer.get("encrypted", False),
     )
 
 

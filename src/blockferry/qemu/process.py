@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 
 
 def born(pid: int | None) -> int | None:
     """When the process was started, in clock ticks since boot (proc_pid_stat(5), field 22); None when it is gone."""
-    if pid is None:
-        return None
+    fields = _stat(pid) if pid is not None else None
+    return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on, the state; None when there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # The second field is the program's name in parentheses and may hold anything, spaces and parentheses too.
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    return text.rpartition(")")[2].split()
 
 
 def lives(pid: int, started: int | None) -> bool:
@@ -54,24 +58,41 @@ def status_of(pid: int) -> str | None:
     return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
-async def ends(pid: int, started: int | None, seconds: float) -> bool:
-    """Whether that very process has ended, or does within `seconds`: its sockets close a moment before it is gone."""
+async def ends(pid: int, started: int | None, seconds: float | None) -> bool:
+    """Whether that very process has ended, or does within `seconds` (None: wait for it).
+
+    Its sockets close a moment before it is gone.
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
+    try:
+        # Not `lives`: of a process whose first thread has ended it says so while others still hold its files and locks.
+        fields = _stat(pid)
+        if fields is None or (started is not None and int(fields[19]) != started) or _readable(descriptor):
+            return True
+        return await _becomes_readable(descriptor, seconds)
+    finally:
+        os.close(descriptor)
+
+
+def _readable(descriptor: int) -> bool:
+    """Whether a pidfd says that its process has ended with all of its threads (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def _becomes_readable(descriptor: int, seconds: float | None) -> bool:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # A pidfd becomes readable when its process ends (pidfd_open(2)).
     loop.add_reader(descriptor, ended.set)
     try:
-        if not lives(pid, started):
-            return True
         async with asyncio.timeout(seconds):
             await ended.wait()
     except TimeoutError:
         return False
     finally:
         loop.remove_reader(descriptor)
-        os.close(descriptor)
     return True

@@ -70,6 +70,7 @@ class Service:
             ask.Undefine: lifecycle.undefine,
             ask.Start: lifecycle.start,
             ask.Stop: lifecycle.stop,
+            ask.RevertSnapshot: lifecycle.revert,
             ask.Suspend: lifecycle.suspend,
             ask.Resume: lifecycle.resume,
             ask.ListDomains: domains.list,

@@ -8,7 +8,8 @@ from blockferry import answers
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.plan.chain import joined, plan_commit, plan_rebase
-from blockferry.service.desk import Desk, require_bandwidth, require_path
+from blockferry.service.desk import Desk, require_bandwidth
+from blockferry.service.usage import standing
 
 
 class Chains:
@@ -23,7 +24,7 @@ class Chains:
 
     async def rebase(self, request: ask.Rebase) -> view.View:
         """Start a stream into a disk's image, or join the copy that comes to the same."""
-        self._check(request.bandwidth, request.base)
+        require_bandwidth(request.bandwidth)
         async with self._desk.writing(request.domain) as (keeper, seen):
             copy = joined(request.domain, seen, request, self._desk.journal.jobs(request.domain))
             if copy is not None:
@@ -36,15 +37,17 @@ class Chains:
 
     async def commit(self, request: ask.Commit) -> view.View:
         """Start a commit."""
-        self._check(request.bandwidth, request.top, request.base)
+        require_bandwidth(request.bandwidth)
         async with self._desk.writing(request.domain) as (keeper, seen):
             operation, names = self._desk.names(dry_run=request.dry_run)
             snapshots = self._desk.journal.snapshots(request.domain)
-            plan = plan_commit(request.domain, seen, request, snapshots, names=names, operation=operation)
+            plan = plan_commit(
+                request.domain,
+                seen,
+                request,
+                snapshots,
+                names=names,
+                operation=operation,
+                users=await standing(self._desk, keeper, seen),
+            )
             return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
-
-    def _check(self, bandwidth: int, *paths: str | None) -> None:
-        require_bandwidth(bandwidth)
-        for path in paths:
-            if path is not None and "://" not in path:
-                require_path(path)

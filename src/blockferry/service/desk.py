@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,12 +17,11 @@ from blockferry.formats.defined import inactive_xml
 from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
-from blockferry.model.blockjob import BlockJob
+from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
-from blockferry.plan.destinations import Files
 from blockferry.plan.plan import Names, Plan
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
@@ -73,7 +70,11 @@ class Desk:
 
     @contextlib.asynccontextmanager
     async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
-        """The domain to oneself, with everything of before settled, and how it is now."""
+        """The domain to oneself, with everything of before settled, and how it is now.
+
+        Raises:
+            GuestGone: QEMU ended in the middle of what was done in here.
+        """
         keeper = self.keeper(name)
         async with keeper.lock:
             if self.journal.open_operations(name):
@@ -83,7 +84,16 @@ class Desk:
             seen = await keeper.observe()
             if await keeper.check_jobs(seen):
                 seen = await keeper.observe()
-            yield keeper, seen
+            try:
+                yield keeper, seen
+            except errors.OperationFailed as failed:
+                if not await keeper.is_gone():
+                    raise
+                reason = (
+                    f"it ended at «{failed.step}» of operation {failed.operation}, which was undone: every disk is on "
+                    "the image that it was on"
+                )
+                raise errors.GuestGone(domain=name, reason=reason) from failed
 
     def names(self, *, dry_run: bool = False) -> tuple[int, Names]:
         """The next operation's number and names."""
@@ -110,34 +120,6 @@ class Desk:
             raise errors.NoSuchJob(domain=keeper.name, disk=target)
         return found
 
-    async def files(self, keeper: Keeper, seen: Observation, paths: tuple[str, ...], headers: dict[str, str]) -> Files:
-        """What is known of these files, and who uses which file, of all domains.
-
-        Args:
-            keeper: of the domain that the request is about.
-            seen: that domain as observed; it is not asked again.
-            paths: the files.
-            headers: path -> format, of those whose headers are to be read.
-        """
-        facts = await self.images.facts(paths)
-        images = {path: await self.images.chain(path, image_format) for path, image_format in headers.items()}
-        return Files(facts=facts, images=images, users=await self._users(keeper, seen))
-
-    async def _users(self, own: Keeper, own_seen: Observation) -> dict[str, str]:
-        """Real path (or URI) -> the domain and disk that has it open or mirrors to it."""
-        others = [keeper for keeper in self.keepers.values() if keeper is not own]
-        observed = [own_seen, *await asyncio.gather(*(self.seen_or_none(keeper) for keeper in others))]
-        users: dict[str, str] = {}
-        for keeper, seen in zip([own, *others], observed, strict=True):
-            for job in keeper.active():
-                if job.copy is not None:
-                    users[_real(job.copy.file)] = f"{keeper.name} copies its {job.copy.target} to it"
-            for disk in seen.disks if seen is not None else ():
-                users |= {
-                    _real(image.file): f"it is in the chain of {keeper.name}'s {disk.target}" for image in disk.chain
-                }
-        return users
-
     # --- definitions ------------------------------------------------------------------------------------------
 
     def inactive(self, name: str) -> str:
@@ -163,6 +145,12 @@ class Desk:
                 found[disk.target] = await self.images.chain(source.where, source.format)
         return found
 
+    # --- mirrors that rest ------------------------------------------------------------------------------------
+
+    def resting(self, domain: str) -> tuple[Mirror, ...]:
+        """A domain's mirrors that rest until it is started."""
+        return tuple(mirror for mirror in self.journal.mirrors(domain) if mirror.state == "resting")
+
     def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.
 
@@ -182,10 +170,6 @@ class Desk:
             return None
 
 
-def _real(file: str) -> str:
-    return os.path.realpath(file) if file.startswith("/") else file
-
-
 def require_path(path: str) -> None:
     """Refuse a destination that can't be a path.
 
@@ -194,7 +178,7 @@ def require_path(path: str) -> None:
     """
     flaw = path_flaw(path)
     if flaw:
-        raise errors.DestinationUnusable(path=path[:200], reason=f"it {flaw}")
+        raise errors.DestinationUnusable(path=path, reason=f"it {flaw}")
 
 
 def require_bandwidth(bandwidth: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import msgspec
 
@@ -35,8 +36,9 @@ class Domains:
         flaw = path_flaw(request.qmp)
         if flaw:
             raise errors.QmpUnreachable(qmp=request.qmp, reason=f"it {flaw}")
+        real = os.path.realpath(request.qmp)
         for record in self._desk.journal.domains():
-            if (record.name == request.domain) != (record.qmp == request.qmp):
+            if (record.name == request.domain) != (os.path.realpath(record.qmp) == real):
                 raise errors.DomainExists(domain=record.name, qmp=record.qmp)
         known = request.domain in self._desk.keepers
         keeper = self._desk.keepers.get(request.domain) or self._desk.new_keeper(request.domain)

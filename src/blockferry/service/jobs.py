@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from blockferry import answers, errors
 from blockferry.engine.keeper import Keeper
 from blockferry.journal.journal import OperationRecord
@@ -14,7 +16,9 @@ from blockferry.model.domain import Observation
 from blockferry.plan import copy as copying
 from blockferry.plan.destinations import Files
 from blockferry.plan.disks import find_disk
+from blockferry.qemu.nbd import inspect
 from blockferry.service.desk import Desk, require_bandwidth, require_path
+from blockferry.service.usage import look_up
 from blockferry.service.windows import run_window
 
 
@@ -49,8 +53,12 @@ class Jobs:
     async def _files(self, keeper: Keeper, seen: Observation, wish: copying.Wish) -> Files:
         paths = [image.file for image in wish.disk.chain if image.file.startswith("/")]
         if not copying.is_uri(wish.file):
-            paths.append(wish.file)
-        return await self._desk.files(keeper, seen, tuple(paths), {wish.file: wish.format} if wish.reuse else {})
+            headers = {wish.file: wish.format} if wish.reuse else {}
+            return await look_up(self._desk, keeper, seen, (*paths, wish.file), headers)
+        files = await look_up(self._desk, keeper, seen, tuple(paths), {})
+        # One that another copy writes to may serve one client at a time, and is refused for that.
+        exports = {wish.file: await inspect(wish.file)} if wish.file not in files.users else {}
+        return msgspec.structs.replace(files, exports=exports)
 
     def _jobs(self, keeper: Keeper, seen: Observation, disks: tuple[str, ...]) -> tuple[BlockJob, ...]:
         """The working jobs of these disks, each once."""

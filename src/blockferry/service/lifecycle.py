@@ -1,8 +1,10 @@
-"""Guests that we start: define, undefine, start, stop; and suspend and resume, of all."""
+"""Guests that we start: define, undefine, start, stop, revert; and suspend and resume, of all."""
 
 from __future__ import annotations
 
+import contextlib
 import uuid
+from collections.abc import AsyncIterator
 
 import msgspec
 
@@ -13,12 +15,21 @@ from blockferry.formats.definition import parse_definition
 from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
-from blockferry.plan.lifecycle import plan_start
+from blockferry.model.blockjob import Mirror
+from blockferry.model.definition import DiskDef
+from blockferry.model.files import ImageFact
+from blockferry.model.snapshot import Snapshot
+from blockferry.plan.lifecycle import Start, mirror_of, plan_start
+from blockferry.plan.plan import Plan
+from blockferry.plan.resting import Look, flaw
+from blockferry.plan.revert import overlay_of, plan_revert
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
+from blockferry.qemu.nbd import reachable
 from blockferry.qemu.session import CommandRefused, LostReply
 from blockferry.service.desk import Desk
 from blockferry.service.domains import Domains
+from blockferry.service.usage import look_up
 
 
 class Lifecycle:
@@ -69,30 +80,121 @@ class Lifecycle:
 
     async def start(self, request: ask.Start) -> view.DomainView:
         """Start a guest."""
-        keeper = self._defined(request.domain)
-        async with keeper.lock:
-            if self._desk.journal.open_operations(request.domain):
-                await keeper.reconcile()
-            for operation in self._desk.journal.open_operations(request.domain):
-                raise errors.Unsettled(domain=request.domain, operation=operation.id)
+        async with self._settled(request.domain) as keeper:
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
-            definition = parse_definition(self._desk.inactive(request.domain))
-            try:
-                program = find_program(definition.emulator, definition.arch)
-            except LaunchFailed as failure:
-                raise errors.BadRequest(reason=str(failure)) from failure
-            plan = plan_start(definition, program, await self._desk.chains(definition), paused=request.paused)
-            record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False)
-            self._desk.journal.put_domain(record)
+            await self._start(keeper, request)
+        return await self._domains.show(ask.ShowDomain(domain=request.domain))
+
+    async def revert(self, request: ask.RevertSnapshot) -> view.DomainView:
+        """Bring a guest back to what its disks were at a snapshot; one that runs is ended first."""
+        async with self._settled(request.domain) as keeper:
+            snapshot = self._desk.snapshot(request.domain, request.snapshot)
+            # Refused before the guest is ended, if it is refused.
+            await self._plan_revert(keeper, snapshot, self._desk.journal.next_operation())
+            if keeper.home.taken():
+                await keeper.end(f"it is reverted to snapshot {snapshot.name}")
+            number, _names = self._desk.names()
+            await keeper.run(number, await self._plan_revert(keeper, snapshot, number))
+            self._desk.say("domain-reverted", request.domain, snapshot=snapshot.name)
+            if request.start or request.pause:
+                await self._start(keeper, ask.Start(domain=request.domain, paused=request.pause))
+        return await self._domains.show(ask.ShowDomain(domain=request.domain))
+
+    async def _plan_revert(self, keeper: Keeper, snapshot: Snapshot, number: int) -> Plan:
+        paths = tuple(overlay_of(disk, snapshot, number) for disk in snapshot.disks)
+        headers = {disk.backing: disk.backing_format for disk in snapshot.disks}
+        return plan_revert(
+            parse_definition(self._desk.inactive(keeper.name)),
+            snapshot,
+            operation=number,
+            files=await look_up(self._desk, keeper, None, paths, headers),
+            resting=self._desk.resting(keeper.name),
+        )
+
+    @contextlib.asynccontextmanager
+    async def _settled(self, name: str) -> AsyncIterator[Keeper]:
+        """A defined domain to oneself, running or shut off, with everything of before settled."""
+        keeper = self._defined(name)
+        async with keeper.lock:
+            if self._desk.journal.open_operations(name):
+                await keeper.reconcile()
+            for operation in self._desk.journal.open_operations(name):
+                raise errors.Unsettled(domain=name, operation=operation.id)
+            yield keeper
+
+    async def _start(self, keeper: Keeper, request: ask.Start) -> None:
+        """Start it with its mirrors; one that can't be established is dropped, and it is tried without."""
+        definition = parse_definition(self._desk.inactive(keeper.name))
+        try:
+            program = find_program(definition.emulator, definition.arch)
+        except LaunchFailed as failure:
+            raise errors.BadRequest(reason=str(failure)) from failure
+        chains = await self._desk.chains(definition)
+        disks = {disk.target: disk for disk in definition.disks}
+        while True:
+            resting = [
+                (mirror, await self._look(mirror, disks.get(mirror.target), _size(chains.get(mirror.target, ()))))
+                for mirror in self._desk.resting(keeper.name)
+            ]
+            gone = {mirror.target: look.problem for mirror, look in resting if look.problem is not None}
+            if gone:
+                self._drop(keeper, request, gone)
+                continue
+            plan = plan_start(
+                Start(
+                    definition=definition,
+                    program=program,
+                    chains=chains,
+                    resting=tuple(resting),
+                    paused=request.paused,
+                )
+            )
             number, _names = self._desk.names()
             try:
-                await keeper.run(number, plan)
-            except errors.OperationFailed:
-                self._desk.journal.put_domain(msgspec.structs.replace(keeper.record, pid=None, gone=True))
-                raise
-            self._desk.say("domain-started", request.domain)
-        return await self._domains.show(ask.ShowDomain(domain=request.domain))
+                await self._run(keeper, number, plan)
+            except errors.OperationFailed as failure:
+                failed = [each.index for each in self._desk.journal.steps(number) if each.error]
+                targets = [target for index in failed if (target := mirror_of(plan, index)) is not None]
+                if not targets:
+                    raise
+                self._drop(keeper, request, dict.fromkeys(targets, failure.reason))
+            else:
+                self._desk.say("domain-started", keeper.name)
+                return
+
+    async def _look(self, mirror: Mirror, disk: DiskDef | None, size: int) -> Look:
+        """What is there of a resting mirror's destination; `size` is the disk's, in bytes."""
+        if not mirror.file.startswith("/"):
+            problem = await reachable(mirror.file)
+            return Look(fact=None, problem=flaw(mirror, disk, None) or problem)
+        fact = (await self._desk.images.facts((mirror.file,)))[mirror.file]
+        stamps = await self._desk.images.stamps((mirror.file, *mirror.stamps))
+        problem = flaw(mirror, disk, fact)
+        stamp, claim = stamps.get(mirror.file), self._desk.journal.claim(mirror.operation, mirror.file)
+        if problem is None and stamp is not None and claim not in (None, (stamp.device, stamp.inode)):
+            problem = "another file is there now"
+        if problem is None:
+            (head, *_below) = await self._desk.images.chain(mirror.file, mirror.format)
+            other = f"it has {head.virtual_size} bytes now, and the disk has {size}"
+            problem = head.problem or (None if head.virtual_size == size else other)
+        return Look(fact=fact, stamps=stamps, problem=problem)
+
+    async def _run(self, keeper: Keeper, number: int, plan: Plan) -> None:
+        record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False, ending=None)
+        self._desk.journal.put_domain(record)
+        try:
+            await keeper.run(number, plan)
+        except errors.OperationFailed:
+            self._desk.journal.put_domain(msgspec.structs.replace(keeper.record, pid=None, born=None, gone=True))
+            raise
+
+    def _drop(self, keeper: Keeper, request: ask.Start, gone: dict[str, str]) -> None:
+        """The mirrors that can't be established again are no more; or the guest is not started without them."""
+        for target, words in gone.items():
+            if request.require_mirrors:
+                raise errors.MirrorGone(domain=keeper.name, disk=target, reason=words)
+        self._desk.bus.publish(self._desk.journal.lose_jobs(keeper.name, gone))
 
     async def stop(self, request: ask.Stop) -> view.Done:
         """Shut a guest down."""
@@ -135,3 +237,7 @@ class Lifecycle:
         if not keeper.record.defined:
             raise errors.NotDefined(domain=name)
         return keeper
+
+
+def _size(chain: tuple[ImageFact, ...]) -> int:
+    return chain[0].virtual_size if chain else 0

@@ -22,6 +22,7 @@ from blockferry.plan.history import after_forgetting, children
 from blockferry.plan.plan import Plan, Record
 from blockferry.plan.snapshot import choose, existing_files, files_of, plan_snapshot
 from blockferry.service.desk import Desk, plan_view, require_path
+from blockferry.service.usage import look_up, standing
 from blockferry.service.windows import run_window
 
 # External snapshots of a running guest's disks are the only ones that are taken; XML is always validated.
@@ -70,8 +71,8 @@ class Snapshots:
                 names=names,
                 operation=operation,
                 name=name,
-                files=await self._desk.files(
-                    keeper, seen, files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")
+                files=await look_up(
+                    self._desk, keeper, seen, files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")
                 ),
                 now=time.time(),
                 parent=answers.current_snapshot(snapshots, seen),
@@ -183,6 +184,7 @@ class Snapshots:
                 operation=operation,
                 children=bool(flags & SnapshotDelete.CHILDREN),
                 only_children=bool(flags & SnapshotDelete.CHILDREN_ONLY),
+                users=await standing(self._desk, keeper, seen),
             )
             if request.dry_run:
                 return plan_view(request.domain, plan)

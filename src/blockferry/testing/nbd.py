@@ -24,12 +24,26 @@ class NbdServer:
         fmt: its format; a client sees the guest-visible contents, as raw.
         directory: existing folder for the socket (`NAME.nbd.sock`) and the server's stderr.
         name: the export's name.
+        once: serve one client and end, as qemu-nbd does unless it is told otherwise.
+        read_only: let clients read only.
     """
 
-    def __init__(self, binaries: QemuBinaries, path: Path, fmt: str, directory: Path, *, name: str = "disk") -> None:
+    def __init__(
+        self,
+        binaries: QemuBinaries,
+        path: Path,
+        fmt: str,
+        directory: Path,
+        *,
+        name: str = "disk",
+        once: bool = False,
+        read_only: bool = False,
+    ) -> None:
         self.name = name
         self.socket = socket_path(directory / f"{name}.nbd.sock")
-        argv = [str(binaries.nbd), "--persistent", "--shared=0", "--discard=unmap"]
+        argv = [str(binaries.nbd), "--discard=unmap"]
+        argv += [] if once else ["--persistent", "--shared=0"]
+        argv += ["--read-only"] if read_only else []
         argv += [f"--format={fmt}", f"--export-name={name}", f"--socket={self.socket}", str(path)]
         self._process = ChildProcess(argv, directory / f"{name}.nbd.stderr")
 
@@ -86,6 +100,11 @@ class NbdServer:
     async def kill(self) -> None:
         """SIGKILL the server and wait until it is gone: every client's connection ends."""
         await self._process.kill()
+
+    async def ended(self) -> None:
+        """Wait until the server ends by itself."""
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await self._process.wait()
 
     def suspend(self) -> None:
         """SIGSTOP: connections stay open and nothing is answered, as with a hung host."""

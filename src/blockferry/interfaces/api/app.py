@@ -147,11 +147,13 @@ def error_response(error: errors.BlockferryError) -> Response:
 
 
 async def _body(http: HttpRequest) -> bytes:
-    body = b""
+    body, length = b"", 0
     async for chunk in http.stream():
-        body += chunk
-        if len(body) > BODY_MAX:
-            raise errors.BadRequest(reason=f"it is over {BODY_MAX} bytes")
+        length += len(chunk)
+        # Read to its end all the same: a client that is still sending would not see the answer.
+        body = body + chunk if length <= BODY_MAX else b""
+    if length > BODY_MAX:
+        raise errors.BadRequest(reason=f"it is over {BODY_MAX} bytes")
     return body
 
 

@@ -42,14 +42,16 @@ def undefine(session: Session, name: str) -> None:
 @click.command("start", epilog=examples("blockferry start vm1", "blockferry start vm1 --paused"))
 @domain_argument
 @click.option("--paused", is_flag=True, help="Leave it paused before its first instruction; resume lets it run.")
+@click.option("--require-mirrors", is_flag=True, help="Not without all of its mirrors.")
 @json_option
 @click.pass_obj
-def start(session: Session, name: str, paused: bool) -> None:
+def start(session: Session, name: str, paused: bool, require_mirrors: bool) -> None:
     """Start a defined guest.
 
-    Its QEMU is a process of its own, which goes on whatever becomes of blockferry.
+    Its QEMU is a process of its own, which goes on whatever becomes of blockferry. Mirrors that it had are established again
+    before its first instruction; one whose destination is gone is dropped, and said to be.
     """
-    session.answer(render.domain, "start", domain=name, paused=paused or None)
+    session.answer(render.domain, "start", domain=name, paused=paused or None, require_mirrors=require_mirrors or None)
 
 
 @click.command("stop", epilog=examples("blockferry stop vm1", "blockferry stop vm1 --force"))

@@ -33,6 +33,7 @@ def domain(view: Json) -> str:
 
 def _disk(disk: Json) -> list[str]:
     head = [disk["target"], disk["bus"], size(disk["virtual_size"]), disk["qdev"]]
+    head += [disk["device"]] if disk["device"] != "disk" else []
     head += ["read-only"] if disk["read_only"] else []
     lines = ["  ".join(head)]
     if disk["source"] is None:

@@ -16,6 +16,9 @@ SPINE = ("backing",)
 FILTER_SPINE = ("backing", "file", "image")
 
 
+WORKING = ("copying", "catching up", "running")
+
+
 class Side(NamedTuple):
     """A node beside the spine. `depth` is 0 for what a layer itself uses; `here` is False for one that has its place."""
 
@@ -202,4 +205,4 @@ def counts(view: Json) -> str:
 
 def progress_words(job: Json) -> list[str]:
     """How far a job is; of a ready mirror that is all there is to say."""
-    return [percent(job["current"], job["total"])] if job["state"] in ("copying", "running") and job["total"] else []
+    return [percent(job["current"], job["total"])] if job["state"] in WORKING and job["total"] else []

@@ -81,7 +81,7 @@ def create(
         )
     what: Json = {"wish": {"name": snap, "description": description, **_disks(named, mirrors, backings, modes)}}
     if xml is not None:
-        what = {"xml": xml.read(), "name": snap, "description": description}
+        what = {"xml": _read(xml), "name": snap, "description": description}
     flags = (
         SnapshotCreate.ATOMIC * (atomic or reuse_ext)
         | SnapshotCreate.REUSE_EXT * reuse_ext
@@ -123,6 +123,15 @@ def _pairs(texts: tuple[str, ...], option: str, what: str) -> Iterator[tuple[str
             raise click.BadParameter(f"{text!r} is not TARGET={what}, once a disk.", param_hint=option)
         seen.add(disk_name(target))
         yield disk_name(target), value
+
+
+def _read(xml: TextIO) -> str:
+    try:
+        return xml.read()
+    except UnicodeDecodeError as error:
+        from blockferry.errors import InvalidXml
+
+        raise InvalidXml(element="document", reason="it is not UTF-8 text") from error
 
 
 @snapshot.command("list", epilog=examples("blockferry snapshot list vm1"))
@@ -209,6 +218,28 @@ def delete(
         session.answer(render.done, "snapshot-delete", **wish)
     except KeyboardInterrupt:
         raise Stopped(f"it was asked for and goes on; `blockferry job list {name}` shows how far it is.") from None
+
+
+@snapshot.command(
+    "revert", epilog=examples("blockferry snapshot revert vm1 before", "blockferry snapshot revert vm1 before --start")
+)
+@domain_argument
+@click.argument("snap", shell_complete=snapshots)
+@click.option("--start", is_flag=True, help="Start it again.")
+@click.option("--pause", is_flag=True, help="Start it again, and leave it paused before its first instruction.")
+@json_option
+@click.pass_obj
+def revert(session: Session, name: str, snap: str, start: bool, pause: bool) -> None:
+    """Bring a defined guest back to a snapshot.
+
+    One that runs is ended first, as by `stop --force`. It goes on on new overlays; what it wrote since the snapshot stays on
+    the images that it leaves, until somebody deletes them.
+    """
+    if start and pause:
+        raise click.UsageError("Only one of --start and --pause can be done.")
+    session.answer(
+        render.domain, "snapshot-revert", domain=name, snapshot=snap, start=start or None, pause=pause or None
+    )
 
 
 COMMANDS = {"snapshot": snapshot}

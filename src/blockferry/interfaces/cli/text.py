@@ -9,7 +9,7 @@ import click
 
 GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving"})
 BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error"})
-BUSY = frozenset({"copying", "in-progress", "intent", "undone", "cancelled", "removed", "paused"})
+BUSY = frozenset({"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused"})
 
 
 def paint(word: str) -> str:

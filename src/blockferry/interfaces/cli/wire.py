@@ -64,7 +64,7 @@ def events(state: hostprocess.StateDir, domain: str | None, since: int | None) -
 
 def _exchange(state: hostprocess.StateDir, connection: socket.socket, request: Json) -> Json:
     with connection:
-        status, answer = _send(state, connection, "POST /v1/request", json.dumps(request).encode())
+        status, answer = _send(state, connection, "POST /v1/request", _encoded(request))
         with answer:
             try:
                 view: Json = json.loads(answer.read())
@@ -73,6 +73,15 @@ def _exchange(state: hostprocess.StateDir, connection: socket.socket, request: J
     if status != 200:
         raise Told(view["error"])
     return view
+
+
+def _encoded(request: Json) -> bytes:
+    try:
+        return json.dumps(request, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        from blockferry.errors import BadRequest
+
+        raise BadRequest(reason=f"{error.object[:200]!r} is not UTF-8") from error
 
 
 def _send(state: hostprocess.StateDir, connection: socket.socket, line: str, body: bytes) -> tuple[int, BinaryIO]:

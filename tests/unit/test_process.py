@@ -1,0 +1,46 @@
+"""Telling whether a process has ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from blockferry.qemu.process import born, ends, lives
+
+# Its first thread ends (exit(2), not exit_group) while another goes on until standard input ends.
+LEADER_FIRST = """
+import ctypes, os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def test_a_process_whose_first_thread_has_ended_has_not() -> None:
+    """As QEMU between its exit and the end of its other threads: it still holds its files, and its lock."""
+    process = subprocess.Popen([sys.executable, "-c", LEADER_FIRST], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    started = born(process.pid)
+    assert started is not None
+    while state(process.pid) != "Z":
+        pass
+    assert not await ends(process.pid, started, 0.0)
+    process.stdin.close()
+    assert await ends(process.pid, started, 10.0)
+    assert await ends(process.pid, started, 0.0), "a zombie has ended"
+    assert process.wait(10) == 0
+    assert await ends(process.pid, started, 0.0)
+
+
+async def test_another_process_of_that_number_is_not_that_one() -> None:
+    own = born(os.getpid())
+    assert own is not None
+    assert lives(os.getpid(), own)
+    assert not await ends(os.getpid(), own, 0.0)
+    assert not lives(os.getpid(), own - 1)
+    assert await ends(os.getpid(), own - 1, 0.0)
