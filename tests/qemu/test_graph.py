@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 import pytest
+from defined import open_defined
 from rig import MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
@@ -145,3 +146,25 @@ async def test_a_guest_that_is_shut_off(rig: Rig) -> None:
     with pytest.raises(errors.BlockferryError) as raised:
         await graph(rig)
     assert raised.value.code in {"guest-gone", "qmp-unreachable"}
+
+
+async def test_a_mirror_that_rests(qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKFERRY_QEMU_DIR", str(qemu.system.parent))
+    async with open_defined(qemu, tmp_path) as guest:
+        await guest.start()
+        await guest.snapshot("s1", ("vda",), only=("vda",))
+        await guest.ready("vda")
+        runs = await guest.ask(ask.ShowGraph(domain="g1"))
+        chain = (await guest.disk("vda")).chain
+        files = {node.id: node.file for node in runs.nodes}
+        below = {edge.parent: edge.child for edge in runs.edges if edge.role == "file"}
+        assert files[below[job_of(runs, "vda").base or ""]] == chain[1].file
+        assert "(once the guest goes over)" in drawn(runs)[0]
+        await guest.stop()
+        rests = await guest.ask(ask.ShowGraph(domain="g1"))
+        assert [node.id for node in rests.nodes[:2]] == [image.file for image in chain]
+        mirror = job_of(rests, "vda")
+        assert (mirror.state, mirror.dest, mirror.file) == ("resting", None, str(guest.dest("vda", "s1")))
+        text, svg = drawn(rests)
+        assert "╚═▶ mirror  resting  of snapshot s1" in text
+        assert "mirror · resting" in svg
