@@ -8,6 +8,7 @@ import click
 import msgspec
 import pytest
 from defined import open_defined
+from makes import LEFT_ALONE, makes_of, open_makes
 from rig import MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
@@ -83,6 +84,17 @@ async def test_a_snapshot_with_mirrors_a_shared_base_and_an_empty_drive(many: Ri
     text, svg = drawn(shown)
     assert "base  qcow2  (shared: see vdc)" in text
     assert "mirror · ready" in svg
+
+
+@pytest.mark.parametrize("machine", ["pc", "q35"])
+async def test_disks_of_every_make(qemu: QemuBinaries, tmp_path: Path, machine: str) -> None:
+    async with open_makes(qemu, tmp_path, makes_of(qemu, machine), LEFT_ALONE[machine], machine=machine) as rig:
+        shown = await graph(rig)
+        assert {node.id for node in shown.nodes} == set(await rig.nodes())
+        assert {device.target: device.root is None for device in shown.devices} == {
+            target: disk.source is None for target, disk in (await rig.disks()).items()
+        }
+        drawn(shown)
 
 
 async def test_a_copy_onto_a_lower_base_while_it_is_filled_and_when_it_is_lost(rig: Rig) -> None:

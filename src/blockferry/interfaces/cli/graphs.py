@@ -13,7 +13,12 @@ from blockferry.interfaces.cli.session import Session, examples, json_option
 
 @click.command("graph", epilog=examples("blockferry graph vm1", "blockferry graph vm1 --svg vm1.svg"))
 @domain_argument
-@click.option("--svg", metavar="FILE", help="Draw it as a picture into FILE, - for standard output.")
+@click.option(
+    "--svg",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Draw it as a picture into FILE, - for standard output.",
+)
 @json_option
 @click.pass_obj
 def graph(session: Session, name: str, svg: str | None) -> None:
