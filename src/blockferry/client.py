@@ -159,6 +159,10 @@ class Domain:
         request = requests.ShowDomain(domain=self.name, inactive=inactive)
         return (await self._ferry.ask(request, views.DomainView)).xml or ""
 
+    async def graph(self) -> views.GraphView:
+        """Its block graph: devices, nodes, who uses what, and the jobs that work on it."""
+        return await self._ferry.ask(requests.ShowGraph(domain=self.name), views.GraphView)
+
     async def create(self, *, paused: bool = False, require_mirrors: bool = False) -> views.DomainView:
         """Start it, with its mirrors.
 

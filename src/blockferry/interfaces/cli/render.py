@@ -48,7 +48,7 @@ def _disk(disk: Json) -> list[str]:
 
 def _mirror(mirror: Json) -> str:
     words = [mirror["file"], mirror["format"], "mirror", paint(mirror["state"])]
-    if mirror["state"] == "copying" and mirror["total"]:
+    if mirror["state"] in ("copying", "catching up") and mirror["total"]:
         words.append(percent(mirror["current"] or 0, mirror["total"]))
     words += [f"of snapshot {mirror['snapshot']}"] if mirror["snapshot"] else []
     words += [f"({mirror['reason']})"] if mirror["reason"] else []
@@ -183,7 +183,9 @@ def ended_chain(view: Json) -> str:
 
 def _amounts(job: Json) -> tuple[str, str, str]:
     """How far a job is; of one that has ended QEMU tells nothing any more."""
-    if job["state"] not in ("copying", "ready", "running") or (job["state"] != "ready" and not job["total"]):
+    if job["state"] not in ("copying", "catching up", "ready", "running") or (
+        job["state"] != "ready" and not job["total"]
+    ):
         return "-", "-", "-"
     limit = rate(job["speed"]) if job["speed"] else "no limit"
     return percent(job["current"], job["total"]), f"{size(job['current'])} of {size(job['total'])}", limit
