@@ -16,6 +16,7 @@ from blockferry.model.view import (
     DiskView,
     DomainView,
     ImageView,
+    InternalSnapshotView,
     JobView,
     MirrorView,
     OperationView,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from blockferry.journal.journal import DomainRecord, OperationRecord, StepRecord
     from blockferry.model.definition import Definition, DiskDef
     from blockferry.model.domain import Observation
-    from blockferry.model.files import ImageFact
+    from blockferry.model.files import Chains, ImageFact
     from blockferry.model.graph import Disk
     from blockferry.model.job import Job
     from blockferry.model.snapshot import Snapshot, SnapshotDisk
@@ -106,9 +107,11 @@ def domain_view(
 def shut_off_view(
     record: DomainRecord,
     definition: Definition,
-    chains: Mapping[str, tuple[ImageFact, ...]],
+    chains: Chains,
     mirrors: tuple[Mirror, ...],
+    *,
     xml: str,
+    current: str | None = None,
 ) -> DomainView:
     """A domain that is shut off, with its disks as they are started next."""
     views = mirror_views(mirrors, None)
@@ -123,6 +126,7 @@ def shut_off_view(
         xml=xml,
         defined=True,
         agent=record.agent,
+        current_snapshot=current,
     )
 
 
@@ -197,23 +201,16 @@ def _snapshot_disk(disk: SnapshotDisk, mirror: MirrorView | None) -> SnapshotDis
     )
 
 
-def current_snapshot(snapshots: tuple[Snapshot, ...], seen: Observation | None) -> str | None:
-    """The newest snapshot whose overlays are what the guest writes to; None when there is none."""
-    for snapshot in reversed(snapshots):
-        if seen is not None and not_current(snapshot, seen) is None:
-            return snapshot.name
-    return None
-
-
-def not_current(snapshot: Snapshot, seen: Observation) -> str | None:
-    """Why the snapshot is not the current one: a disk whose active image is not the snapshot's overlay."""
-    for disk in snapshot.disks:
-        now = seen.disk(disk.target)
-        if now is None or not now.chain:
-            return f"disk {disk.target} is not there"
-        if now.active.file not in (disk.file, *snapshot.reverted.get(disk.target, ())):
-            return f"{disk.target} is on {now.active.file}, not on {disk.file}"
-    return None
+def internal_views(chains: Chains) -> tuple[InternalSnapshotView, ...]:
+    """The snapshots inside the images of these disks."""
+    return tuple(
+        InternalSnapshotView(
+            name=each.name, target=target, file=image.path, id=each.id, created=each.created, memory=each.memory
+        )
+        for target, chain in chains.items()
+        for image in chain
+        for each in image.snapshots
+    )
 
 
 def job_view(ours: BlockJob, seen: Observation | None) -> JobView:

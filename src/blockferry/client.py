@@ -173,6 +173,10 @@ class Domain:
         request = requests.ShowDomain(domain=self.name, inactive=inactive)
         return (await self._ferry.ask(request, views.DomainView)).xml or ""
 
+    async def graph(self) -> views.GraphView:
+        """Its block graph: devices, nodes, who uses what, and the jobs that work on it."""
+        return await self._ferry.ask(requests.ShowGraph(domain=self.name), views.GraphView)
+
     async def create(self, *, paused: bool = False, require_mirrors: bool = False) -> views.DomainView:
         """Start it, with its mirrors.
 
@@ -213,7 +217,7 @@ class Domain:
         await self._ferry.submit(requests.Undefine(domain=self.name))
 
     async def snapshot_create_xml(self, xml: str, flags: int = 0) -> DomainSnapshot:
-        """Take a snapshot as the XML says.
+        """Take a snapshot as the XML says; with REDEFINE (1) none is taken: the one that the XML describes is remembered.
 
         Args:
             xml: `<domainsnapshot>`, with `<mirror file= backing=>` in any `<disk>`.

@@ -175,8 +175,28 @@ def test_snapshot_from_xml(asked: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (["--redefine"], SnapshotCreate.REDEFINE),
+        (["--redefine", "--current"], SnapshotCreate.REDEFINE | SnapshotCreate.CURRENT),
+    ],
+)
+def test_snapshot_that_is_redefined(asked: Run, options: list[str], flags: SnapshotCreate) -> None:
+    request = asked("snapshot", "create", "vm1", "s1", "--xml", "-", *options, stdin="<domainsnapshot/>")
+    assert request == requests.CreateSnapshot(domain="vm1", name="s1", xml="<domainsnapshot/>", flags=int(flags))
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
+        ["--redefine"],
+        ["--redefine", "--disk", "vda"],
+        ["--current"],
+        ["--xml", "-", "--current"],
+        ["--xml", "-", "--redefine", "--atomic"],
+        ["--xml", "-", "--redefine", "--reuse-ext"],
+        ["--xml", "-", "--redefine", "--no-metadata"],
+        ["--xml", "-", "--redefine", "--disk", "vda"],
         ["--disk", "vda", "--disk", "vda=/x"],
         ["--disk", "vda="],
         ["--disk", "=/x"],
@@ -395,6 +415,16 @@ def test_snapshots_are_drawn_as_a_tree() -> None:
         *["  NAME", "  a", "  └─ b", "     └─ c", "* └─ b2", "  lone", "  orphan"]
     ]
     assert render.snapshots({"domain": "vm1", "snapshots": []}) == "vm1 has no snapshots"
+
+
+def test_internal_snapshots_come_last_and_write_nothing_but_text() -> None:
+    """Their names are from an image's header, which may be anybody's."""
+    inside = {"name": "in\x1b[2Jside\n", "target": "vda", "file": "/a", "id": "1", "created": 0, "memory": 0}
+    view = {"domain": "vm1", "snapshots": [snapshot_row("a", None)], "internal": [inside]}
+    _heading, first, last = render.snapshots(view).splitlines()
+    assert first.startswith("  a ")
+    assert "\x1b" not in last
+    assert [last.split()[0], *last.split()[-4:]] == ["in\ufffd[2Jside\ufffd", "internal", "vda", "-", "-"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from commandkit import MIB, Command
+from commandkit import MIB, Command, stop
 
 from blockferry.model.view import View
 from blockferry.testing import (
@@ -141,6 +141,52 @@ async def test_a_snapshot_with_mirrors_is_not_merged(vm: Guest) -> None:
     await vm("snapshot delete vm1 s1 --remove-mirror")
     await vm("snapshot delete vm1 s1")
     assert await vm.chain() == ["vda.qcow2", "golden.qcow2"]
+
+
+async def test_snapshots_move_to_another_state_directory(vm: Guest) -> None:
+    await vm.layers("before", "upgrade")
+    before = await vm("snapshot list vm1")
+    for name in ("before", "upgrade"):
+        (vm.folder / f"{name}.xml").write_text((await vm.command(*f"snapshot show vm1 {name} --xml".split())).stdout)
+    await vm("detach vm1")
+    there = Command(vm.folder / "there")
+    here, vm.command = vm.command, there
+    try:
+        await vm(f"attach vm1 --qmp {vm.qemu.qmp}")
+        again = "snapshot create vm1 --xml {}/upgrade.xml --redefine"
+        assert "no snapshot 'before': redefine that one first" in await vm(again, status=42)
+        first = "snapshot create vm1 --xml {}/before.xml --redefine"
+        assert "is not current: vda is on vda.upgrade, not on vda.before" in await vm(f"{first} --current", status=45)
+        planned = await vm(f"{first} --dry-run")
+        assert planned.startswith("vm1: redefine snapshot before; nothing has been done. The steps:")
+        assert (await vm(first)).startswith("snapshot before of vm1")
+        assert "  current\n" in await vm(f"{again} --current")
+        assert await vm("snapshot list vm1") == before
+        whats = [row.split()[5:8] for row in (await vm("operations")).splitlines()[1:]]
+        assert whats == [["vm1", "redefine", "done"]] * 2
+        await vm("snapshot delete vm1 before")
+        await vm("snapshot delete vm1 upgrade")
+        assert await vm.chain() == ["vda.qcow2", "golden.qcow2"]
+        await vm.holds("vda.qcow2", m0=0x11, m1=0x22, m4=0x40, m5=0x41)
+    finally:
+        await there.close()
+        stop(there.state_dir)
+        vm.command = here
+
+
+async def test_internal_snapshots(vm: Guest) -> None:
+    await vm.qemu.command("blockdev-snapshot-internal-sync", {"device": "d0", "name": "fresh"})
+    await vm.layers("before")
+    _heading, *rows = (await vm("snapshot list vm1")).splitlines()
+    assert [[row.replace("*", " ").split()[0], *row.split()[-4:]] for row in rows] == [
+        *[["before", "vda", "vdb", "-", "-"], ["fresh", "internal", "vda", "-", "-"]]
+    ]
+    said = await vm("snapshot delete vm1 fresh", status=47)
+    assert "is internal, inside vda.qcow2 (vda)" in said
+    assert "`qemu-img snapshot -d 'fresh' IMAGE`" in said
+    assert await vm("snapshot show vm1 fresh", status=47) == said
+    listed = await vm.command.json("snapshot", "list", "vm1")
+    assert [each["file"] for each in listed["internal"]] == [f"{vm.folder}/vda.qcow2"]
 
 
 async def test_header_modes(vm: Guest) -> None:

@@ -37,6 +37,9 @@ async def test_domains(ferry: blockferry.Ferry, guest: TestQemu) -> None:
     assert [row.name for row in await ferry.list()] == ["vm1"]
     assert (await vm.info()).pid == guest.pid
     assert (await vm.xml_desc()).startswith("<domain")
+    graph = await vm.graph()
+    assert [device.target for device in graph.devices] == ["vda", "vdb"]
+    assert {device.root for device in graph.devices} <= {node.id for node in graph.nodes}
     assert (await ferry.domain("vm1")).name == "vm1"
     await ferry.detach("vm1")
     assert [event.type for event in await ferry.events()] == ["domain-attached", "domain-detached"]

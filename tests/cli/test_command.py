@@ -8,6 +8,7 @@ import re
 import signal
 import termios
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import msgspec
 import pytest
@@ -60,6 +61,7 @@ async def test_every_answer_is_a_documented_view(command: Command, guest: TestQe
             f"attach vm1 --qmp {guest.qmp}",
             "list",
             "show vm1",
+            "graph vm1",
             "snapshot create vm1 s1 --atomic --dry-run",
             f"snapshot create vm1 s1 --atomic --mirror vda={guest.directory}/m.qcow2",
             "snapshot list vm1",
@@ -76,7 +78,7 @@ async def test_every_answer_is_a_documented_view(command: Command, guest: TestQe
             "recover",
         ]
     ]
-    expected = "domain domains domain plan snapshot snapshots snapshot jobs done plan job done done"
+    expected = "domain domains domain graph plan snapshot snapshots snapshot jobs done plan job done done"
     assert kinds == [*expected.split(), "operations", "operations", "operation", "recovery"]
     for event in (await command("events", "--json")).lines:
         assert isinstance(msgspec.convert(event, View), Event)
@@ -301,3 +303,31 @@ async def test_a_pipe_that_closes_early(command: Command, vm1: TestQemu) -> None
     await command("detach", "vm1")  # the next event finds the pipe closed
     _stdout, stderr = await asyncio.wait_for(process.communicate(), 30)
     assert b"Traceback" not in stderr
+
+
+async def test_the_graph_as_text_and_as_a_picture(command: Command, vm1: TestQemu) -> None:
+    mirror, drawn = vm1.directory / "m.qcow2", vm1.directory / "vm1.svg"
+    await command("snapshot", "create", "vm1", "s1", "--disk", "vda", "--mirror", f"vda={mirror}")
+    text = (await command("graph", "vm1")).stdout
+    assert text.startswith("vm1  running  2 disks, ")
+    assert f"file  {vm1.directory}/a.qcow2" in text
+    assert "of snapshot s1" in text
+    said = await command("graph", "vm1", "--svg", drawn.name, cwd=vm1.directory, umask=0o077)
+    assert said.stdout == "the block graph of vm1 is drawn in vm1.svg\n"
+    assert drawn.stat().st_mode & 0o777 == 0o644
+    root = ET.fromstring(drawn.read_text())  # noqa: S314 (our own)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert str(mirror.name) in drawn.read_text()
+    shown = (await command("graph", "vm1", "--svg", "-")).stdout
+    assert ET.fromstring(shown).tag == root.tag  # noqa: S314
+    assert (await command.json("graph", "vm1", "--svg", str(drawn)))["kind"] == "graph"
+
+
+async def test_a_picture_that_can_not_be_written(command: Command, vm1: TestQemu) -> None:
+    nowhere = vm1.directory / "none" / "vm1.svg"
+    assert "No such file" in (await command("graph", "vm1", "--svg", str(nowhere), status=2)).stderr
+    both = await command("graph", "vm1", "--svg", "-", "--json", status=2)
+    assert both.lines[0]["error"]["code"] == "usage"
+    assert "name a file for one of them" in both.stderr
+    await command("graph", "vm2", "--svg", str(vm1.directory / "vm2.svg"), status=20)
+    assert not (vm1.directory / "vm2.svg").exists()

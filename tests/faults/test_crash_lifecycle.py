@@ -100,7 +100,7 @@ async def one_case(
         result = await asyncio.to_thread(crasher.run, folder / "state", [operation.itself], at=at)
         assert result.killed or at is None or len(result.boundaries) <= at, result
         assert result.error is None
-        await guest.reopen(closed=True)
+        await guest.reopen_closed()
         await settled(guest)
         await goes_on(guest)
         return result.boundaries

@@ -242,7 +242,7 @@ async def test_mirror_ready_is_said_for_each_disk(faulty: Rig) -> None:
         await faulty.heard("mirror-ready", target)
 
 
-@pytest.mark.parametrize("flag", [1 << 0, 1 << 1, 1 << 3, 1 << 8])
+@pytest.mark.parametrize("flag", [1 << 3, 1 << 8])
 async def test_flags_that_are_not_carried_out_are_refused(rig: Rig, flag: int) -> None:
     with pytest.raises(errors.UnsupportedFlag):
         await rig.ask(ask.CreateSnapshot(domain="vm1", xml=wish_xml("s1"), flags=flag))

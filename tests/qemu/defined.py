@@ -69,10 +69,13 @@ class Defined:
                 return event
         raise AssertionError("it was not noticed")
 
-    async def reopen(self, *, closed: bool = False) -> None:
-        """End the service, unless that was done, and start one on the same state directory."""
-        if not closed:
-            await self.service.close()
+    async def reopen(self) -> None:
+        """End the service and start one on the same state directory."""
+        await self.service.close()
+        await self.reopen_closed()
+
+    async def reopen_closed(self) -> None:
+        """Start a service after the one before was closed."""
         self.service = await Service.open(self.path / "state")
 
     async def snapshot(self, name: str, mirrors: Targets = (), only: Targets = ("vda", "vdb")) -> None:

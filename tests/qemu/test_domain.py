@@ -304,3 +304,28 @@ async def test_connection_that_broke_is_made_anew(faulty: Rig) -> None:
     await faulty.pivot("vda")
     assert await faulty.events("domain-gone") == []
     assert await faulty.events("mirror-dropped") == []
+
+
+@pytest.mark.parametrize(
+    "request_of_it",
+    [
+        ask.Start(domain="vm1"),
+        ask.Stop(domain="vm1", force=True),
+        ask.Undefine(domain="vm1"),
+        ask.RevertSnapshot(domain="vm1", snapshot="s1"),
+        ask.ShowDomain(domain="vm1", inactive=True),
+    ],
+)
+async def test_a_guest_that_somebody_else_starts_is_not_ours_to_end(rig: Rig, request_of_it: ask.Request) -> None:
+    before = await rig.state()
+    with pytest.raises(errors.NotDefined, match="vm1 is attached, not defined"):
+        await rig.ask(request_of_it)
+    assert await rig.state() == before
+
+
+async def test_suspend_and_resume_of_an_attached_guest(rig: Rig) -> None:
+    await rig.ask(ask.Suspend(domain="vm1"))
+    assert await rig.status() == "paused"
+    await rig.ask(ask.Resume(domain="vm1"))
+    assert await rig.status() == "running"
+    assert await rig.pauses_heard() == ["STOP", "RESUME"]

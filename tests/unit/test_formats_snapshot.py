@@ -224,6 +224,12 @@ def test_a_dump_looks_like_libvirts() -> None:
         "    </disk>\n"
         "  </disks>\n"
         "  <active>1</active>\n"
+        "  <cookie>\n"
+        '    <blockferry created="7.900000000" state="running">\n'
+        '      <backing disk="vda" file="/s/a.img" format="raw"/>\n'
+        '      <backing disk="vdb" file="/s/b.img" format="qcow2"/>\n'
+        "    </blockferry>\n"
+        "  </cookie>\n"
         "</domainsnapshot>\n"
     )
 

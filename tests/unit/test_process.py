@@ -17,13 +17,17 @@ ctypes.CDLL(None).syscall(60, 0)
 """
 
 
+def leader_first() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", LEADER_FIRST], stdin=subprocess.PIPE)
+
+
 def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 async def test_a_process_whose_first_thread_has_ended_has_not() -> None:
     """As QEMU between its exit and the end of its other threads: it still holds its files, and its lock."""
-    process = subprocess.Popen([sys.executable, "-c", LEADER_FIRST], stdin=subprocess.PIPE)
+    process = leader_first()
     assert process.stdin is not None
     started = born(process.pid)
     assert started is not None

@@ -90,6 +90,22 @@ class NoMirror(Refused):
 
 
 @dataclass(eq=False)
+class SnapshotInternal(Refused):
+    """A snapshot inside a qcow2 image, which is listed and nothing else."""
+
+    domain: str
+    snapshot: str
+    images: str
+    code = "snapshot-internal"
+    exit_status = 47
+    template = (
+        "snapshot {snapshot!r} of {domain} is internal, inside {images}: such are listed, and neither shown, reverted to nor "
+        "deleted here. Nothing was done. Once the guest is shut off, `qemu-img snapshot -d {snapshot!r} IMAGE` deletes it "
+        "from each image."
+    )
+
+
+@dataclass(eq=False)
 class SnapshotNotMergeable(Refused):
     """A snapshot whose overlays can't be merged: the chain is another by now."""
 

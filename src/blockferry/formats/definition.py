@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import Counter
 
 import msgspec
 
@@ -12,18 +13,21 @@ from blockferry.formats import devices, xmlio
 from blockferry.formats.names import valid_name
 from blockferry.formats.reading import Reading, at, refuse
 from blockferry.formats.xmlio import Element
-from blockferry.model.definition import Boot, Definition, DiskDef
+from blockferry.model.definition import Boot, Controller, Definition, DiskDef
 
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
-# libvirt's units of <memory> (its formatdomain, "Memory Allocation"); KiB when none is named.
-_UNITS = {"b": 1, "bytes": 1}
-_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate(("K", "M", "G", "T"), start=1)}
-_UNITS |= {f"{letter}iB": 1024**power for power, letter in enumerate(("K", "M", "G", "T"), start=1)}
-_UNITS |= {letter: 1024**power for power, letter in enumerate(("K", "M", "G", "T"), start=1)}
-_UNITS["k"] = _UNITS["K"]
+# libvirt's units of <memory> (its formatdomain, "Memory Allocation"), in any case; KiB when none is named.
+_UNITS = {"b": 1, "byte": 1, "bytes": 1}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", start=1)}
+_UNITS |= {f"{letter}{more}": 1024**power for power, letter in enumerate("kmgtp", start=1) for more in ("", "ib")}
 # What goes into QEMU's -machine, -cpu and -device as a word.
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _MEMORY_MIN = 1 << 20
+# What QEMU's own address spaces end at, and far above what a host has.
+_MEMORY_MAX = 1 << 52
+_IOTHREADS_MAX = 1024
+# As libvirt's schema.
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Said of every guest by libvirt's own dumps, and what QEMU or we do anyway.
 _HARMLESS = (
     "metadata",
@@ -65,7 +69,7 @@ def parse_definition(xml: str) -> Definition:
     plugged = reading.child(root, "devices")
     if plugged is None:
         plugged = xmlio.document("devices")
-    disks = devices.disks(reading, plugged)
+    disks, controllers = devices.disks(reading, plugged), devices.controllers(reading, plugged)
     arguments, environment = _commandline(reading, root)
     definition = Definition(
         name=name,
@@ -81,9 +85,9 @@ def parse_definition(xml: str) -> Definition:
         acpi=_acpi(reading, root),
         localtime=_localtime(reading, root),
         boot=_boot(reading, os_element),
-        iothreads=_iothreads(reading, root, disks),
+        iothreads=_iothreads(reading, root, disks, controllers),
         disks=disks,
-        controllers=devices.controllers(reading, plugged),
+        controllers=controllers,
         interfaces=devices.interfaces(reading, plugged),
         characters=devices.characters(reading, plugged),
         graphics=devices.graphics(reading, plugged),
@@ -113,14 +117,22 @@ def _memory(reading: Reading, root: Element) -> int:
         element = reading.child(root, tag)
         if element is None:
             continue
-        unit = reading.get(element, "unit", among=tuple(_UNITS)) or "KiB"
-        amounts[tag] = (reading.whole(root, tag, 1) or 0) * _UNITS[unit]
+        unit = reading.get(element, "unit") or "KiB"
+        if unit.lower() not in _UNITS:
+            refuse(element, f"unit={xmlio.shorten(unit)!r} is none: write KiB, MiB or GiB")
+        amounts[tag] = (reading.whole(root, tag, 1) or 0) * _UNITS[unit.lower()]
     if "memory" not in amounts:
         refuse(root, "it has no <memory>")
     if amounts["memory"] < _MEMORY_MIN:
         refuse(at(root, "memory"), f"{amounts['memory']} bytes are too little for a guest (is it the unit?)")
-    if amounts.get("currentMemory", amounts["memory"]) > amounts["memory"]:
+    if amounts["memory"] > _MEMORY_MAX:
+        refuse(at(root, "memory"), f"{amounts['memory']} bytes are more than a guest can have (is it the unit?)")
+    present = amounts.get("currentMemory", amounts["memory"])
+    if present > amounts["memory"]:
         refuse(at(root, "currentMemory"), "it is more than <memory>")
+    if present < amounts["memory"]:
+        # The guest starts with all of its memory: nobody blows its balloon up.
+        reading.unmark(at(root, "currentMemory"))
     return amounts["memory"]
 
 
@@ -130,11 +142,15 @@ def _vcpus(reading: Reading, root: Element) -> int:
     return reading.whole(root, "vcpu", 1) or 1
 
 
-def _iothreads(reading: Reading, root: Element, disks: tuple[DiskDef, ...]) -> int:
+def _iothreads(reading: Reading, root: Element, disks: tuple[DiskDef, ...], controllers: tuple[Controller, ...]) -> int:
     count = reading.whole(root, "iothreads") or 0
-    for disk in disks:
-        if disk.iothread is not None and disk.iothread > count:
-            refuse(root, f"disk {disk.target} wants iothread {disk.iothread}, and <iothreads> is {count}")
+    if count > _IOTHREADS_MAX:
+        refuse(at(root, "iothreads"), f"{count} are too many: at most {_IOTHREADS_MAX}")
+    wanted = [(f"disk {disk.target}", disk.iothread) for disk in disks]
+    wanted += [(f"{each.type} controller {each.index}", each.iothread) for each in controllers]
+    for who, number in wanted:
+        if number is not None and number > count:
+            refuse(root, f"{who} wants iothread {number}, and <iothreads> is {count}")
     return count
 
 
@@ -240,9 +256,9 @@ def _commandline(reading: Reading, root: Element) -> tuple[tuple[str, ...], dict
         reading.need(each, "name"): reading.get(each, "value") or ""
         for each in reading.children(element, f"{{{QEMU_NAMESPACE}}}env")
     }
-    for each in (*arguments, *environment, *environment.values()):
-        if "\0" in each:
-            refuse(element, "it has a NUL character in it")
+    for name in environment:
+        if not _VARIABLE.fullmatch(name):
+            refuse(element, f"{xmlio.shorten(name)!r} is no name of an environment variable")
     return arguments, environment
 
 
@@ -252,10 +268,16 @@ def _check(root: Element, definition: Definition) -> None:
         sockets, cores, threads = definition.topology
         if sockets * cores * threads != definition.vcpus:
             refuse(at(root, "cpu"), f"{sockets} x {cores} x {threads} is not the number of vcpus, {definition.vcpus}")
+    boot = definition.boot
+    if boot.kernel is None and (boot.initrd is not None or boot.cmdline is not None):
+        refuse(at(root, "os"), "an <initrd> or a <cmdline> needs a <kernel>")
+    if boot.nvram is not None and (boot.loader is None or boot.loader_type != "pflash"):
+        refuse(at(root, "os"), "an <nvram> needs a <loader type='pflash'>")
     places = [(disk.boot, disk.target) for disk in definition.disks if disk.boot is not None]
     places += [(each.boot, each.mac or each.type) for each in definition.interfaces if each.boot is not None]
-    if places and definition.boot.order:
+    if places and boot.order:
         refuse(at(root, "os"), "a boot order is said by <boot dev> or by each device's <boot order>, not by both")
+    counts = Counter(place for place, _who in places)
     for place, who in places:
-        if len([1 for other, _who in places if other == place]) > 1:
+        if counts[place] > 1:
             refuse(root, f"boot order {place} is given to several devices, {who} among them")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from blockferry.formats import xmlio
+from blockferry.formats.names import NBD_EXPORT_NAME_MAX, NBD_PORT
 from blockferry.formats.reading import Reading, refuse, require_path
 from blockferry.formats.xmlio import Element
 from blockferry.model.definition import (
@@ -20,8 +22,10 @@ from blockferry.model.definition import (
 )
 from blockferry.model.domain import TARGET_PREFIX
 
-_TARGET = re.compile(r"(vd|sd|hd|xvd|ubd|fd)[a-z]{1,3}|nvme[0-9]{1,3}n1")
+_TARGET = re.compile(r"(vd|sd|hd)[a-z]{1,3}|nvme[0-9]{1,3}n1")
 _BUSES = ("virtio", "scsi", "sata", "ide", "nvme", "usb")
+# Where QEMU has a drive that a disc can be put into.
+_CDROM_BUSES = ("ide", "sata", "scsi")
 _CACHES = ("default", "none", "writethrough", "writeback", "directsync", "unsafe")
 _LIMITS = tuple(
     f"{what}_{unit}_sec{more}"
@@ -34,6 +38,14 @@ _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
 _NICS = ("virtio", "e1000", "e1000e", "rtl8139", "virtio-net-pci", "ne2k_pci", "pcnet")
 _VIDEOS = {"vga": "VGA", "cirrus": "cirrus-vga", "qxl": "qxl-vga", "virtio": "virtio-vga", "bochs": "bochs-display"}
+_SCSI_MODELS = ("virtio-scsi",)
+_USB_MODELS = (None, "none", "qemu-xhci", "nec-xhci", "piix3-uhci")
+_PCI_MODELS = ("pci-root", "pcie-root", "pcie-root-port", "pcie-to-pci-bridge", "dmi-to-pci-bridge", "pci-bridge")
+_CONTROLLERS = ("scsi", "sata", "ide", "usb", "pci", "virtio-serial")
+_BACKENDS = ("pty", "file", "unix", "null")
+# What `virsh dumpxml` of a running guest shows where its definition has nothing: libvirt's own folder, not ours.
+_LIBVIRTS_SOCKETS = re.compile(r"/(var/lib|var/run|run)/libvirt/qemu/channel/.*")
+_VNC_PORT_MIN = 5900
 # One letter a byte: what can't be in a serial number that QEMU passes on.
 _SERIAL = re.compile(r"[A-Za-z0-9 _.+-]{1,64}")
 
@@ -66,10 +78,17 @@ def _disk(reading: Reading, element: Element) -> DiskDef:
     if not _TARGET.fullmatch(name):
         refuse(target, f"{xmlio.shorten(name)!r} is no name of a disk, such as vda")
     bus = reading.get(target, "bus", among=_BUSES) or _bus(name)
+    if name.startswith("nvme") and bus != "nvme":
+        refuse(target, f"{name} is a name of bus nvme, not {bus}")
+    if device == "cdrom" and bus not in _CDROM_BUSES:
+        refuse(target, f"a cdrom can't be on bus {bus}: write {', '.join(_CDROM_BUSES)}")
     driver = reading.child(element, "driver")
     source = _source(reading, element, kind, driver)
     if source is None and device == "disk":
         refuse(element, "a disk needs a <source>; only a cdrom may be empty")
+    read_only = reading.child(element, "readonly") is not None or device == "cdrom"
+    if read_only and device == "disk" and bus in ("ide", "sata"):
+        refuse(element, f"a disk on bus {bus} can't be read-only")
     for each in element.findall("backingStore"):
         # The chain is read from the images' headers, and their formats from there too: see docs/commands/define.md.
         reading.harmless(element, each.tag)
@@ -81,9 +100,9 @@ def _disk(reading: Reading, element: Element) -> DiskDef:
         bus=bus,
         device="cdrom" if device == "cdrom" else "disk",
         source=source,
-        read_only=reading.child(element, "readonly") is not None or device == "cdrom",
+        read_only=read_only,
         cache=reading.get(driver, "cache", among=_CACHES),
-        io=reading.get(driver, "io", among=("native", "threads", "io_uring")),
+        io=_io(reading, driver),
         discard=reading.get(driver, "discard", among=("unmap", "ignore")),
         detect_zeroes=reading.get(driver, "detect_zeroes", among=("off", "on", "unmap")),
         iothread=_iothread(reading, element, driver, bus),
@@ -120,6 +139,8 @@ def _nbd(reading: Reading, source: Element) -> str:
     reading.need(source, "protocol", among=("nbd",))
     reading.get(source, "tls", among=("no",))
     export = quote(reading.get(source, "name") or "")
+    if len(unquote(export).encode()) > NBD_EXPORT_NAME_MAX:
+        refuse(source, f"the export's name is over {NBD_EXPORT_NAME_MAX} bytes")
     host = reading.child(source, "host")
     if host is None:
         refuse(source, "it has no <host>")
@@ -130,8 +151,27 @@ def _nbd(reading: Reading, source: Element) -> str:
     name = reading.need(host, "name")
     if not re.fullmatch(r"[A-Za-z0-9.:-]{1,255}", name):
         refuse(host, f"{xmlio.shorten(name)!r} is no host")
-    port = reading.number(host, "port", 1) or 10809
+    if ":" in name and not _is_ipv6(name):
+        refuse(host, f"{name!r} is no IPv6 address")
+    port = reading.number(host, "port", 1) or NBD_PORT
+    if port >= 1 << 16:
+        refuse(host, f"port={port} is none")
     return f"nbd://{f'[{name}]' if ':' in name else name}:{port}/{export}"
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _io(reading: Reading, driver: Element | None) -> str | None:
+    io = reading.get(driver, "io", among=("native", "threads", "io_uring"))
+    if driver is not None and io == "native" and driver.get("cache") not in ("none", "directsync"):
+        refuse(driver, "io='native' needs cache='none' or 'directsync'")
+    return io
 
 
 def _iothread(reading: Reading, element: Element, driver: Element | None, bus: str) -> int | None:
@@ -152,7 +192,19 @@ def _limits(reading: Reading, tune: Element | None) -> dict[str, int]:
     if tune is None:
         return {}
     found = {name: reading.whole(tune, name) for name in (*_LIMITS, "size_iops_sec")}
-    return {name: number for name, number in found.items() if number}
+    limits = {name: number for name, number in found.items() if number}
+    for unit in ("bytes", "iops"):
+        for more in ("", "_max"):
+            parts = [f"{what}_{unit}_sec{more}" for what in ("read", "write")]
+            if f"total_{unit}_sec{more}" in limits and any(part in limits for part in parts):
+                refuse(tune, f"total_{unit}_sec{more} and {parts[0]} or {parts[1]} are not for one disk")
+    for name, number in limits.items():
+        base = name.removesuffix("_length").removesuffix("_max")
+        if name.endswith("_length") and f"{base}_max" not in limits:
+            refuse(tune, f"{name} needs {base}_max")
+        if name.endswith("_max") and not 0 < limits.get(base, 0) <= number:
+            refuse(tune, f"{name} needs {base}, and has to be at least as much")
+    return limits
 
 
 def address(reading: Reading, element: Element) -> Address | None:
@@ -179,32 +231,40 @@ def address(reading: Reading, element: Element) -> Address | None:
 
 
 def controllers(reading: Reading, devices: Element) -> tuple[Controller, ...]:
-    """The controllers that are carried out; others are listed as not understood."""
-    found = []
-    for element in devices.findall("controller"):
-        if element.get("type") not in ("scsi", "sata", "ide", "usb", "pci", "virtio-serial"):
-            continue
-        driver, target = element.find("driver"), element.find("target")
-        model = element.find("model")
-        controller = Controller(
-            type=str(element.get("type")),
-            index=reading.number(element, "index") or 0,
-            model=reading.get(element, "model"),
-            iothread=reading.number(driver, "iothread", 1),
-            address=address(reading, element),
-            chassis=reading.number(target, "chassis"),
-            port=reading.number(target, "port"),
-        )
-        reading.get(element, "type")
-        reading.get(element, "ports")
-        reading.get(model, "name")
-        reading.harmless(element, "alias")
-        for each in (driver, target, model):
-            if each is not None:
-                reading.child(element, each.tag)
+    """The controllers that are carried out; others, such as the four of an ICH9's USB, are listed as not understood."""
+    found = [each for each in devices.findall("controller") if each.get("type") in _CONTROLLERS]
+    found = [each for each in found if each.get("type") != "usb" or each.get("model") in _USB_MODELS]
+    for element in found:
         reading.mark(element)
-        found.append(controller)
-    return tuple(found)
+    controllers = tuple(_controller(reading, element) for element in found)
+    seen: set[tuple[str, int]] = set()
+    for element, controller in zip(found, controllers, strict=True):
+        if (controller.type, controller.index) in seen:
+            refuse(element, f"there are two {controller.type} controllers {controller.index}")
+        seen.add((controller.type, controller.index))
+    return controllers
+
+
+def _controller(reading: Reading, element: Element) -> Controller:
+    kind = reading.need(element, "type")
+    # A guest without the driver of another model would not find its disks, and what hangs on a bridge would have no place.
+    models = {"scsi": _SCSI_MODELS, "pci": _PCI_MODELS}.get(kind)
+    driver, target = reading.child(element, "driver"), reading.child(element, "target")
+    reading.get(element, "ports")
+    reading.get(reading.child(element, "model"), "name")
+    reading.harmless(element, "alias")
+    model = reading.get(element, "model", among=models)
+    if kind == "pci" and model is None:
+        refuse(element, "it has no model")
+    return Controller(
+        type=kind,
+        index=reading.number(element, "index") or 0,
+        model=model,
+        iothread=reading.number(driver, "iothread", 1),
+        address=address(reading, element),
+        chassis=reading.number(target, "chassis"),
+        port=reading.number(target, "port"),
+    )
 
 
 def interfaces(reading: Reading, devices: Element) -> tuple[Interface, ...]:
@@ -245,33 +305,48 @@ def _interface(reading: Reading, element: Element) -> Interface:
 
 
 def characters(reading: Reading, devices: Element) -> tuple[Character, ...]:
-    """Serial ports, virtio consoles and channels; a console that shows the first serial port adds nothing."""
-    found = [_character(reading, element, "serial") for element in reading.children(devices, "serial")]
-    for element in reading.children(devices, "console"):
-        target = reading.child(element, "target")
-        if reading.get(target, "type") == "virtio":
+    """Serial ports, virtio consoles and channels; those of other kinds, such as SPICE's, are listed.
+
+    A console that shows the first serial port adds nothing.
+    """
+    serials = [each for each in devices.findall("serial") if _carried_out(each, "isa-serial")]
+    found = [_character(reading, element, "serial") for element in serials]
+    serial = devices.find("serial") is not None
+    for element in devices.findall("console"):
+        if _carried_out(element, "virtio") and _target_type(element) is not None:
             found.append(_character(reading, element, "console"))
-        else:
+        elif serial and _target_type(element) in (None, "serial"):
+            reading.mark(element)
             reading.harmless(element, "target", "source", "protocol", "alias", "log")
             reading.get(element, "type")
             reading.get(element, "tty")
-            if not any(each.role == "serial" for each in found):
-                found.append(_character(reading, element, "serial"))
-    found += [_character(reading, element, "channel") for element in reading.children(devices, "channel")]
-    return tuple(found)
+        elif _carried_out(element, "serial"):
+            found.append(_character(reading, element, "serial"))
+    channels = [each for each in devices.findall("channel") if _carried_out(each, "virtio")]
+    return (*found, *(_character(reading, element, "channel") for element in channels))
+
+
+def _carried_out(element: Element, kind: str) -> bool:
+    return element.get("type") in _BACKENDS and _target_type(element) in (None, kind)
+
+
+def _target_type(element: Element) -> str | None:
+    target = element.find("target")
+    return None if target is None else target.get("type")
 
 
 def _character(reading: Reading, element: Element, role: Literal["serial", "console", "channel"]) -> Character:
-    kind = reading.need(element, "type", among=("pty", "file", "unix", "null"))
+    reading.mark(element)
+    kind = reading.need(element, "type", among=_BACKENDS)
     source, target = reading.child(element, "source"), reading.child(element, "target")
-    path = None if kind == "pty" else reading.path(source, "path")
-    if kind == "file" and path is None:
-        refuse(element, "it has no <source path>")
-    if kind == "unix" and path is None and role != "channel":
+    # A running guest's pty is shown as its path; the next one is another.
+    path = reading.get(source, "path") if kind == "pty" else reading.path(source, "path")
+    if kind in ("pty", "null") or (role == "channel" and _LIBVIRTS_SOCKETS.fullmatch(path or "")):
+        path = None
+    if path is None and (kind == "file" or (kind == "unix" and role != "channel")):
         refuse(element, "it has no <source path>")
     name = None
     if role == "channel":
-        reading.get(target, "type", among=("virtio",))
         name = reading.get(target, "name")
         if not name or not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
             refuse(element, "it has no <target type='virtio' name>")
@@ -282,32 +357,42 @@ def _character(reading: Reading, element: Element, role: Literal["serial", "cons
     reading.get(element, "tty")
     reading.harmless(element, "alias", "protocol", "address")
     mode = reading.get(source, "mode", among=("bind", "connect"))
+    if kind == "unix" and mode == "connect" and path is None:
+        refuse(element, "it has no <source path> to connect to")
     return Character(role=role, type=kind, path=path, listen=mode != "connect", name=name)
 
 
 def graphics(reading: Reading, devices: Element) -> tuple[Graphics, ...]:
-    """The VNC servers; other kinds of screens are listed as not understood."""
+    """The VNC servers; other kinds of screens, and one that listens nowhere, are listed as not understood."""
     found = []
     for element in devices.findall("graphics"):
-        if element.get("type") != "vnc":
-            continue
-        reading.mark(element)
-        listen = reading.child(element, "listen")
-        port = element.get("port")
-        reading.get(element, "port")
-        for attribute in ("type", "autoport"):
-            reading.get(element, attribute)
-        for attribute in ("type", "address"):
-            reading.get(listen, attribute)
-        host = reading.get(element, "listen") or (listen.get("address") if listen is not None else None) or "127.0.0.1"
-        if not re.fullmatch(r"[A-Za-z0-9.:-]{1,255}", host):
-            refuse(element, f"{xmlio.shorten(host)!r} is no address to listen on")
-        number = 0 if port in (None, "-1") else reading.number(element, "port") or 0
-        if number and number < 5900:
-            refuse(element, "a VNC port is at least 5900")
-        socket = reading.path(element, "socket") or reading.path(listen, "socket")
-        found.append(Graphics(listen=host, port=number, socket=socket))
+        listen = element.find("listen")
+        if element.get("type") == "vnc" and (listen is None or listen.get("type") != "none"):
+            reading.mark(element)
+            found.append(_vnc(reading, element))
     return tuple(found)
+
+
+def _vnc(reading: Reading, element: Element) -> Graphics:
+    if element.get("passwd") is not None:
+        refuse(
+            element, "a password is not carried out, and without it anybody could look: use a socket, or an SSH tunnel"
+        )
+    listen = reading.child(element, "listen")
+    for attribute in ("type", "autoport"):
+        reading.get(element, attribute)
+    kind = reading.get(listen, "type", among=("address", "network", "socket"))
+    host = reading.get(element, "listen") or reading.get(listen, "address") or "127.0.0.1"
+    if not re.fullmatch(r"[A-Za-z0-9.:-]{1,255}", host):
+        refuse(element, f"{xmlio.shorten(host)!r} is no address to listen on")
+    reading.get(element, "port")
+    number = 0 if element.get("port") in (None, "-1") else reading.number(element, "port") or 0
+    if number and not _VNC_PORT_MIN <= number < 1 << 16:
+        refuse(element, f"a VNC port is at least {_VNC_PORT_MIN}, at most 65535")
+    socket = reading.path(element, "socket") or reading.path(listen, "socket")
+    if kind == "socket" and socket is None:
+        refuse(element, "it has no path of a socket")
+    return Graphics(listen=host, port=number, socket=socket)
 
 
 def video(reading: Reading, devices: Element) -> str | None:
@@ -326,15 +411,15 @@ def video(reading: Reading, devices: Element) -> str | None:
 
 
 def rng(reading: Reading, devices: Element) -> str | None:
-    """The host's source of random numbers: a device file."""
-    element = reading.child(devices, "rng")
-    if element is None:
+    """The host's source of random numbers, a device file; another kind of source is listed."""
+    element = devices.find("rng")
+    backend = None if element is None else element.find("backend")
+    if element is None or backend is None or (element.get("model"), backend.get("model")) != ("virtio", "random"):
         return None
-    reading.need(element, "model", among=("virtio",))
-    backend = reading.child(element, "backend")
-    if backend is None:
-        refuse(element, "it has no <backend>")
-    reading.need(backend, "model", among=("random",))
+    reading.mark(element)
+    reading.child(element, "backend")
+    for each in (element, backend):
+        reading.get(each, "model")
     reading.harmless(element, "alias", "address")
     path = (backend.text or "/dev/urandom").strip()
     require_path(backend, path)

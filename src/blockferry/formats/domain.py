@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
 
 from blockferry.formats import xmlio
+from blockferry.formats.names import NBD_PORT
 from blockferry.formats.xmlio import Element
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Disk, Image
 from blockferry.model.view import MirrorView
-
-# The port that IANA gave to NBD, for a URI without one.
-_NBD_PORT = 10809
 
 # libvirt shows a <mirror> while its job works, not what became of it.
 _WORKING = frozenset({"copying", "ready"})
@@ -108,7 +106,7 @@ def _add_nbd_source(element: Element, uri: str) -> None:
     """The source for `nbd://host:port/export` or `nbd+unix:///export?socket=/path`; as a name when it is neither."""
     try:
         parts = urlsplit(uri)
-        host, port = parts.hostname, parts.port or _NBD_PORT
+        host, port = parts.hostname, parts.port or NBD_PORT
     except ValueError:
         xmlio.add(element, "source", protocol="nbd", name=uri)
         return

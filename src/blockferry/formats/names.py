@@ -7,6 +7,10 @@ import re
 # Linux's PATH_MAX, less the zero at the end.
 PATH_BYTES_MAX = 4095
 
+# IANA's port for NBD, and QEMU's own limit of an export's name (include/block/nbd.h, NBD_MAX_STRING_SIZE).
+NBD_PORT = 10809
+NBD_EXPORT_NAME_MAX = 4096
+
 # Names become parts of file names and of QEMU's node names, and words of a command line: hence no leading '-' or '.'.
 _NAME = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9._+-]{0,59}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

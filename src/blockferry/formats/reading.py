@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 from blockferry.formats import xmlio
@@ -10,6 +11,9 @@ from blockferry.formats.names import path_flaw
 from blockferry.formats.xmlio import Element
 
 _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
+# Not what Python takes for one, such as 1_000 and other scripts' digits.
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
+_NUMBER_MAX = (1 << 63) - 1
 
 
 class Reading:
@@ -93,6 +97,10 @@ class Reading:
         """Understand this one of several children."""
         self._known.add(element)
 
+    def unmark(self, element: Element) -> None:
+        """List this one after all: it was looked at, and is not carried out."""
+        self._known.discard(element)
+
     def text(self, parent: Element, tag: str) -> str | None:
         """The text of the child `tag`; None when there is none."""
         child = self.child(parent, tag)
@@ -123,18 +131,18 @@ class Reading:
 
     def ignored(self) -> tuple[str, ...]:
         """The elements and attributes that nobody asked for, each as its path; not what is inside of one listed."""
-        return tuple(self._ignored(self._root))
+        paths = {element: path.removeprefix("domain").lstrip("/") for element, path in xmlio.paths(self._root).items()}
+        return tuple(self._ignored(self._root, paths))
 
-    def _ignored(self, element: Element) -> Iterator[str]:
-        path = element.getroottree().getpath(element).removeprefix("/domain/")
+    def _ignored(self, element: Element, paths: Mapping[Element, str]) -> Iterator[str]:
         for name in element.attrib:
             if (element, name) not in self._known:
-                yield f"{path}/@{name!s}"
+                yield f"{paths[element]}/@{name!s}".lstrip("/")
         for child in element:
             if child in self._known:
-                yield from self._ignored(child)
+                yield from self._ignored(child, paths)
             else:
-                yield child.getroottree().getpath(child).removeprefix("/domain/")
+                yield paths[child]
 
 
 def at(parent: Element, tag: str) -> Element:
@@ -156,10 +164,11 @@ def require_path(element: Element, path: str) -> None:
 
 
 def _whole(element: Element, text: str, what: str, least: int) -> int:
-    try:
-        number = int(text, 16) if text.startswith("0x") else int(text)
-    except ValueError:
+    if not _NUMBER.fullmatch(text):
         refuse(element, f"{what}{xmlio.shorten(text)!r} is no whole number")
+    number = int(text, 16) if text[:2] in ("0x", "0X") else int(text)
     if number < least:
         refuse(element, f"{what}{number} is less than {least}")
+    if number > _NUMBER_MAX:
+        refuse(element, f"{what}{number} is too large")
     return number

@@ -27,6 +27,11 @@ _NOT_CARRIED_OUT = {
 
 # type of a <disk> -> the attribute of its <source> that says where.
 _SOURCES = {"file": "file", "block": "dev"}
+# <state> of what libvirt took of the disks alone, while the guest did whatever it did.
+DISK_SNAPSHOT = "disk-snapshot"
+# Our element in a dump's <cookie>.
+COOKIE = "blockferry"
+
 _MODES: tuple[Mode, ...] = get_args(Mode)
 
 # Formats that an existing image under a mirror may have.
@@ -173,14 +178,14 @@ def snapshot_xml(snapshot: Snapshot, mirrors: Mapping[str, MirrorView], current:
         current: whether it is the domain's current snapshot.
 
     Returns:
-        The document; `parse_snapshot` makes a request for the same of it.
+        The document; `parse_snapshot` makes a request for the same of it, `parse_redefinition` the snapshot itself.
     """
     root = xmlio.document("domainsnapshot")
     xmlio.add(root, "name", snapshot.name)
     if snapshot.description is not None:
         xmlio.add(root, "description", snapshot.description)
-    # libvirt's word for every snapshot without memory, whatever the guest did; the run state is in the JSON.
-    xmlio.add(root, "state", "disk-snapshot")
+    # libvirt's word for every snapshot without memory of a guest that ran, whatever it did; ours is in the cookie.
+    xmlio.add(root, "state", "shutoff" if snapshot.state == "shutoff" else DISK_SNAPSHOT)
     if snapshot.parent is not None:
         xmlio.add(xmlio.add(root, "parent"), "name", snapshot.parent)
     xmlio.add(root, "creationTime", str(int(snapshot.created)))
@@ -191,7 +196,19 @@ def snapshot_xml(snapshot: Snapshot, mirrors: Mapping[str, MirrorView], current:
     for target in snapshot.left_out:
         xmlio.add(disks, "disk", name=target, snapshot="no")
     xmlio.add(root, "active", "1" if current else "0")
+    _add_cookie(root, snapshot)
     return xmlio.pretty(root)
+
+
+def _add_cookie(root: Element, snapshot: Snapshot) -> None:
+    """What libvirt has no element for and a redefinition needs, where libvirt's own driver keeps such: its cookie."""
+    state = None if snapshot.state == DISK_SNAPSHOT else snapshot.state
+    cookie = xmlio.add(xmlio.add(root, "cookie"), COOKIE, created=f"{snapshot.created:.9f}", state=state)
+    for disk in snapshot.disks:
+        xmlio.add(cookie, "backing", disk=disk.target, file=disk.backing, format=disk.backing_format)
+    for target, files in snapshot.reverted.items():
+        for file in files:
+            xmlio.add(cookie, "reverted", disk=target, file=file)
 
 
 def _add_disk(disks: Element, disk: SnapshotDisk, view: MirrorView | None) -> None:

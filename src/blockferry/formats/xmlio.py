@@ -75,7 +75,48 @@ def shorten(text: str) -> str:
 
 def invalid(element: Element, reason: str) -> InvalidXml:
     """The error for `element`, named by its path in the document."""
-    return InvalidXml(element=shorten(element.getroottree().getpath(element).lstrip("/")), reason=reason)
+    return InvalidXml(element=shorten(path_of(element)), reason=reason)
+
+
+def path_of(element: Element) -> str:
+    """Where an element is in its document."""
+    return element.getroottree().getpath(element).lstrip("/")
+
+
+def paths(root: Element) -> dict[Element, str]:
+    """The path of every element, as path_of; that looks at all siblings each time."""
+    found = {root: path_of(root)}
+    for parent in root.iter():
+        counts = Counter(child.tag for child in parent)
+        numbers: Counter[str] = Counter()
+        for child in parent:
+            numbers[child.tag] += 1
+            local = etree.QName(child).localname
+            name = f"{child.prefix}:{local}" if child.prefix else local
+            found[child] = f"{found[parent]}/{name}" + (f"[{numbers[child.tag]}]" if counts[child.tag] > 1 else "")
+    return found
+
+
+class Schema:
+    """A RelaxNG schema from a file.
+
+    Raises:
+        SchemaUnusable: there is none, or it is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._relaxng = etree.RelaxNG(file=path)
+        except (etree.RelaxNGParseError, etree.XMLSyntaxError, OSError) as error:
+            raise SchemaUnusable(str(error)) from error
+
+    def allows(self, root: Element) -> bool:
+        """Whether a document is valid."""
+        return bool(self._relaxng.validate(root))
+
+
+class SchemaUnusable(Exception):
+    """A schema's file is not there, or is broken."""
 
 
 def expect(

@@ -23,6 +23,7 @@ from blockferry.model.blockjob import WORKING, BlockJob, JobEnd, Mirror
 from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepState, Stretch
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
+from blockferry.plan.history import in_order
 from blockferry.plan.plan import Plan, Record
 from blockferry.plan.steps import ClaimFile
 
@@ -366,9 +367,9 @@ class Journal:
         )
 
     def snapshots(self, domain: str) -> tuple[Snapshot, ...]:
-        """A domain's snapshots, oldest first."""
+        """A domain's snapshots, oldest first, each after its parent."""
         rows = self._all("SELECT record FROM snapshot WHERE domain = ? ORDER BY created, name", (domain,))
-        return tuple(msgspec.json.decode(row[0], type=Snapshot) for row in rows)
+        return in_order(tuple(msgspec.json.decode(row[0], type=Snapshot) for row in rows))
 
     def _put_job(self, job: BlockJob) -> None:
         self._db.execute(

@@ -81,6 +81,12 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
         """The device's id in QEMU, by which the target is known again."""
         return f"disk-{self.target}"
 
+    @property
+    def backend(self) -> str:
+        """Where in QEMU its block backend is: of some devices in another inside of them (libvirt knows the same)."""
+        inside = {"virtio": "virtio-backend", "usb": f"{self.id}.0/legacy[0]"}.get(self.bus)
+        return f"/machine/peripheral/{self.id}/{inside}" if inside is not None else self.id
+
 
 class Controller(msgspec.Struct, frozen=True, kw_only=True):
     """A controller: `type` scsi, sata, ide, usb, pci or virtio-serial."""

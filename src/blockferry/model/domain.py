@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from blockferry.model.files import Chains, ImageFact
 from blockferry.model.graph import Disk, Graph
 from blockferry.model.job import Job
 
@@ -50,6 +51,36 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     def disk(self, target: str) -> Disk | None:
         """The disk of that target."""
         return next((disk for disk in self.disks if disk.target == target), None)
+
+    @property
+    def chains(self) -> Chains:
+        """Each disk's images, the active one first."""
+        return {
+            disk.target: tuple(
+                ImageFact(
+                    path=image.file,
+                    format=image.format,
+                    virtual_size=image.virtual_size,
+                    snapshots=self.graph.nodes[image.node].snapshots,
+                )
+                for image in disk.chain
+            )
+            for disk in self.disks
+        }
+
+
+class ChainsNow(msgspec.Struct, frozen=True, kw_only=True):
+    """What a domain's disks are on, whether it runs or is shut off.
+
+    Attributes:
+        chains: as QEMU has them open, or as the headers of the images that it is started on say.
+        uuid: the guest's, when it has one.
+        seen: the domain as observed; None when it is shut off.
+    """
+
+    chains: Chains
+    uuid: str | None = None
+    seen: Observation | None = None
 
 
 # libvirt's prefix for each bus; virDomainDiskDefAssignTargets has the same.

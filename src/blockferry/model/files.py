@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+
+from blockferry.model.graph import InternalSnapshot
 
 Kind = Literal["absent", "file", "directory", "block", "other"]
 
@@ -62,6 +65,8 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
         backing_format: the format that the header names for it; None when it names none.
         real_backing: the backing file with links resolved, for comparing.
         problem: why it can't be read or followed; the rest means nothing then.
+        device: whether it is on a block device, which QEMU opens otherwise than a file.
+        snapshots: those inside it, of a qcow2.
     """
 
     path: str
@@ -71,6 +76,8 @@ class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     backing_format: str | None = None
     real_backing: str | None = None
     problem: str | None = None
+    device: bool = False
+    snapshots: tuple[InternalSnapshot, ...] = ()
 
 
 class ExportFact(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,3 +92,7 @@ class ExportFact(msgspec.Struct, frozen=True, kw_only=True):
     uri: str
     size: int | None = None
     problem: str | None = None
+
+
+# Each disk's images by its target, the active one first; of an empty drive none.
+Chains = Mapping[str, tuple[ImageFact, ...]]

@@ -15,6 +15,22 @@ FILTERS = JOB_FILTERS | {"throttle", "copy-on-read"}
 PROTOCOL_DRIVERS = frozenset({"file", "host_device", "nbd", "null-co", "blkdebug"})
 
 
+class InternalSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot inside a qcow2 image, as `qemu-img snapshot -c` and `savevm` make them.
+
+    Attributes:
+        name: its name; whoever made it chose it, from any characters.
+        id: its number in that image.
+        created: seconds since 1970.
+        memory: bytes of the guest's memory that it holds; 0 when it is of the disk alone.
+    """
+
+    name: str
+    id: str
+    created: float
+    memory: int = 0
+
+
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """A block node.
 
@@ -28,6 +44,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         direct: cache.direct, O_DIRECT.
         no_flush: cache.no-flush.
         detect_zeroes: `off`, `on` or `unmap`.
+        snapshots: those inside it, of a qcow2.
         encrypted: whether what is in its file can be read with a key only.
     """
 
@@ -40,6 +57,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     direct: bool = False
     no_flush: bool = False
     detect_zeroes: str = "off"
+    snapshots: tuple[InternalSnapshot, ...] = ()
     encrypted: bool = False
 
 

@@ -86,6 +86,12 @@ class ShowDomain(_Request, frozen=True, kw_only=True, tag="show"):
     inactive: bool = False
 
 
+class ShowGraph(_Request, frozen=True, kw_only=True, tag="graph"):
+    """One domain's block graph: devices, nodes, who uses what, and the jobs that work on it."""
+
+    domain: str
+
+
 class CreateSnapshot(_Request, frozen=True, kw_only=True, tag="snapshot-create"):
     """Take a snapshot, from XML or from a wish. `flags` are SnapshotCreate's.
 
@@ -252,6 +258,7 @@ Request = (
     | Resume
     | ListDomains
     | ShowDomain
+    | ShowGraph
     | CreateSnapshot
     | ListSnapshots
     | ShowSnapshot

@@ -111,3 +111,55 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     parent: str | None = None
     reverted: dict[str, tuple[str, ...]] = {}
     description: str | None = None
+
+
+class RedefinedDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk of a snapshot that was taken, as a dump has it.
+
+    Attributes:
+        target: the disk's.
+        file: the overlay.
+        block: whether that is a block device.
+        backing: the image as of the snapshot; None where the dump does not say.
+        backing_format: its format.
+        mode: of the overlay's header; None for absolute.
+        mirror: its mirror, as it was asked for.
+    """
+
+    target: str
+    file: str
+    block: bool = False
+    backing: str | None = None
+    backing_format: str | None = None
+    mode: Mode | None = None
+    mirror: MirrorWish | None = None
+
+
+class Redefinition(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot that was taken, here or elsewhere, as a dump has it.
+
+    Attributes:
+        name: the snapshot's; None when the dump does not say.
+        created: seconds since 1970.
+        exact: whether a dump of ours said so, with what is below the second.
+        state: the guest's run state at that moment, None where the dump does not say; `shutoff` when it was shut off.
+        disks: those that took part.
+        left_out: targets of those that took none.
+        parent: the snapshot that it was taken on.
+        reverted: as of a Snapshot.
+        description: free text.
+        domain: the name of the domain that it is of, where the dump says.
+        uuid: and its UUID.
+    """
+
+    name: str | None
+    created: float
+    disks: tuple[RedefinedDisk, ...]
+    exact: bool = False
+    state: str | None = None
+    left_out: tuple[str, ...] = ()
+    parent: str | None = None
+    reverted: dict[str, tuple[str, ...]] = {}
+    description: str | None = None
+    domain: str | None = None
+    uuid: str | None = None

@@ -96,6 +96,84 @@ class DomainList(_View, frozen=True, kw_only=True, tag="domains"):
     version: int = VERSION
 
 
+class GraphDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk's device. `root` is the node that it uses, None for an empty drive."""
+
+    target: str
+    bus: str
+    device: str
+    qdev: str
+    read_only: bool
+    root: str | None
+
+
+class GraphNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A block node.
+
+    `id` is its name in QEMU. `kind` is `filter`, `format`, `protocol` (it reads and writes bytes: `file` says where) or, of
+    a guest that is shut off, `image`: then `id` is the image's file. `read_only` says whether it is open so now.
+    """
+
+    id: str
+    kind: str
+    driver: str
+    file: str | None
+    virtual_size: int | None
+    read_only: bool
+
+
+class GraphEdge(msgspec.Struct, frozen=True, kw_only=True):
+    """That the node `parent` uses the node `child` as its `role`: `backing`, `file`..."""
+
+    parent: str
+    role: str
+    child: str
+
+
+class GraphJob(msgspec.Struct, frozen=True, kw_only=True):
+    """A block job.
+
+    `type` and `state` are those of a `job`; of one that is not ours they are QEMU's, and `operation` is None. `source` and
+    `dest` are the nodes that data comes from and goes to, as far as there are any; `file` is where it goes. `base` is the
+    node that a mirror's destination is to back onto once the guest goes over; None when it does already, or stands alone.
+    """
+
+    id: str
+    type: str
+    state: str
+    disk: str | None
+    source: str | None
+    dest: str | None
+    file: str | None
+    current: int
+    total: int
+    base: str | None = None
+    operation: int | None = None
+    snapshot: str | None = None
+    reason: str | None = None
+
+
+class GraphUser(msgspec.Struct, frozen=True, kw_only=True):
+    """What uses a node and is neither a disk nor a job: a firmware's drive; an export, which has no `name`."""
+
+    name: str
+    node: str
+
+
+class GraphView(_View, frozen=True, kw_only=True, tag="graph"):
+    """A domain's block graph. `unused` are nodes that nobody uses, the topmost of what hangs together."""
+
+    domain: str
+    state: str
+    devices: tuple[GraphDevice, ...]
+    nodes: tuple[GraphNode, ...]
+    edges: tuple[GraphEdge, ...]
+    jobs: tuple[GraphJob, ...]
+    users: tuple[GraphUser, ...] = ()
+    unused: tuple[str, ...] = ()
+    version: int = VERSION
+
+
 class SnapshotDiskView(msgspec.Struct, frozen=True, kw_only=True):
     """A disk of a snapshot: the overlay, the image as of the snapshot, and the mirror with its state."""
 
@@ -132,11 +210,26 @@ class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):
     version: int = VERSION
 
 
+class InternalSnapshotView(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot inside a qcow2 image in a disk's chain: listed, and nothing is done with it.
+
+    `id` is its number in that image, `created` seconds since 1970, `memory` bytes of the guest's memory that it holds.
+    """
+
+    name: str
+    target: str
+    file: str
+    id: str
+    created: float
+    memory: int = 0
+
+
 class SnapshotList(_View, frozen=True, kw_only=True, tag="snapshots"):
-    """A domain's snapshots, oldest first."""
+    """A domain's snapshots, oldest first; `internal` are those inside its images."""
 
     domain: str
     snapshots: tuple[SnapshotView, ...]
+    internal: tuple[InternalSnapshotView, ...] = ()
     version: int = VERSION
 
 
@@ -282,6 +375,7 @@ class Done(_View, frozen=True, kw_only=True, tag="done"):
 View = (
     DomainView
     | DomainList
+    | GraphView
     | SnapshotView
     | SnapshotList
     | JobView

@@ -158,6 +158,8 @@ def plan_commit(
         if base not in rest:
             raise errors.ImageUnsuitable(path=request.base, reason=f"it is not under {top.file}")
     _require_unshared(domain, seen, disk, base, users)
+    if flags & BlockCommit.DELETE:
+        _require_empty(domain, seen, disk, top, base)
     job = _commit(domain, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE))
     job = msgspec.structs.replace(job, speed=request.bandwidth)
     changed, forgotten = after_commit(snapshots, job, _above(disk, job))
@@ -216,6 +218,7 @@ def plan_merge(
         require_suitable(domain, disk, seen)
         top, base = _merged_span(domain, disk, doomed)
         _require_unshared(domain, seen, disk, base, users)
+        _require_empty(domain, seen, disk, top, base)
         job = _commit(domain, disk, top, base, names=names, operation=operation, remove=True)
         jobs.append(msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed)))
         starts.append(_start(jobs[-1], disk))
@@ -284,6 +287,17 @@ def _commit(
         leaving=tuple(_layer(image) for image in disk.chain[first:last]),
         remove_files=remove,
     )
+
+
+def _require_empty(domain: str, seen: Observation, disk: Disk, top: Image, base: Image) -> None:
+    """Refuse to remove an image with an internal snapshot: nobody else has what that holds."""
+    for image in disk.chain[disk.chain.index(top) : disk.chain.index(base)]:
+        for inside in seen.graph.nodes[image.node].snapshots:
+            raise errors.DiskUnsuitable(
+                domain=domain,
+                disk=disk.target,
+                reason=f"{image.file} would be removed, and it has an internal snapshot {inside.name!r} in it",
+            )
 
 
 def _require_unshared(domain: str, seen: Observation, disk: Disk, base: Image, users: Users) -> None:

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import msgspec
 
 from blockferry import errors
+from blockferry.formats.names import NBD_EXPORT_NAME_MAX, NBD_PORT
 from blockferry.model.blockjob import BlockJob, ChainJob, JobEnd, Layer, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.flags import BlockCopy, require_flags
@@ -29,8 +30,6 @@ from blockferry.plan.steps import (
     Step,
 )
 
-# QEMU's own limit of an NBD export name (include/block/nbd.h, NBD_MAX_STRING_SIZE).
-NBD_EXPORT_NAME_MAX = 4096
 # QEMU's of a mirror's granularity (blockdev.c, blockdev_mirror_common): a power of two of 512 B to 64 MiB.
 GRANULARITY_MIN, GRANULARITY_MAX = 512, 64 * 1024 * 1024
 CARRIED_OUT = (
@@ -55,7 +54,11 @@ def nbd_options(uri: str) -> dict[str, Any]:
     Raises:
         DestinationUnusable: it is neither.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or NBD_PORT
+    except ValueError as error:
+        raise errors.DestinationUnusable(path=uri, reason=str(error)) from error
     export = unquote(parts.path.removeprefix("/"))
     if len(export) > NBD_EXPORT_NAME_MAX:
         raise errors.DestinationUnusable(path=uri, reason="its export name is over 4096 bytes")
@@ -64,10 +67,6 @@ def nbd_options(uri: str) -> dict[str, Any]:
         if len(sockets) != 1 or not sockets[0].startswith("/") or parts.netloc:
             raise errors.DestinationUnusable(path=uri, reason="write nbd+unix:///EXPORT?socket=/ABSOLUTE/PATH")
         return {"driver": "nbd", "server": {"type": "unix", "path": sockets[0]}, "export": export}
-    try:
-        port = parts.port or 10809
-    except ValueError as error:
-        raise errors.DestinationUnusable(path=uri, reason=str(error)) from error
     if not parts.hostname or parts.query:
         raise errors.DestinationUnusable(path=uri, reason="write nbd://HOST[:PORT]/EXPORT")
     return {"driver": "nbd", "server": {"type": "inet", "host": parts.hostname, "port": str(port)}, "export": export}

@@ -1,11 +1,45 @@
-"""What becomes of the snapshots that are remembered when layers of a chain are merged."""
+"""The snapshots that are remembered: their tree, which is current, and what becomes of them when layers are merged."""
 
 from __future__ import annotations
 
 import msgspec
 
 from blockferry.model.blockjob import ChainJob
+from blockferry.model.files import Chains
 from blockferry.model.snapshot import Snapshot, SnapshotDisk
+
+
+def in_order(snapshots: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:
+    """Each after the one that it was taken on, whatever the clocks of their hosts said; otherwise as they come."""
+    by_name = {snapshot.name: snapshot for snapshot in snapshots}
+    placed: dict[str, Snapshot] = {}
+    for snapshot in snapshots:
+        line: dict[str, Snapshot] = {}
+        above: Snapshot | None = snapshot
+        while above is not None and above.name not in placed and above.name not in line:
+            line[above.name] = above
+            above = by_name.get(above.parent) if above.parent is not None else None
+        placed |= {each.name: each for each in reversed(line.values())}
+    return tuple(placed.values())
+
+
+def current_snapshot(snapshots: tuple[Snapshot, ...], chains: Chains) -> str | None:
+    """The newest snapshot whose overlays are what the guest writes to; None when there is none."""
+    for snapshot in reversed(snapshots):
+        if not_current(snapshot, chains) is None:
+            return snapshot.name
+    return None
+
+
+def not_current(snapshot: Snapshot, chains: Chains) -> str | None:
+    """Why the snapshot is not the current one: a disk whose active image is not the snapshot's overlay."""
+    for disk in snapshot.disks:
+        chain = chains.get(disk.target, ())
+        if not chain:
+            return f"disk {disk.target} is not there"
+        if chain[0].path not in (disk.file, *snapshot.reverted.get(disk.target, ())):
+            return f"{disk.target} is on {chain[0].path}, not on {disk.file}"
+    return None
 
 
 def descendants(name: str, snapshots: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:

@@ -70,7 +70,7 @@ def plan_start(start: Start) -> Plan:
     mirroring: list[Step] = [
         step for verb in (CreateImage, AddNode, StartMirror) for step in made if isinstance(step, verb)
     ]
-    limits = [SetLimits(device=disk.id, limits=disk.limits) for disk in definition.disks if disk.limits]
+    limits = [SetLimits(device=disk.backend, limits=disk.limits) for disk in definition.disks if disk.limits]
     return Plan(
         what="start",
         text=f"start {definition.name}"

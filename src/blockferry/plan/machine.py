@@ -191,7 +191,8 @@ def _screens(definition: Definition) -> list[str]:
 
 def _vnc(each: Graphics) -> str:
     if each.socket is not None:
-        return f"unix:{option(each.socket)}"
+        # Its option is named: QEMU would take a path with a '=' for another one.
+        return f"vnc=unix:{option(each.socket)}"
     host = f"[{each.listen}]" if ":" in each.listen else each.listen
     return f"{host}:{each.port - VNC_FIRST_PORT}" if each.port else f"{host}:0,to=99"
 

@@ -84,7 +84,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that an operation will do.
 
     Attributes:
-        what: `snapshot`, `copy`, `pivot`, `finish`, `reopen`, `cancel`, `remove-mirror`, `forget`, `rebase`, `commit`,
+        what: `snapshot`, `copy`, `pivot`, `finish`, `reopen`, `cancel`, `remove-mirror`, `forget`, `redefine`, `rebase`, `commit`,
             `delete`, and `job-end`: what follows when a commit or stream has ended.
         text: one line for people.
         prepare: steps with an undo; the guest runs and is not affected.

@@ -29,13 +29,15 @@ _DRIVERS = {
     "usb": "usb-storage",
     "nvme": "nvme",
 }
-# A SATA controller of ICH9 has six ports.
+# A SATA controller of ICH9 has six ports, IDE two channels with two drives each; the largest numbers of SCSI are
+# virtio-scsi's.
 _SATA_PORTS = 6
+_LARGEST = {"ide": (0, 1, 1), "sata": (255, 0, _SATA_PORTS - 1), "scsi": (255, 255, 16383)}
 
 
-def plugged_wrong(reason: str) -> errors.InvalidXml:
+def plugged_wrong(reason: str, element: str = "domain/devices") -> errors.InvalidXml:
     """The refusal of a definition whose devices don't fit together."""
-    return errors.InvalidXml(element="domain/devices", reason=reason)
+    return errors.InvalidXml(element=element, reason=reason)
 
 
 class Slots:
@@ -50,8 +52,30 @@ class Slots:
         machine = definition.machine or "pc"
         self.express = "q35" in machine
         self._bridges = {each.index for each in definition.controllers if each.type == "pci"} | {0}
+        self._check_drives()
         self._added = self._missing()
         self.boot_order = _boot_order(definition)
+
+    def _check_drives(self) -> None:
+        """Refuse drives whose place is not there, or taken.
+
+        Raises:
+            InvalidXml: with the disk.
+        """
+        taken: dict[tuple[str, int, int, int], str] = {}
+        for number, disk in enumerate(self._definition.disks, start=1):
+            element = f"domain/devices/disk[{number}]"
+            if disk.bus == "ide" and self.express:
+                raise plugged_wrong(f"a q35 has no IDE for {disk.target}: write bus='sata'", element)
+            if disk.bus not in _LARGEST:
+                continue
+            place = unit_of(disk)
+            if any(one > most for one, most in zip(place, _LARGEST[disk.bus], strict=True)):
+                where = "controller {}, bus or target {}, unit {}".format(*place)
+                raise plugged_wrong(f"{disk.bus} has no place for {disk.target} at {where}", element)
+            other = taken.setdefault((disk.bus, *place), disk.target)
+            if other != disk.target:
+                raise plugged_wrong(f"{disk.target} is where {other} is: give each an <address>", element)
 
     def _missing(self) -> list[Controller]:
         """The controllers that disks and channels need and the document does not name."""
@@ -225,9 +249,8 @@ def node_name(disk: DiskDef, depth: int) -> str:
 def _file(disk: DiskDef, image: ImageFact) -> dict[str, Any]:
     if not image.path.startswith("/"):
         return nbd_options(image.path)
-    block = disk.source is not None and disk.source.kind == "block" and image.path == disk.source.where
     more = {"aio": disk.io} if disk.io is not None else {}
-    return {"driver": "host_device" if block else "file", "filename": image.path, **more}
+    return {"driver": "host_device" if image.device else "file", "filename": image.path, **more}
 
 
 def _disk_device(disk: DiskDef, slots: Slots) -> list[str]:

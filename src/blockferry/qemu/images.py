@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
+from blockferry.qemu.internal import internal_snapshots
 from blockferry.qemu.qcow2 import empty_image
 
 # A chain longer than libvirt's own limit (virstoragefile, 200) is a loop or an attack.
@@ -84,6 +85,8 @@ class Images:
             backing=backing,
             backing_format=info.get("backing-filename-format"),
             real_backing=os.path.realpath(str(backing)) if backing is not None else None,
+            device=is_block_device(path),
+            snapshots=internal_snapshots(info),
         )
 
     async def holds_data(self, path: str) -> bool:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -146,7 +147,7 @@ def _spawn(home: Home, command: list[str], environment: Mapping[str, str], lock:
         stack.callback(os.close, folder)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, null)
-        os.write(log, f"{START_MARK} {' '.join(command)}\n".encode())
+        os.write(log, f"{START_MARK} {shlex.join(command).replace(chr(10), ' ')}\n".encode())
         # Its sockets are made with this mask: 0600, well, 0700 without the bit that means nothing for a socket.
         stack.callback(os.umask, os.umask(0o077))
         # Above all numbers that are given away, so that none is overwritten before it is copied.

@@ -14,6 +14,7 @@ from blockferry import errors
 from blockferry.model.domain import Capabilities, Observation, assign_targets, target_name
 from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.job import Job
+from blockferry.qemu.internal import internal_snapshots
 from blockferry.qemu.session import CommandRefused, Session
 
 # QEMU's answers to several commands are of several moments; while a job ends they may disagree. Look again.
@@ -252,6 +253,7 @@ def _node(answer: dict[str, Any], folder: Path | None) -> Node:
         direct=cache.get("direct", False),
         no_flush=cache.get("no-flush", False),
         detect_zeroes=answer.get("detect_zeroes", "off"),
+        snapshots=internal_snapshots(answer.get("image", {})),
         encrypted=answer.get("encrypted", False),
     )
 

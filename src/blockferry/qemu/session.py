@@ -146,7 +146,7 @@ class Session:
         return "the connection was closed"
 
     async def execute(self, command: str, *, seconds: float | None = None, **arguments: Any) -> Any:
-        """Execute a command; in argument names `_` stands for `-`.
+        """Execute a command; in argument names `_` stands for `-`, but for the old commands with a `_` of their own.
 
         Args:
             command: a QMP command.
@@ -158,7 +158,8 @@ class Session:
             LostReply: no reply; the connection is given up, so that a late one can't be taken for another's.
         """
         bound = self.COMMAND_SECONDS if seconds is None else seconds
-        sent = {name.replace("_", "-"): value for name, value in arguments.items()}
+        # block_set_io_throttle has bps_rd, blockdev-mirror has on-source-error.
+        sent = arguments if "_" in command else {name.replace("_", "-"): each for name, each in arguments.items()}
         self._witness("before", command)
         try:
             reply = await asyncio.wait_for(self._client.execute(command, sent or None), bound)

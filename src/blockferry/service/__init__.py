@@ -14,6 +14,7 @@ from blockferry.qemu.images import Images
 from blockferry.service.chains import Chains
 from blockferry.service.desk import Desk, Witness
 from blockferry.service.domains import Domains
+from blockferry.service.graphs import Graphs
 from blockferry.service.history import History
 from blockferry.service.jobs import Jobs
 from blockferry.service.lifecycle import Lifecycle
@@ -74,6 +75,7 @@ class Service:
             ask.Resume: lifecycle.resume,
             ask.ListDomains: domains.list,
             ask.ShowDomain: domains.show,
+            ask.ShowGraph: Graphs(self._desk).show,
             ask.CreateSnapshot: snapshots.create,
             ask.ListSnapshots: snapshots.list,
             ask.ShowSnapshot: snapshots.show,

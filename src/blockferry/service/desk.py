@@ -14,12 +14,13 @@ from blockferry import answers, errors
 from blockferry.engine.bus import Bus
 from blockferry.engine.keeper import Keeper
 from blockferry.formats.defined import inactive_xml
+from blockferry.formats.definition import parse_definition
 from blockferry.formats.names import path_flaw
 from blockferry.journal.journal import Journal
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition
-from blockferry.model.domain import Observation
+from blockferry.model.domain import ChainsNow, Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.plan import Names, Plan
@@ -69,18 +70,24 @@ class Desk:
         self.bus.publish((self.journal.put_event(event),))
 
     @contextlib.asynccontextmanager
-    async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
-        """The domain to oneself, with everything of before settled, and how it is now.
-
-        Raises:
-            GuestGone: QEMU ended in the middle of what was done in here.
-        """
+    async def holding(self, name: str) -> AsyncIterator[Keeper]:
+        """The domain to oneself, with everything of before settled; it may be shut off."""
         keeper = self.keeper(name)
         async with keeper.lock:
             if self.journal.open_operations(name):
                 await keeper.reconcile()
             for operation in self.journal.open_operations(name):
                 raise errors.Unsettled(domain=name, operation=operation.id)
+            yield keeper
+
+    @contextlib.asynccontextmanager
+    async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
+        """The domain to oneself, with everything of before settled, and how it is now.
+
+        Raises:
+            GuestGone: QEMU ended in the middle of what was done in here.
+        """
+        async with self.holding(name) as keeper:
             seen = await keeper.observe()
             if await keeper.check_jobs(seen):
                 seen = await keeper.observe()
@@ -145,22 +152,51 @@ class Desk:
                 found[disk.target] = await self.images.chain(source.where, source.format)
         return found
 
+    async def chains_now(self, keeper: Keeper) -> ChainsNow:
+        """What the domain's disks are on, also of one that is shut off.
+
+        Raises:
+            GuestGone, QmpUnreachable, QmpBusy: it can't be asked.
+        """
+        try:
+            seen = await keeper.observe()
+        except errors.NotRunning:
+            definition = parse_definition(self.inactive(keeper.name))
+            found = await self.chains(definition)
+            chains = {disk.target: found.get(disk.target, ()) for disk in definition.disks}
+            return ChainsNow(chains=chains, uuid=definition.uuid)
+        return ChainsNow(chains=seen.chains, uuid=seen.uuid, seen=seen)
+
+    async def chains_or_none(self, keeper: Keeper) -> ChainsNow | None:
+        """As `chains_now`; None where it can't be asked."""
+        try:
+            return await self.chains_now(keeper)
+        except errors.BlockferryError:
+            return None
+
     # --- mirrors that rest ------------------------------------------------------------------------------------
 
     def resting(self, domain: str) -> tuple[Mirror, ...]:
         """A domain's mirrors that rest until it is started."""
         return tuple(mirror for mirror in self.journal.mirrors(domain) if mirror.state == "resting")
 
-    def snapshot(self, domain: str, name: str) -> Snapshot:
+    async def snapshot(self, domain: str, name: str) -> Snapshot:
         """A snapshot.
 
         Raises:
             NoSuchSnapshot: the domain has none of that name.
+            SnapshotInternal: it is one inside an image.
         """
+        keeper = self.keeper(domain)
         found = next((each for each in self.journal.snapshots(domain) if each.name == name), None)
-        if found is None:
-            raise errors.NoSuchSnapshot(domain=domain, snapshot=name)
-        return found
+        if found is not None:
+            return found
+        now = await self.chains_or_none(keeper)
+        inside = [each for each in answers.internal_views(now.chains if now else {}) if each.name == name]
+        if inside:
+            images = ", ".join(dict.fromkeys(f"{each.file} ({each.target})" for each in inside))
+            raise errors.SnapshotInternal(domain=domain, snapshot=name, images=images)
+        raise errors.NoSuchSnapshot(domain=domain, snapshot=name)
 
     async def seen_or_none(self, keeper: Keeper) -> Observation | None:
         """The domain now, or None where it can't be asked."""

@@ -16,6 +16,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
+from blockferry.plan.history import current_snapshot
 from blockferry.service.desk import Desk
 
 
@@ -115,7 +116,7 @@ class Domains:
             return answers.domain_view(keeper.record, None, mirrors, problem=(state, problem.message))
 
     def _domain_view(self, keeper: Keeper, seen: Observation) -> view.DomainView:
-        current = answers.current_snapshot(self._desk.journal.snapshots(keeper.name), seen)
+        current = current_snapshot(self._desk.journal.snapshots(keeper.name), seen.chains)
         definition = self._desk.inactive(keeper.name) if keeper.record.defined else None
         mirrors = self._desk.journal.mirrors(keeper.name)
         return answers.domain_view(keeper.record, seen, mirrors, current=current, definition=definition)
@@ -124,4 +125,6 @@ class Domains:
         xml = self._desk.inactive(keeper.name)
         definition = parse_definition(xml)
         chains = await self._desk.chains(definition)
-        return answers.shut_off_view(keeper.record, definition, chains, self._desk.journal.mirrors(keeper.name), xml)
+        current = current_snapshot(self._desk.journal.snapshots(keeper.name), chains)
+        mirrors = self._desk.journal.mirrors(keeper.name)
+        return answers.shut_off_view(keeper.record, definition, chains, mirrors, xml=xml, current=current)

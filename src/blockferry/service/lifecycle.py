@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
 
 import msgspec
 
 from blockferry import errors
 from blockferry.engine.keeper import Keeper
+from blockferry.formats import schema
 from blockferry.formats.defined import with_uuid
 from blockferry.formats.definition import parse_definition
 from blockferry.journal.journal import Defined, DomainRecord
@@ -19,6 +19,7 @@ from blockferry.model.blockjob import Mirror
 from blockferry.model.definition import DiskDef
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
+from blockferry.plan import machine
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
 from blockferry.plan.machine import agent_socket
 from blockferry.plan.plan import Plan
@@ -48,6 +49,9 @@ class Lifecycle:
     async def define(self, request: ask.Define) -> view.DomainView:
         """Remember a guest, or another definition of one that is shut off."""
         definition = parse_definition(request.xml)
+        # Devices that don't fit together are found now, not at the start.
+        machine.arguments(definition, {})
+        schema.require_valid(request.xml)
         name = definition.name
         keeper = self._desk.keepers.get(name)
         if keeper is None:
@@ -98,7 +102,7 @@ class Lifecycle:
     async def revert(self, request: ask.RevertSnapshot) -> view.DomainView:
         """Bring a guest back to what its disks were at a snapshot; one that runs is ended first."""
         async with self._settled(request.domain) as keeper:
-            snapshot = self._desk.snapshot(request.domain, request.snapshot)
+            snapshot = await self._desk.snapshot(request.domain, request.snapshot)
             # Refused before the guest is ended, if it is refused.
             await self._plan_revert(keeper, snapshot, self._desk.journal.next_operation())
             if keeper.home.taken():
@@ -121,16 +125,10 @@ class Lifecycle:
             resting=self._desk.resting(keeper.name),
         )
 
-    @contextlib.asynccontextmanager
-    async def _settled(self, name: str) -> AsyncIterator[Keeper]:
+    def _settled(self, name: str) -> contextlib.AbstractAsyncContextManager[Keeper]:
         """A defined domain to oneself, running or shut off, with everything of before settled."""
-        keeper = self._defined(name)
-        async with keeper.lock:
-            if self._desk.journal.open_operations(name):
-                await keeper.reconcile()
-            for operation in self._desk.journal.open_operations(name):
-                raise errors.Unsettled(domain=name, operation=operation.id)
-            yield keeper
+        self._defined(name)
+        return self._desk.holding(name)
 
     async def _start(self, keeper: Keeper, request: ask.Start) -> None:
         """Start it with its mirrors; one that can't be established is dropped, and it is tried without."""

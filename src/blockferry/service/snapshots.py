@@ -13,17 +13,19 @@ from blockferry.formats.snapshot import parse_snapshot
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import ChainJob, Mirror
-from blockferry.model.domain import Observation
+from blockferry.model.domain import ChainsNow
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete, require_flags
 from blockferry.model.snapshot import Snapshot, SnapshotWish
 from blockferry.plan import copy as copying
 from blockferry.plan.chain import plan_merge
-from blockferry.plan.history import after_forgetting, children
+from blockferry.plan.history import after_forgetting, children, current_snapshot, not_current
 from blockferry.plan.plan import Plan, Record
+from blockferry.plan.redefine import remembered
 from blockferry.plan.snapshot import choose, existing_files, files_of, plan_snapshot
 from blockferry.qemu.agent import AgentRefused, AgentSilent
 from blockferry.qemu.session import LostReply
 from blockferry.service.desk import Desk, plan_view, require_path
+from blockferry.service.redefinition import redefine
 from blockferry.service.usage import look_up, standing
 from blockferry.service.windows import run_window
 
@@ -56,7 +58,9 @@ class Snapshots:
         self._desk = desk
 
     async def create(self, request: ask.CreateSnapshot) -> view.View:
-        """Take a snapshot."""
+        """Take a snapshot, or remember one that was taken."""
+        if request.flags & (SnapshotCreate.REDEFINE | SnapshotCreate.CURRENT):
+            return await self._redefine(request)
         wish = self._wish(request)
         async with self._desk.writing(request.domain) as (keeper, seen):
             snapshots = self._desk.journal.snapshots(request.domain)
@@ -78,7 +82,7 @@ class Snapshots:
                     self._desk, keeper, seen, files_of(choices), dict.fromkeys(existing_files(choices), "qcow2")
                 ),
                 now=time.time(),
-                parent=answers.current_snapshot(snapshots, seen),
+                parent=current_snapshot(snapshots, seen.chains),
                 flags=flags,
             )
             if flags & SnapshotCreate.QUIESCE:
@@ -109,6 +113,14 @@ class Snapshots:
         if frozen:
             raise errors.AlreadyFrozen(domain=keeper.name)
 
+    async def _redefine(self, request: ask.CreateSnapshot) -> view.View:
+        keeper = self._desk.keeper(request.domain)
+        operation, plan = await redefine(self._desk, request)
+        if request.dry_run:
+            return plan_view(request.domain, plan)
+        answer = await self._snapshot_view(keeper, remembered(plan), operation)
+        return msgspec.structs.replace(answer, notes=plan.notes)
+
     def _wish(self, request: ask.CreateSnapshot) -> SnapshotWish:
         require_flags("snapshot_create_xml", SnapshotCreate(request.flags), CREATE)
         if (request.xml is None) == (request.wish is None):
@@ -133,21 +145,22 @@ class Snapshots:
     async def _snapshot_view(
         self, keeper: Keeper, snapshot: Snapshot, operation: int | None = None
     ) -> view.SnapshotView:
-        seen = await self._desk.seen_or_none(keeper)
-        return self._view(keeper, snapshot, self._desk.journal.snapshots(keeper.name), seen, operation)
+        now = await self._desk.chains_or_none(keeper)
+        return self._view(keeper, snapshot, self._desk.journal.snapshots(keeper.name), now, operation)
 
     def _view(
         self,
         keeper: Keeper,
         snapshot: Snapshot,
         snapshots: tuple[Snapshot, ...],
-        seen: Observation | None,
+        now: ChainsNow | None,
         operation: int | None = None,
     ) -> view.SnapshotView:
+        seen, chains = (now.seen, now.chains) if now is not None else (None, {})
         return answers.snapshot_view(
             snapshot,
             answers.mirror_views(self._desk.journal.mirrors(keeper.name), seen),
-            current=answers.current_snapshot(snapshots, seen) == snapshot.name,
+            current=current_snapshot(snapshots, chains) == snapshot.name,
             children=children(snapshot.name, snapshots),
             operation=operation,
         )
@@ -156,14 +169,15 @@ class Snapshots:
         """A domain's snapshots."""
         keeper = self._desk.keeper(request.domain)
         snapshots = self._desk.journal.snapshots(request.domain)
-        seen = await self._desk.seen_or_none(keeper)
-        views = tuple(self._view(keeper, each, snapshots, seen) for each in snapshots)
-        return view.SnapshotList(domain=request.domain, snapshots=views)
+        now = await self._desk.chains_or_none(keeper)
+        views = tuple(self._view(keeper, each, snapshots, now) for each in snapshots)
+        internal = answers.internal_views(now.chains if now is not None else {})
+        return view.SnapshotList(domain=request.domain, snapshots=views, internal=internal)
 
     async def show(self, request: ask.ShowSnapshot) -> view.SnapshotView:
         """One snapshot."""
         keeper = self._desk.keeper(request.domain)
-        return await self._snapshot_view(keeper, self._desk.snapshot(request.domain, request.snapshot))
+        return await self._snapshot_view(keeper, await self._desk.snapshot(request.domain, request.snapshot))
 
     async def delete(self, request: ask.DeleteSnapshot) -> view.View:
         """Delete a snapshot: merge it, or what its flags say."""
@@ -171,7 +185,7 @@ class Snapshots:
         require_flags("snapshot_delete", flags, DELETE)
         if len([*flags]) > 1:
             raise errors.BadRequest(reason=f"{flags!r} contradict each other: say one")
-        snapshot = self._desk.snapshot(request.domain, request.snapshot)
+        snapshot = await self._desk.snapshot(request.domain, request.snapshot)
         if flags == SnapshotDelete.REOPEN_MIRROR:
             return await self._reopen(request, snapshot)
         if flags == SnapshotDelete.REMOVE_MIRROR:
@@ -238,7 +252,7 @@ class Snapshots:
         wanted = [disk for disk in snapshot.disks if disk.mirror]
         if not wanted:
             raise errors.NoMirror(**names, reason="none was asked for when it was taken")
-        reason = answers.not_current(snapshot, await keeper.observe())
+        reason = not_current(snapshot, (await keeper.observe()).chains)
         if reason:
             raise errors.SnapshotNotCurrent(**names, reason=reason)
         mirrors = []

@@ -30,6 +30,7 @@ VERBS = {
     "resume": ("lifecycle", "Let a paused guest run."),
     "list": ("domains", "All domains, attached and defined."),
     "show": ("domains", "A domain's disks, chains and mirrors."),
+    "graph": ("graphs", "A domain's block graph: devices, nodes, images, mirrors."),
     "snapshot": ("snapshots", "Snapshots of several disks at one instant, with mirrors."),
     "copy": ("copying", "Copy a disk while the guest runs, and keep the copy identical."),
     "rebase": ("chains", "Pull lower layers into a disk's image while the guest runs."),

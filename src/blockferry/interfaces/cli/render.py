@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from blockferry.interfaces.cli.text import duration, moment, paint, percent, rate, size, table
+from blockferry.interfaces.cli.text import duration, moment, paint, percent, printable, rate, size, table
 from blockferry.interfaces.cli.wire import Json
 
 
@@ -49,7 +49,7 @@ def _disk(disk: Json) -> list[str]:
 
 def _mirror(mirror: Json) -> str:
     words = [mirror["file"], mirror["format"], "mirror", paint(mirror["state"])]
-    if mirror["state"] == "copying" and mirror["total"]:
+    if mirror["state"] in ("copying", "catching up") and mirror["total"]:
         words.append(percent(mirror["current"] or 0, mirror["total"]))
     words += [f"of snapshot {mirror['snapshot']}"] if mirror["snapshot"] else []
     words += [f"({mirror['reason']})"] if mirror["reason"] else []
@@ -62,7 +62,7 @@ def xml(view: Json) -> str:
 
 
 def snapshots(view: Json) -> str:
-    """`snapshot list`: a tree, each snapshot under the one that it was taken on."""
+    """`snapshot list`: a tree, each snapshot under the one that it was taken on; then the internal ones."""
     rows = [
         [
             ("* " if row["current"] else "  ") + branch + row["name"],
@@ -74,6 +74,10 @@ def snapshots(view: Json) -> str:
             row["parent"] or "-",
         ]
         for branch, row in _tree(view["snapshots"])
+    ]
+    rows += [
+        ["  " + printable(row["name"]), moment(row["created"]), "internal", row["target"], "-", "-"]
+        for row in view.get("internal", ())
     ]
     heading = ("  NAME", "CREATED", "STATE", "DISKS", "MIRRORS", "PARENT")
     return table(rows, heading) or f"{view['domain']} has no snapshots"
@@ -186,7 +190,9 @@ def ended_chain(view: Json) -> str:
 
 def _amounts(job: Json) -> tuple[str, str, str]:
     """How far a job is; of one that has ended QEMU tells nothing any more."""
-    if job["state"] not in ("copying", "ready", "running") or (job["state"] != "ready" and not job["total"]):
+    if job["state"] not in ("copying", "catching up", "ready", "running") or (
+        job["state"] != "ready" and not job["total"]
+    ):
         return "-", "-", "-"
     limit = rate(job["speed"]) if job["speed"] else "no limit"
     return percent(job["current"], job["total"]), f"{size(job['current'])} of {size(job['total'])}", limit

@@ -39,6 +39,7 @@ def snapshot() -> None:
         "blockferry snapshot create vm1 calm --atomic --quiesce",
         "blockferry snapshot create vm1 --xml snapshot.xml --dry-run",
         "blockferry snapshot create vm1 ours --disk vda=/src/made.qcow2 --reuse-ext",
+        "blockferry snapshot create vm1 --xml snapshot.xml --redefine",
     ),
 )
 @domain_argument
@@ -52,6 +53,8 @@ def snapshot() -> None:
 @click.option("--quiesce", is_flag=True, help="The guest agent freezes the guest's file systems meanwhile.")
 @click.option("--reuse-ext", is_flag=True, help="Take overlays that are there already, none is made; --atomic with it.")
 @click.option("--no-metadata", is_flag=True, help="Don't remember the snapshot, only switch to the new images.")
+@click.option("--redefine", is_flag=True, help="Take none: remember one that was taken, from its --xml.")
+@click.option("--current", is_flag=True, help="With --redefine: only if the guest is on its images.")
 @click.option("--description", metavar="TEXT", help="Free text.")
 @dry_run_option
 @json_option
@@ -70,6 +73,8 @@ def create(
     quiesce: bool,
     reuse_ext: bool,
     no_metadata: bool,
+    redefine: bool,
+    current: bool,
     description: str | None,
     dry_run: bool,
 ) -> None:
@@ -82,6 +87,12 @@ def create(
         raise click.UsageError(
             "--xml says itself what is done with which disk: leave out --disk, --mirror, --mirror-backing and --mode."
         )
+    if redefine and (xml is None or atomic or reuse_ext or no_metadata):
+        raise click.UsageError(
+            "--redefine remembers a snapshot that was taken: it wants its --xml, and no word on how one is taken."
+        )
+    if current and not redefine:
+        raise click.UsageError("--current is for --redefine.")
     what: Json = {"wish": {"name": snap, "description": description, **_disks(named, mirrors, backings, modes)}}
     if xml is not None:
         what = {"xml": _read(xml), "name": snap, "description": description}
@@ -90,6 +101,8 @@ def create(
         | SnapshotCreate.QUIESCE * quiesce
         | SnapshotCreate.REUSE_EXT * reuse_ext
         | SnapshotCreate.NO_METADATA * no_metadata
+        | SnapshotCreate.REDEFINE * redefine
+        | SnapshotCreate.CURRENT * current
     )
     render_it = render.plan if dry_run else render.snapshot
     session.answer(render_it, "snapshot-create", domain=name, flags=int(flags), dry_run=dry_run, **what)
@@ -143,7 +156,7 @@ def _read(xml: TextIO) -> str:
 @json_option
 @click.pass_obj
 def list_(session: Session, name: str) -> None:
-    """A domain's snapshots, oldest first."""
+    """A domain's snapshots, oldest first; below them those that are inside its images."""
     session.answer(render.snapshots, "snapshot-list", domain=name)
 
 

@@ -9,13 +9,18 @@ import click
 
 GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving"})
 BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error"})
-BUSY = frozenset({"copying", "in-progress", "intent", "undone", "cancelled", "removed", "paused"})
+BUSY = frozenset({"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused"})
 
 
 def paint(word: str) -> str:
     """Colour a state; taken away again where no terminal shows it."""
     colour = "green" if word in GOOD else "red" if word in BAD else "yellow" if word in BUSY else None
     return click.style(word, fg=colour) if colour else word
+
+
+def visible(text: str) -> str:
+    """A name of somebody else's making, with what a terminal would obey, or XML can't hold, written as Python does."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def size(count: float | None) -> str:
@@ -53,6 +58,11 @@ def percent(current: int, total: int) -> str:
 def moment(seconds: float) -> str:
     """A time of day with its date, here."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def printable(text: str) -> str:
+    """What others have written, without characters that a terminal takes for commands."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
 
 
 def table(rows: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
