@@ -17,19 +17,21 @@ then is what may differ.
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import ALL, KIB, MIB, OURS, Rig, open_rig
+from rig import ALL, FORMATS, KIB, MIB, OURS, SIZE, Rig, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
+from blockferry.model.flags import BlockCommit, BlockCopy, SnapshotCreate, SnapshotDelete
+from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.qemu.session import Session
-from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image, find_qemu
+from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image, find_qemu, make_image
 
 # Those that change something. Their reply can be lost while the connection stands; to the others a cut is the same.
 CHANGING = frozenset(
@@ -54,6 +56,7 @@ CHANGING = frozenset(
 TO_CHANGES = (FaultKind.ERROR, FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER, FaultKind.DROP_REPLY)
 TO_READS = (FaultKind.ERROR, FaultKind.CUT_BEFORE)
 REPLY_SECONDS = 0.5  # for a reply that never comes; QEMU's are here within milliseconds
+DEEPEST = 5  # images of a disk
 SOON_SECONDS = 20.0  # what is waited for comes within some tenths of a second
 
 Chains = dict[str, list[str]]
@@ -82,6 +85,10 @@ class Scene:
         return str(self.rig.dst / f"{target}.new{self.number}")
 
 
+TWO = ("vda", "vdb")
+Before = Callable[[Scene], Awaitable[None]]
+
+
 @dataclass(frozen=True)
 class Operation:
     """An operation and what it comes to.
@@ -89,22 +96,30 @@ class Operation:
     Attributes:
         what: its name in the journal.
         request: itself.
-        chain: a disk's chain once it is done.
+        chain: a disk's chain once it is done, from the one before and the scene's new image of the disk.
         kept: what snapshots keep of a disk that they kept otherwise before; None: nothing any more.
         disks: those that it is about.
         depth: how many images they have before.
         before: what leads up to it.
+        hidden: a command that its QEMU does not have.
+        copied: whether a copy works on its disks before, and not any more once it is done.
         lasts: whether a job goes on once it is done.
+        removes: whether the images that leave the chain are removed.
+        end: the state of its jobs once it is done.
     """
 
     what: str
     request: Callable[[Scene], ask.Request]
-    chain: Callable[[list[str]], list[str]]
+    chain: Callable[[list[str], str], list[str]]
     kept: Callable[[Scene, str], dict[str, str | None]] = lambda _scene, _target: {}
     disks: tuple[str, ...] = ("vda",)
     depth: int = 3
-    before: Callable[[Scene], Awaitable[None]] | None = None
+    before: Before | None = None
+    hidden: str | None = None
+    copied: bool = False
     lasts: bool = False
+    removes: bool = False
+    end: str | None = "done"
 
 
 def on_vda(request: type[Any], **more: Any) -> Callable[[Scene], ask.Request]:
@@ -112,21 +127,123 @@ def on_vda(request: type[Any], **more: Any) -> Callable[[Scene], ask.Request]:
 
     def ask_for(scene: Scene) -> ask.Request:
         chain = scene.chains["vda"]
-        return request(
-            domain="vm1", disk="vda", **{name: say(chain) if callable(say) else say for name, say in more.items()}
-        )
+        given = {name: say(chain) if callable(say) else say for name, say in more.items()}
+        return request(domain="vm1", disk="vda", **given)
 
     return ask_for
 
 
+def copying(base: Callable[[list[str]], str] | None, *, reuse: bool = False) -> Callable[[Scene], ask.Request]:
+    """A copy of vda, onto that image of its chain, or onto none."""
+
+    def ask_for(scene: Scene) -> ask.Request:
+        below = base(scene.chains["vda"]) if base is not None else None
+        flags = BlockCopy.REUSE_EXT if reuse else 0
+        dest = scene.new("vda")
+        return ask.StartCopy(domain="vm1", disk="vda", dest=dest, base=below, flags=int(flags), format="qcow2")
+
+    return ask_for
+
+
+def deleting(level: int, flags: int = 0) -> Callable[[Scene], ask.Request]:
+    """The delete of the snapshot whose overlay is that image, counted from the top."""
+    return lambda scene: ask.DeleteSnapshot(domain="vm1", snapshot=scene.overlay_of("vda", level), flags=int(flags))
+
+
+def taking(*, mirrored: bool = False, flags: int = 0) -> Callable[[Scene], ask.Request]:
+    """A snapshot of two disks."""
+
+    def ask_for(scene: Scene) -> ask.Request:
+        disks = tuple(
+            DiskWish(
+                name=target,
+                file=scene.new(target),
+                mirror=MirrorWish(file=f"{scene.new(target)}.mirror") if mirrored else None,
+            )
+            for target in TWO
+        )
+        wish = SnapshotWish(name=f"n{scene.number}", only_these=True, disks=disks)
+        return ask.CreateSnapshot(domain="vm1", wish=wish, flags=int(flags))
+
+    return ask_for
+
+
+def make(backing: Callable[[list[str]], str] | None, *targets: str, mirrored: bool = False) -> Before:
+    """Images that are there already."""
+
+    async def before(scene: Scene) -> None:
+        chains = await shown(scene.rig)
+        for target in targets:
+            below = Path(backing(chains[target])) if backing is not None else None
+            fmt = FORMATS[target] if below == scene.rig.source(target) else "qcow2"
+            over = {"backing": below, "backing_fmt": fmt} if below is not None else {}
+            for path in (scene.new(target), *([f"{scene.new(target)}.mirror"] if mirrored else [])):
+                make_image(scene.rig.qemu, Path(path), "qcow2", SIZE, **over)
+
+    return before
+
+
+def start_copy(base: int) -> Before:
+    """A copy of vda that is ready, onto that image of its chain."""
+
+    async def before(scene: Scene) -> None:
+        scene.chains = await shown(scene.rig)
+        await scene.rig.ask(copying(lambda chain: chain[base])(scene))
+        await scene.rig.ready("vda")
+
+    return before
+
+
+def pivot(_scene: Scene) -> ask.Request:
+    return ask.PivotJobs(domain="vm1", disks=("vda",))
+
+
+def cancel(_scene: Scene) -> ask.Request:
+    return ask.CancelJobs(domain="vm1", disks=("vda",))
+
+
+MIDDLE: dict[str, Any] = {
+    "chain": lambda c, _new: [c[0], c[2]],
+    "kept": lambda s, t: {s.overlay_of(t, 1): None, s.overlay_of(t, 0): s.chains[t][2]},
+}
+NEWEST: dict[str, Any] = {"chain": lambda c, _new: c[1:], "kept": lambda s, t: {s.overlay_of(t, 0): None}}
+BOTH: dict[str, Any] = {
+    "chain": lambda c, _new: c[2:],
+    "kept": lambda s, t: {s.overlay_of(t, 0): None, s.overlay_of(t, 1): None},
+}
+COPY: dict[str, Any] = {"chain": lambda c, _new: c, "lasts": True, "end": "ready"}
+TAKE: dict[str, Any] = {
+    "chain": lambda c, new: [new, *c],
+    "kept": lambda s, t: {f"n{s.number}": s.chains[t][0]},
+    "disks": TWO,
+    "depth": 1,
+    "end": None,
+}
+
 OPERATIONS = {
-    "rebase": Operation("rebase", on_vda(ask.Rebase, base=lambda c: c[-1]), lambda c: [c[0], c[-1]]),
-    "commit-middle": Operation(
-        "commit",
-        on_vda(ask.Commit, top=lambda c: c[1]),
-        lambda c: [c[0], c[2]],
-        lambda s, t: {s.overlay_of(t, 1): None, s.overlay_of(t, 0): s.chains[t][2]},
+    "rebase": Operation("rebase", on_vda(ask.Rebase, base=lambda c: c[-1]), lambda c, _new: [c[0], c[-1]]),
+    "rebase-all": Operation("rebase", on_vda(ask.Rebase), lambda c, _new: c[:1]),
+    "commit-middle": Operation("commit", on_vda(ask.Commit, top=lambda c: c[1]), **MIDDLE),
+    "commit-active": Operation("commit", on_vda(ask.Commit, flags=int(BlockCommit.SHALLOW)), **NEWEST),
+    "delete": Operation("delete", deleting(1), disks=TWO, removes=True, **MIDDLE),
+    "delete-newest": Operation("delete", deleting(0), disks=TWO, removes=True, **NEWEST),
+    "delete-children": Operation("delete", deleting(1, SnapshotDelete.CHILDREN), disks=TWO, removes=True, **BOTH),
+    "copy-shallow": Operation("copy", copying(lambda c: c[1]), **COPY),
+    "copy-base": Operation("copy", copying(lambda c: c[-1]), **COPY),
+    "copy-reuse-ext": Operation(
+        "copy", copying(lambda c: c[-1], reuse=True), before=make(lambda c: c[-1], "vda"), **COPY
     ),
+    "pivot-shallow": Operation(
+        "pivot", pivot, lambda c, new: [new, *c[1:]], before=start_copy(1), copied=True, end="pivoted"
+    ),
+    "pivot-base": Operation(
+        "pivot", pivot, lambda c, new: [new, c[-1]], before=start_copy(-1), copied=True, end="pivoted"
+    ),
+    "cancel-copy": Operation("cancel", cancel, lambda c, _new: c, before=start_copy(-1), copied=True, end="cancelled"),
+    "snapshot-reuse-ext": Operation(
+        "snapshot", taking(flags=SnapshotCreate.REUSE_EXT), before=make(lambda c: c[0], *TWO), **TAKE
+    ),
+    "snapshot-one-by-one": Operation("snapshot", taking(), hidden="transaction", **TAKE),
 }
 
 
@@ -254,35 +371,57 @@ async def consistent(scene: Scene, operation: Operation, answer: errors.Blockfer
     report = await rig.ask(ask.Recover())
     assert report.unreachable == {}
     assert {row.state for row in report.operations} <= {"done", "undone", "in-progress"}, "nothing is left to settle"
-    done = await which_are_done(scene, operation, answer)
-    chains = {target: operation.chain(chain) if target in done else chain for target, chain in scene.chains.items()}
-    assert await shown(rig) == chains
+    chains = await shown(rig)
+    done, whole = await which_are_done(scene, operation, answer, chains)
+    assert chains == {
+        target: operation.chain(chain, scene.new(target)) if target in done else chain
+        for target, chain in scene.chains.items()
+    }
     assert {target: [image.file for image in disk.chain] for target, disk in (await rig.disks()).items()} == chains
-    assert await kept(rig) == kept_after(scene, operation, done)
+    assert await kept(rig) == (kept_after(scene, operation, done) if whole else scene.kept)
     assert await rig.status() == "running"
-    working = set(done) if operation.lasts else set()
+    working = still_working(operation, done)
     assert len(await rig.qemu_jobs()) == len(working)
-    await nothing_is_left(scene, chains, working)
+    await nothing_is_left(scene, operation, chains, working)
     await rig.write("vda", 1 + scene.number % 255, 6 * MIB, 4 * KIB)
 
 
-async def which_are_done(scene: Scene, operation: Operation, answer: errors.BlockferryError | None) -> tuple[str, ...]:
-    """The disks that it has been done to, by what the answer and the journal say; they may not contradict each other."""
+async def which_are_done(
+    scene: Scene, operation: Operation, answer: errors.BlockferryError | None, chains: Chains
+) -> tuple[tuple[str, ...], bool]:
+    """The disks that it was done to, by what the answer and the journal say, which may not contradict each other.
+
+    And whether it is what it was to be, rather than a snapshot in part.
+    """
     records = await own(scene, operation)
     assert len(records) <= 1
     outcome = answer.outcome if answer is not None else "done"
     if not records:
         assert outcome == "refused" or isinstance(answer, errors.GuestGone)
-        return ()
+        return (), True
     (record,) = records
+    ends = {
+        target: job.state
+        for target, job in (await scene.rig.jobs()).items()
+        if target in operation.disks and (operation.copied or job.operation == record.id)
+    }
     if record.state == "undone":
-        assert outcome in ("failed", "unknown"), answer
-        return ()
+        assert outcome in ("failed", "unknown")
+        assert set(ends.values()) <= ({"ready"} if operation.copied else set())
+        return (), True
     assert record.state == ("in-progress" if operation.lasts else "done")
-    jobs = await scene.rig.jobs()
-    ends = {target: jobs[target].state for target in operation.disks if target in jobs}
-    assert outcome in ("done", "unknown"), answer
-    return tuple(target for target in operation.disks if ends.get(target, "done") != "lost")
+    if isinstance(answer, errors.SnapshotInPart) or record.row == "P":
+        switched = tuple(target for target in operation.disks if chains[target] != scene.chains[target])
+        assert isinstance(answer, errors.OperationUnsettled) or set(answer.switched.split(", ")) == set(switched)
+        return switched, False
+    if operation.end is None:
+        assert outcome in ("done", "unknown")
+        return operation.disks, True
+    assert set(ends) == set(operation.disks)
+    assert set(ends.values()) <= {operation.end, "lost"}
+    lost = {target for target, end in ends.items() if end == "lost"}
+    assert outcome in ("done", "unknown") or (isinstance(answer, errors.JobFailed) and lost)
+    return tuple(target for target in operation.disks if target not in lost), True
 
 
 def kept_after(scene: Scene, operation: Operation, done: tuple[str, ...]) -> Kept:
@@ -297,22 +436,38 @@ def kept_after(scene: Scene, operation: Operation, done: tuple[str, ...]) -> Kep
     return {name: disks for name, disks in after.items() if disks}
 
 
-async def nothing_is_left(scene: Scene, chains: Chains, working: set[str]) -> None:
-    """Of our nodes and new files only those that are in a chain or that a job of ours writes to."""
+def still_working(operation: Operation, done: tuple[str, ...]) -> tuple[str, ...]:
+    """The disks that a job of ours works on."""
+    if operation.copied:
+        return tuple(target for target in operation.disks if target not in done)
+    return done if operation.lasts else ()
+
+
+async def nothing_is_left(scene: Scene, operation: Operation, chains: Chains, working: tuple[str, ...]) -> None:
+    """Of our nodes and new files only those that are in a chain or that a job writes to; and no other file is gone."""
     rig = scene.rig
     used = {file for chain in chains.values() for file in chain} | {scene.new(target) for target in working}
-    nodes = await rig.nodes()
-    assert {node["file"] for name, node in nodes.items() if OURS.match(name)} <= used
-    new = {rig.path / name.split()[0] for name in rig.files() - scene.files}
-    assert {str(path) for path in new} <= used
-    gone = {str(rig.path / name.split()[0]) for name in scene.files - rig.files()}
-    assert not gone & used
+    assert {node["file"] for name, node in (await rig.nodes()).items() if OURS.match(name)} <= used
+    before, now = ({str(rig.path / name.split()[0]) for name in files} for files in (scene.files, rig.files()))
+    assert now - before <= used
+    left = {file for chain in scene.chains.values() for file in chain} - used
+    assert before - now == (left if operation.removes else set())
 
 
-async def clear_up(scene: Scene) -> None:
-    """Without faults: what the chains have left is removed."""
-    used = {file for chain in (await shown(scene.rig)).values() for file in chain}
-    for path in (*scene.rig.path.glob("*.s*-*"), *scene.rig.dst.iterdir()):
+async def clear_up(scene: Scene, operation: Operation) -> None:
+    """Without faults: the guest goes over to copies that work; chains that have grown or differ are made one image each."""
+    rig = scene.rig
+    ready = [target for target, state in (await rig.states()).items() if state == "ready"]
+    if ready:
+        await rig.pivot(*ready)
+    chains = await shown(rig)
+    depths = {len(chains[target]) for target in operation.disks}
+    for target in operation.disks if len(depths) > 1 or max(depths) > DEEPEST else ():
+        if len(chains[target]) > 1:
+            await rig.commit(target)
+            await rig.ended(target)
+    used = {file for chain in (await shown(rig)).values() for file in chain}
+    for path in (*rig.path.glob("*.s*-*"), *rig.dst.iterdir()):
         if str(path) not in used:
             path.unlink()
 
@@ -323,22 +478,22 @@ async def carry_out(scene: Scene, operation: Operation, case: Case | None) -> li
     await set_up(scene, operation)
     sent, fired = len(rig.proxy.log), len(rig.proxy.fired)
     fault = case.fault(rig) if case is not None else None
-    with faults(rig, fault):
+    with faults(rig, operation, fault):
         answer = await attempt(scene, operation)
     log = rig.proxy.commands()[sent:]
     try:
         assert rig.proxy.fired[fired:] == ([fault] if fault is not None else []), "the fault struck"
         assert case is not None or answer is None
         await consistent(scene, operation, answer)
+        await clear_up(scene, operation)
     except (AssertionError, errors.BlockferryError, TimeoutError) as problem:
-        recorded = [(each.what, each.state, each.error) for each in await begun(scene)]
+        recorded = [(each.what, each.state, each.row, each.error) for each in await begun(scene)]
         raise AssertionError(f"{scene.number}: {case}, answered {answer!r}, recorded {recorded}") from problem
-    await clear_up(scene)
     return log
 
 
 @contextlib.contextmanager
-def faults(rig: Rig, fault: Fault | None) -> Any:
+def faults(rig: Rig, operation: Operation, fault: Fault | None) -> Iterator[None]:
     """With this fault; and with a shorter wait for a reply that never comes."""
     with pytest.MonkeyPatch.context() as patch:
         if fault is not None:
@@ -347,6 +502,8 @@ def faults(rig: Rig, fault: Fault | None) -> Any:
                 patch.setattr(Session, "COMMAND_SECONDS", REPLY_SECONDS)
         yield
     rig.proxy.clear()
+    if operation.hidden is not None:
+        rig.proxy.inject(Fault(operation.hidden, FaultKind.HIDE))
 
 
 @pytest.mark.timeout(600)
@@ -357,6 +514,9 @@ async def test_every_command(qemu: QemuBinaries, tmp_path: Path, name: str) -> N
     operation = OPERATIONS[name]
     async with open_rig(qemu, tmp_path, proxy=True) as rig:
         scene = Scene(rig)
+        if operation.hidden is not None:
+            rig.proxy.inject(Fault(operation.hidden, FaultKind.HIDE))
+            await rig.reopen_service()
         sent = await carry_out(scene, operation, None)
         for case in cases(sent, newest=qemu == find_qemu("qemu10")):
             await carry_out(scene, operation, case)
