@@ -87,6 +87,7 @@ class Scene:
 
 
 TWO = ("vda", "vdb")
+QDEVS = {"vda": "/d0-dev/", "vdb": "/peripheral-anon/", "sda": "d2-dev"}  # what their names in QEMU have in them
 Before = Callable[[Scene], Awaitable[None]]
 
 
@@ -333,8 +334,10 @@ async def own(scene: Scene, operation: Operation) -> list[view.OperationView]:
 async def shown(rig: Rig) -> Chains:
     """The chains, as QEMU shows them; not by what is tested."""
     chains: Chains = {}
-    for target, drive in (await rig.drives()).items():
-        image, chains[target] = drive["inserted"]["image"], []
+    for drive in await rig.guest.command("query-block"):
+        image = drive["inserted"]["image"]
+        (target,) = [target for target, part in QDEVS.items() if part in drive["qdev"]]
+        chains[target] = []
         while image:
             # The filter of a mirror has the file's name as well.
             if image["format"] in ("qcow2", "raw"):

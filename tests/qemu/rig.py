@@ -193,7 +193,7 @@ class Rig:
     async def write(self, target: str, byte: int, offset: int = 0, length: int = 64 * KIB) -> None:
         """Write through the guest's device, as QEMU's own test command does."""
         done, failed = await self._writes(target)
-        qdev = (await self.drives())[target]["qdev"]
+        qdev = (await self._drives())[target]["qdev"]
         # Only the asynchronous ones are counted; aio_flush, which would wait, hangs QEMU 7.2 with an iothread.
         await self.hmp(f'qemu-io -d {qdev} "aio_write -q -P {byte:#x} {offset} {length}"')
         async with asyncio.timeout(EVENT_TIMEOUT_S):
@@ -209,9 +209,9 @@ class Rig:
     async def _stats(self) -> dict[str, Any]:
         answer = await self.guest.command("query-blockstats")
         found = {each["qdev"]: each["stats"] for each in answer if "qdev" in each}
-        return {target: found[drive["qdev"]] for target, drive in (await self.drives()).items()}
+        return {target: found[drive["qdev"]] for target, drive in (await self._drives()).items()}
 
-    async def drives(self) -> dict[str, Any]:
+    async def _drives(self) -> dict[str, Any]:
         """query-block's entries by target; not asked of the code under test."""
         found = {}
         for drive in await self.guest.command("query-block"):
