@@ -71,6 +71,7 @@ class Keeper:
         self._said_ready: set[str] = set()
         self.in_flight: set[int] = set()
         self._last_words: dict[str, str] = {}
+        self._check_waits = False
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -441,7 +442,10 @@ class Keeper:
                 if isinstance(job, Mirror) and data["status"] == "ready":
                     self._say_ready(job)
                 ends = ("concluded", "null", "aborting", *(("ready", "pending") if isinstance(job, ChainJob) else ()))
-                if job is not None and data["status"] in ends:
+                # One that waits for the lock sees this as well: every commit that is ready says so again whenever the
+                # guest is drained, and twenty at once said it a thousand times.
+                if job is not None and data["status"] in ends and not self._check_waits:
+                    self._check_waits = True
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
@@ -451,6 +455,7 @@ class Keeper:
 
     async def _check(self) -> None:
         async with self.lock:
+            self._check_waits = False
             if self._journal.open_operations(self.name):
                 await self.reconcile()
             else:
