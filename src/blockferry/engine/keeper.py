@@ -32,6 +32,8 @@ from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 CONNECT_SECONDS = 5.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
+# So long after a look at ended jobs that failed (QEMU refused a query, the connection broke) it is tried again.
+AGAIN_SECONDS = (0.1, 1.0, 5.0, 20.0)
 WATCHED = (
     "JOB_STATUS_CHANGE",
     "BLOCK_JOB_COMPLETED",
@@ -72,6 +74,7 @@ class Keeper:
         self.in_flight: set[int] = set()
         self._last_words: dict[str, str] = {}
         self._check_waits = False
+        self._looks_again = False
         self.runner = Runner(self, journal, images, bus.publish)
 
     @property
@@ -449,9 +452,26 @@ class Keeper:
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
-        # What can't be asked or settled now is looked at again by the next request, or when the connection is made anew.
-        with contextlib.suppress(errors.BlockferryError, LostReply):
+        """Look at the jobs, and again where that fails: no more events may come, and nobody else may ask soon.
+
+        What can't be asked or settled by then is looked at by the next request.
+        """
+        for pause in AGAIN_SECONDS:
+            if await self._checked() or self._looks_again or not self.active():
+                return
+            self._looks_again = True
+            try:
+                await asyncio.sleep(pause)
+            finally:
+                self._looks_again = False
+        await self._checked()
+
+    async def _checked(self) -> bool:
+        try:
             await self._check()
+        except (errors.BlockferryError, LostReply):
+            return False
+        return not self._journal.open_operations(self.name)
 
     async def _check(self) -> None:
         async with self.lock:
