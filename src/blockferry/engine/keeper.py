@@ -1,24 +1,23 @@
-"""One attached domain: its connection, its lock, its runner, and what becomes of its mirrors while nobody asks."""
+"""One domain: its lock, its runner, and what becomes of its jobs and its guest while nobody asks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from blockferry import errors
 from blockferry.engine.bus import Bus
-from blockferry.engine.executor import Executor, StepFailed
+from blockferry.engine.executor import StepFailed
+from blockferry.engine.link import Link
 from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
-from blockferry.journal.journal import DomainRecord, Journal, OperationRecord
+from blockferry.journal.journal import Journal, OperationRecord
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
-from blockferry.model.domain import Observation, names_that_last
+from blockferry.model.domain import Observation
 from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
 from blockferry.plan.chain import has_ended, plan_end
@@ -27,18 +26,17 @@ from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
 from blockferry.plan.resting import stamped_files, to_rest
-from blockferry.qemu.agent import Agent
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
-from blockferry.qemu.observe import Observer
-from blockferry.qemu.process import born, ends, status_of
+from blockferry.qemu.process import ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
-CONNECT_SECONDS = 5.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
 # So often a guest whose agent did not thaw its file systems is asked again.
 THAW_AGAIN_SECONDS = 3.0
+# So long after a look at ended jobs that failed (QEMU refused a query, the connection broke) it is tried again.
+AGAIN_SECONDS = (0.1, 1.0, 5.0, 20.0)
 WATCHED = (
     "JOB_STATUS_CHANGE",
     "BLOCK_JOB_COMPLETED",
@@ -51,8 +49,8 @@ WATCHED = (
 GONE = "QEMU is gone"
 
 
-class Keeper:
-    """Keeps one attached domain.
+class Keeper(Link):
+    """Keeps one domain.
 
     Args:
         name: the domain's.
@@ -64,17 +62,9 @@ class Keeper:
     """
 
     def __init__(self, name: str, journal: Journal, images: Images, bus: Bus, witness: Witness, *, home: Home) -> None:
-        self.name = name
-        self.home = home
+        super().__init__(name, journal, images, witness, home=home)
         self.lock = asyncio.Lock()
-        self._connecting = asyncio.Lock()
-        self.problem: errors.BlockferryError | None = None
-        self._journal = journal
-        self._images = images
         self._bus = bus
-        self._witness = witness
-        self._session: Session | None = None
-        self._observer: Observer | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampler = Sampler(name)
         self._said_ready: set[str] = set()
@@ -82,69 +72,14 @@ class Keeper:
         self._last_words: dict[str, str] = {}
         self._thawing = False
         self._check_waits = False
+        self._looks_again = False
         self.runner = Runner(self, journal, images, bus.publish)
 
-    @property
-    def record(self) -> DomainRecord:
-        """The domain as the journal has it."""
-        record = self._journal.domain(self.name)
-        if record is None:
-            raise errors.NoSuchDomain(domain=self.name)
-        return record
-
-    # --- the connection ---------------------------------------------------------------------------------------
-
-    async def connect(self, timeout: float = CONNECT_SECONDS) -> Session:
-        """The connection, made anew where it broke.
-
-        Raises:
-            QmpUnreachable, QmpBusy: see `Session.connect`.
-            NotRunning: a domain that we start, and it is shut off.
-            MissingCapability: this QEMU lacks what everything stands on.
-        """
-        async with self._connecting:
-            if self._session is not None and self._session.alive:
-                return self._session
-            return await self._connect(timeout)
-
-    async def _connect(self, timeout: float) -> Session:
-        record = self.record
-        if record.defined and (record.gone or not self.home.taken()):
-            raise errors.NotRunning(domain=self.name)
-        try:
-            session = await Session.connect(record.qmp, timeout, self._witness)
-            observer = await self._observer_of(session, record)
-        except errors.BlockferryError as problem:
-            self.problem = problem
-            raise
-        started = born(session.pid)
-        if record.pid is not None and (record.pid, record.born) != (session.pid, started):
-            if self._journal.open_operations(self.name):
-                # They were begun with the QEMU before: what is in this one says nothing of them.
-                await session.close()
-                raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
-            self._guest_gone("another QEMU process answers on its socket now")
-            observer.targets = names_that_last(observer.targets)
-        self._session, self._observer, self.problem = session, observer, None
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
+    def _connected(self, session: Session, started: int | None) -> None:
         self._spawn(self._watch(session))
-        if record.defined and session.pid is not None:
+        if self.record.defined and session.pid is not None:
             self._spawn(self._await_end(session.pid, started))
         self.sample()
-        return session
-
-    async def _observer_of(self, session: Session, record: DomainRecord) -> Observer:
-        """Look at a new connection; one that is no use must not hold the socket, which serves one client."""
-        observer = Observer(session, record.targets)
-        try:
-            await observer.capabilities(self.name)
-        except errors.BlockferryError:
-            await session.close()
-            raise
-        except (LostReply, CommandRefused) as error:
-            await session.close()
-            raise errors.QmpUnreachable(qmp=record.qmp, reason=str(error)) from error
-        return observer
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
@@ -155,68 +90,6 @@ class Keeper:
         """See to it that progress is read while a mirror works; to be called when one may have begun."""
         if self._session is not None and self.active() and not self._sampler.running:
             self._spawn(self._sampler.run(self._session, self.active, self._bus))
-
-    async def executor(self) -> Executor:
-        """See runner.Link."""
-        session = await self.connect()
-        return Executor(self.name, session, self._observer, self._images, self.home, agent=self.agent())
-
-    def nobody(self) -> Executor:
-        """See runner.Link."""
-        return Executor(self.name, None, None, self._images, self.home, agent=self.agent())
-
-    def agent(self) -> Agent | None:
-        """The guest's agent; None where its socket is not known."""
-        path = self.record.agent
-        return Agent(Path(path), self._witness) if path is not None else None
-
-    @contextlib.contextmanager
-    def stopwatch(self) -> Iterator[Any]:
-        """See runner.Link."""
-        if self._session is None:
-            yield lambda: None
-            return
-        with self._session.stopwatch() as milliseconds:
-            yield milliseconds
-
-    async def is_gone(self, seconds: float = 0.0) -> bool:
-        """Whether the QEMU that we were attached to has ended, or does within `seconds`."""
-        record = self.record
-        if record.gone:
-            return True
-        ended = record.pid is not None and await ends(record.pid, record.born, seconds)
-        # Of one that we start its lock says so, also of one that died before we knew its process.
-        return not self.home.taken() if record.defined else ended
-
-    async def observe(self) -> Observation:
-        """The domain now; its targets are kept from here on.
-
-        Raises:
-            GuestGone: QEMU went away while it was asked.
-            QmpUnreachable, QmpBusy: it can't be asked.
-        """
-        await self.connect()
-        try:
-            # The second try is for a connection that had broken without our noticing.
-            try:
-                seen = await self._look()
-            except LostReply:
-                await self.connect()
-                seen = await self._look()
-        except LostReply as lost:
-            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
-        except CommandRefused as refusal:
-            raise errors.QmpUnreachable(qmp=self.record.qmp, reason=str(refusal)) from refusal
-        return seen
-
-    async def _look(self) -> Observation:
-        if self._observer is None:
-            raise LostReply("observe", "not connected")
-        seen = await self._observer.observe(self.name)
-        record = self.record
-        if self._observer.targets != record.targets:
-            self._journal.put_domain(msgspec.structs.replace(record, targets=dict(self._observer.targets)))
-        return seen
 
     async def close(self) -> None:
         """Let go; the guest and its jobs go on."""
@@ -546,9 +419,26 @@ class Keeper:
                     self._spawn(self._check_soon())
 
     async def _check_soon(self) -> None:
-        # What can't be asked or settled now is looked at again by the next request, or when the connection is made anew.
-        with contextlib.suppress(errors.BlockferryError, LostReply):
+        """Look at the jobs, and again where that fails: no more events may come, and nobody else may ask soon.
+
+        What can't be asked or settled by then is looked at by the next request.
+        """
+        for pause in AGAIN_SECONDS:
+            if await self._checked() or self._looks_again or not self.active():
+                return
+            self._looks_again = True
+            try:
+                await asyncio.sleep(pause)
+            finally:
+                self._looks_again = False
+        await self._checked()
+
+    async def _checked(self) -> bool:
+        try:
             await self._check()
+        except (errors.BlockferryError, LostReply):
+            return False
+        return not self._journal.open_operations(self.name)
 
     async def _check(self) -> None:
         async with self.lock:

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from blockferry import errors
 from blockferry.engine.executor import Executor, StepFailed
+from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
 from blockferry.journal.journal import Journal, OperationRecord, StepRecord
 from blockferry.model.blockjob import WORKING
@@ -51,24 +52,6 @@ class Failure(Exception):
         self.step = step
         self.reason = reason
         self.unknown = unknown
-
-
-class Link(Protocol):
-    """What the runner needs of a domain's connection."""
-
-    name: str
-
-    async def executor(self) -> Executor:
-        """Carry steps out on the present connection; connect again where it broke."""
-
-    def nobody(self) -> Executor:
-        """Carry steps out where there is no QEMU."""
-
-    def stopwatch(self) -> Any:
-        """Measure a pause; see qemu.session.Session.stopwatch."""
-
-    async def is_gone(self, seconds: float = 0.0) -> bool:
-        """Whether QEMU's process is known to have ended, or does within `seconds`."""
 
 
 class Runner:
