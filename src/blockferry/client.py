@@ -64,6 +64,8 @@ class Ferry:
         qmp: str | os.PathLike[str],
         timeout: float = 5.0,
         agent: str | os.PathLike[str] | None = None,
+        *,
+        resume_mirrors: bool = False,
     ) -> Domain:
         """Take charge of a running guest.
 
@@ -72,6 +74,7 @@ class Ferry:
             qmp: its QMP socket.
             timeout: seconds to wait for QEMU's greeting.
             agent: the socket of its guest agent's channel, which QUIESCE needs.
+            resume_mirrors: establish the mirrors again that it had when its QEMU ended.
 
         Raises:
             QmpBusy: something else holds the socket.
@@ -84,6 +87,7 @@ class Ferry:
                 qmp=_absolute(qmp),
                 timeout=timeout,
                 agent=_absolute(agent) if agent is not None else None,
+                resume_mirrors=resume_mirrors,
             )
         )
         return Domain(self, name)

@@ -17,13 +17,15 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True, tag_field="request", f
 class Attach(_Request, frozen=True, kw_only=True, tag="attach"):
     """Take charge of a running guest. `qmp` is an absolute socket path; `timeout` seconds for the greeting.
 
-    `agent` is the socket of its guest agent's channel, None where it is not known or stays what it was.
+    `agent` is the socket of its guest agent's channel, None where it is not known or stays what it was. With `resume_mirrors`
+    the mirrors that it had when its QEMU ended are established again.
     """
 
     domain: str
     qmp: str
     timeout: float = 5.0
     agent: str | None = None
+    resume_mirrors: bool = False
 
 
 class Detach(_Request, frozen=True, kw_only=True, tag="detach"):

@@ -13,7 +13,7 @@ from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.plan.machine import arguments
 from blockferry.plan.plan import Plan, Record
-from blockferry.plan.resting import Look, establish, to_rest
+from blockferry.plan.resting import Ground, Look, establish, to_rest
 from blockferry.plan.steps import (
     AddNode,
     CreateImage,
@@ -35,14 +35,14 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         definition: the guest, its disks on their present images.
         program: QEMU.
         chains: each disk's images, top first.
-        resting: the mirrors that are to be established again, each with what is there of its destination.
+        resting: the mirrors that are to be established again, each with what it stands on and what is there of it.
         paused: whether the guest is to stay paused.
     """
 
     definition: Definition
     program: str
     chains: Mapping[str, tuple[ImageFact, ...]]
-    resting: tuple[tuple[Mirror, Look], ...] = ()
+    resting: tuple[tuple[Mirror, Ground, Look], ...] = ()
     paused: bool = False
 
 
@@ -61,10 +61,7 @@ def plan_start(start: Start) -> Plan:
             if image.problem:
                 raise errors.ImageUnsuitable(path=image.path, reason=image.problem)
     words = tuple(arguments(definition, chains))
-    disks = {disk.target: disk for disk in definition.disks}
-    established = [
-        establish(mirror, disks[mirror.target], chains[mirror.target], look) for mirror, look in start.resting
-    ]
+    established = [establish(mirror, ground, look) for mirror, ground, look in start.resting]
     made = [step for _mirror, steps in established for step in steps]
     # One verb after the other, each for all mirrors at the same time.
     mirroring: list[Step] = [

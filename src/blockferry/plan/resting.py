@@ -7,6 +7,7 @@ active overlay for a snapshot's mirror whose guest ended otherwise; all of it on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -14,7 +15,10 @@ from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import DiskDef
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileFact, FileStamp, ImageFact
+from blockferry.model.graph import Disk, Graph
 from blockferry.plan.copy import is_uri, nbd_options
+from blockferry.plan.destinations import cache_of
+from blockferry.plan.plan import Plan, Record
 from blockferry.plan.plugs import cache_options, node_name
 from blockferry.plan.steps import AddNode, CreateImage, StartMirror, Step
 
@@ -46,18 +50,62 @@ def stamped_files(mirror: Mirror, seen: Observation) -> tuple[str, ...]:
     return files if all(file.startswith("/") for file in files) else ()
 
 
-def flaw(mirror: Mirror, disk: DiskDef | None, fact: FileFact | None) -> str | None:
-    """Why a resting mirror can't be established again; None when it can, as far as its disk and destination show.
+class Ground(msgspec.Struct, frozen=True, kw_only=True):
+    """What a mirror is established on.
+
+    Attributes:
+        node: the disk's active node.
+        device: the topmost filter above it, when there is one.
+        file: the active image's.
+        size: bytes.
+        layers: how many images the disk's chain has.
+        cache: its cache mode, as an option of every node.
+    """
+
+    node: str
+    device: str | None = None
+    file: str
+    size: int
+    layers: int
+    cache: dict[str, Any]
+
+    @classmethod
+    def defined(cls, disk: DiskDef | None, chain: tuple[ImageFact, ...]) -> Ground | None:
+        """Of a disk of a guest that is about to be started; None when there is no such disk, or it is empty."""
+        if disk is None or disk.source is None or not chain:
+            return None
+        cache = cache_options(disk)
+        size = chain[0].virtual_size
+        return cls(node=node_name(disk, 0), file=disk.source.where, size=size, layers=len(chain), cache=cache)
+
+    @classmethod
+    def running(cls, disk: Disk | None, graph: Graph) -> Ground | None:
+        """Of a disk of a guest that runs."""
+        if disk is None or not disk.chain:
+            return None
+        like = graph.nodes[graph.protocol(disk.active.node)]
+        return cls(
+            node=disk.active.node,
+            device=disk.filtered,
+            file=disk.active.file,
+            size=disk.active.virtual_size,
+            layers=len(disk.chain),
+            cache={"cache": cache_of(like)},
+        )
+
+
+def flaw(mirror: Mirror, ground: Ground | None, fact: FileFact | None) -> str | None:
+    """Why a mirror can't be established again; None when it can, as far as its disk and destination show.
 
     Args:
-        mirror: resting.
-        disk: whose, as the definition has it now.
+        mirror: resting, or lost with its guest.
+        ground: of its disk, as it is now.
         fact: of the destination's path; None for an export.
     """
-    if disk is None or disk.source is None:
-        return "the definition has no such disk any more"
-    if disk.source.where != mirror.source:
-        return f"the disk is on {disk.source.where} now, and {mirror.source} was mirrored"
+    if ground is None:
+        return "there is no such disk any more"
+    if ground.file != mirror.source:
+        return f"the disk is on {ground.file} now, and {mirror.source} was mirrored"
     if fact is None:
         return None
     if fact.kind not in ("file", "block"):
@@ -65,22 +113,21 @@ def flaw(mirror: Mirror, disk: DiskDef | None, fact: FileFact | None) -> str | N
     return fact.problem or ("somebody else has it open" if fact.used else None)
 
 
-def establish(mirror: Mirror, disk: DiskDef, chain: tuple[ImageFact, ...], look: Look) -> tuple[Mirror, list[Step]]:
-    """A resting mirror at work again, and the steps that bring it there; the guest has not run yet.
+def establish(mirror: Mirror, ground: Ground, look: Look) -> tuple[Mirror, list[Step]]:
+    """A mirror at work again, and the steps that bring it there.
 
     Args:
-        mirror: resting.
-        disk: whose.
-        chain: the disk's images, top first.
+        mirror: resting, or lost with its guest.
+        ground: of its disk.
         look: at the destination.
     """
     again = msgspec.structs.replace(
-        mirror, state="active", source_node=node_name(disk, 0), device=None, stamps={}, again=True, reason=None
+        mirror, state="active", source_node=ground.node, device=ground.device, stamps={}, again=True, reason=None
     )
     if mirror.stamps and all(look.stamps.get(path) == stamp for path, stamp in mirror.stamps.items()):
-        return again, [_open(again, disk, look), StartMirror.of(again, "none")]
+        return again, [_open(again, ground, look), StartMirror.of(again, "none")]
     # A destination that stands on the source's own backing, or on a copy of it, holds the active overlay alone.
-    shallow = mirror.snapshot is not None and len(chain) > 1
+    shallow = mirror.snapshot is not None and ground.layers > 1
     steps: list[Step] = []
     if shallow and look.fact is not None:
         # It may hold what the source has lost (its last writes were not flushed): nothing of it is believed.
@@ -88,23 +135,34 @@ def establish(mirror: Mirror, disk: DiskDef, chain: tuple[ImageFact, ...], look:
             CreateImage(
                 path=mirror.file,
                 format=mirror.format,
-                size=chain[0].virtual_size,
+                size=ground.size,
                 backing=mirror.backing,
                 backing_format=mirror.backing_format,
                 overwrites=True,
             )
         )
-    return again, [*steps, _open(again, disk, look), StartMirror.of(again, "top" if shallow else "full")]
+    return again, [*steps, _open(again, ground, look), StartMirror.of(again, "top" if shallow else "full")]
 
 
-def _open(mirror: Mirror, disk: DiskDef, look: Look) -> AddNode:
-    common = cache_options(disk)
+def plan_again(mirror: Mirror, ground: Ground, look: Look) -> Plan:
+    """The plan of establishing a mirror again whose guest runs already, started anew by somebody else."""
+    again, made = establish(msgspec.structs.replace(mirror, stamps={}), ground, look)
+    return Plan(
+        what="mirror",
+        text=f"mirror {mirror.target} to {mirror.file} again",
+        prepare=tuple(made),
+        record=Record(authoritative={mirror.target: mirror.source}, jobs=(again,)),
+    )
+
+
+def _open(mirror: Mirror, ground: Ground, look: Look) -> AddNode:
     if is_uri(mirror.file) or look.fact is None:
         file = {**nbd_options(mirror.file), "node-name": mirror.file_node}
         return AddNode(node=mirror.node, options={"driver": mirror.format, "file": file, "discard": "unmap"})
     driver = "host_device" if look.fact.kind == "block" else "file"
-    file = {"driver": driver, "node-name": mirror.file_node, "filename": mirror.file, "discard": "unmap", **common}
-    options = {"driver": mirror.format, "file": file, "discard": "unmap", **common}
+    common = {"discard": "unmap", **ground.cache}
+    file = {"driver": driver, "node-name": mirror.file_node, "filename": mirror.file, **common}
+    options = {"driver": mirror.format, "file": file, **common}
     if mirror.format == "qcow2":
         options["backing"] = None
     return AddNode(node=mirror.node, options=options)

@@ -18,6 +18,7 @@ from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
 from blockferry.plan.history import current_snapshot
 from blockferry.service.desk import Desk
+from blockferry.service.resting import left, resume
 
 
 class Domains:
@@ -63,7 +64,15 @@ class Domains:
             await keeper.reconcile()
             if not known:
                 self._desk.say("domain-attached", request.domain, qmp=request.qmp)
-        return self._domain_view(keeper, seen)
+            if request.resume_mirrors:
+                notes = await resume(self._desk, keeper)
+                seen = await keeper.observe()
+            else:
+                notes = tuple(
+                    f"{mirror.target} was mirrored to {mirror.file} when its QEMU ended: --resume-mirrors goes on with it"
+                    for mirror in left(self._desk, request.domain)
+                )
+        return msgspec.structs.replace(self._domain_view(keeper, seen), notes=notes)
 
     async def detach(self, request: ask.Detach) -> view.Done:
         """Let go of a guest; it runs on."""

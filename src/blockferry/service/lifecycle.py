@@ -16,21 +16,19 @@ from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror
-from blockferry.model.definition import DiskDef
-from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan import machine
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
 from blockferry.plan.machine import agent_socket
 from blockferry.plan.plan import Plan
-from blockferry.plan.resting import Look, flaw
+from blockferry.plan.resting import Ground, Look
 from blockferry.plan.revert import overlay_of, plan_revert
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
-from blockferry.qemu.nbd import reachable
 from blockferry.qemu.session import CommandRefused, LostReply
 from blockferry.service.desk import Desk
 from blockferry.service.domains import Domains
+from blockferry.service.resting import look
 from blockferry.service.usage import look_up
 
 
@@ -140,11 +138,15 @@ class Lifecycle:
         chains = await self._desk.chains(definition)
         disks = {disk.target: disk for disk in definition.disks}
         while True:
-            resting = [
-                (mirror, await self._look(mirror, disks.get(mirror.target), _size(chains.get(mirror.target, ()))))
-                for mirror in self._desk.resting(keeper.name)
-            ]
-            gone = {mirror.target: look.problem for mirror, look in resting if look.problem is not None}
+            resting: list[tuple[Mirror, Ground, Look]] = []
+            gone: dict[str, str] = {}
+            for mirror in self._desk.resting(keeper.name):
+                ground = Ground.defined(disks.get(mirror.target), chains.get(mirror.target, ()))
+                seen = await look(self._desk, mirror, ground)
+                if ground is None or seen.problem is not None:
+                    gone[mirror.target] = seen.problem or "there is no such disk any more"
+                else:
+                    resting.append((mirror, ground, seen))
             if gone:
                 self._drop(keeper, request, gone)
                 continue
@@ -169,23 +171,6 @@ class Lifecycle:
             else:
                 self._desk.say("domain-started", keeper.name)
                 return
-
-    async def _look(self, mirror: Mirror, disk: DiskDef | None, size: int) -> Look:
-        """What is there of a resting mirror's destination; `size` is the disk's, in bytes."""
-        if not mirror.file.startswith("/"):
-            problem = await reachable(mirror.file)
-            return Look(fact=None, problem=flaw(mirror, disk, None) or problem)
-        fact = (await self._desk.images.facts((mirror.file,)))[mirror.file]
-        stamps = await self._desk.images.stamps((mirror.file, *mirror.stamps))
-        problem = flaw(mirror, disk, fact)
-        stamp, claim = stamps.get(mirror.file), self._desk.journal.claim(mirror.operation, mirror.file)
-        if problem is None and stamp is not None and claim not in (None, (stamp.device, stamp.inode)):
-            problem = "another file is there now"
-        if problem is None:
-            (head, *_below) = await self._desk.images.chain(mirror.file, mirror.format)
-            other = f"it has {head.virtual_size} bytes now, and the disk has {size}"
-            problem = head.problem or (None if head.virtual_size == size else other)
-        return Look(fact=fact, stamps=stamps, problem=problem)
 
     async def _run(self, keeper: Keeper, number: int, plan: Plan) -> None:
         record = msgspec.structs.replace(keeper.record, pid=None, born=None, gone=False, ending=None)
@@ -244,7 +229,3 @@ class Lifecycle:
         if not keeper.record.defined:
             raise errors.NotDefined(domain=name)
         return keeper
-
-
-def _size(chain: tuple[ImageFact, ...]) -> int:
-    return chain[0].virtual_size if chain else 0

@@ -13,16 +13,21 @@ from blockferry.interfaces.cli.session import Session, absolute, examples, json_
 @click.argument("name")
 @click.option("--qmp", required=True, metavar="SOCKET", type=click.Path(), help="The guest's QMP socket.")
 @click.option("--agent", metavar="SOCKET", type=click.Path(), help="Of its guest agent, which --quiesce needs.")
+@click.option("--resume-mirrors", is_flag=True, help="Establish the mirrors again that it had when its QEMU ended.")
 @click.option("--timeout", type=float, metavar="SEC", help="For QEMU's greeting; 5 unless told.")
 @json_option
 @click.pass_obj
-def attach(session: Session, name: str, qmp: str, agent: str | None, timeout: float | None) -> None:
+def attach(
+    session: Session, *, name: str, qmp: str, agent: str | None, resume_mirrors: bool, timeout: float | None
+) -> None:
     """Take charge of a running guest.
 
     NAME is what it is called from now on. The guest does not notice.
     """
     where = {"qmp": absolute(qmp), "agent": absolute(agent) if agent is not None else None}
-    session.answer(render.domain, "attach", domain=name, timeout=timeout, **where)
+    session.answer(
+        render.domain, "attach", domain=name, timeout=timeout, resume_mirrors=resume_mirrors or None, **where
+    )
 
 
 @click.command("detach", epilog=examples("blockferry detach vm1"))

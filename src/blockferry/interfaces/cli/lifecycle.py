@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TextIO
 
 import click
@@ -23,11 +22,7 @@ def define(session: Session, file: TextIO) -> None:
 
     FILE is libvirt's domain XML, - for standard input. What of it is not carried out is kept, and named.
     """
-    view = session.ask("define", xml=file.read())
-    session.show(view, render.domain)
-    if not session.json:
-        for note in view["notes"]:
-            click.echo(f"blockferry: {note}", file=sys.stderr)
+    session.answer(render.domain, "define", xml=file.read())
 
 
 @click.command("undefine", epilog=examples("blockferry undefine vm1"))

@@ -29,6 +29,7 @@ def domain(view: Json) -> str:
         lines.append(view["reason"])
     for disk in view["disks"]:
         lines += ["", *_disk(disk)]
+    lines += ["", *(f"note: {note}" for note in view["notes"])] if view.get("notes") else []
     return "\n".join(lines)
 
 
