@@ -13,7 +13,7 @@ from blockferry.formats.snapshot import parse_snapshot
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import ChainJob, Mirror
-from blockferry.model.domain import ChainsNow
+from blockferry.model.domain import ChainsNow, Observation
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete, require_flags
 from blockferry.model.snapshot import Snapshot, SnapshotWish
 from blockferry.plan import copy as copying
