@@ -148,7 +148,8 @@ def _running(case: Case, seen: Observation) -> Iterator[Finding]:
 def _out_of_reach(case: Case) -> Iterator[Finding]:
     attach = f"blockferry attach {case.domain} --qmp {shlex.quote(case.qmp)}"
     if case.gone is None:
-        yield problem("unreachable", case.problem or "it could not be asked", attach)
+        again = "blockferry recover" if case.defined else attach
+        yield problem("unreachable", case.problem or "it could not be asked", again)
         return
     yield problem(
         "qemu-gone",
@@ -243,7 +244,9 @@ def _places(case: Case, seen: Observation) -> Iterator[Finding]:
     for target, belief in sorted(case.beliefs.items()):
         disk = seen.disk(target)
         if disk is None or not disk.chain:
-            words = f"operation {belief.operation} left {target} on {belief.file}, and it has no such disk, or no medium"
+            words = (
+                f"operation {belief.operation} left {target} on {belief.file}, and it has no such disk, or no medium"
+            )
             found.append(note("disk-missing", words, disk=target))
         elif not _same(case, disk.active.file, belief.file):
             found.append(_elsewhere(case, disk, belief))
@@ -251,7 +254,9 @@ def _places(case: Case, seen: Observation) -> Iterator[Finding]:
         disk = seen.disk(target)
         if disk is not None and disk.chain and not _same(case, disk.active.file, source):
             text = f"{source} is mirrored, and the guest is on {disk.active.file}"
-            found.append(problem("mirror-elsewhere", text, f"blockferry job cancel {case.domain} {target}", disk=target))
+            found.append(
+                problem("mirror-elsewhere", text, f"blockferry job cancel {case.domain} {target}", disk=target)
+            )
     yield from found or [ok("graph-agrees", "every disk is on the image that the journal says")]
 
 
@@ -304,9 +309,7 @@ def _image(case: Case, disk: Disk, image: Image, below: Image | None) -> Iterato
     if named is not None and shown is not None and header.real_backing == _real(case, shown):
         if below is not None and header.backing_format != below.format:
             text = f"{image.file}'s header says {header.backing_format or 'nothing'} of the format of {shown}"
-            yield problem(
-                "header-format", f"{text}: it is {below.format}", *_rebase(image, below, case.defined), disk=target
-            )
+            yield problem("header-format", f"{text}: it is {below.format}", *_rebase(image, below), disk=target)
         return
     if named == shown or (shown is not None and not shown.startswith("/")):
         return
@@ -315,17 +318,19 @@ def _image(case: Case, disk: Disk, image: Image, below: Image | None) -> Iterato
         yield note("header-names-none", f"{text}: so it was asked for (mode none)", disk=target)
     else:
         mend = ": the chain does not open again as it is. When the guest is shut off"
-        yield problem("header-differs", f"{text}{mend}", *_rebase(image, below, case.defined), disk=target)
+        yield problem("header-differs", f"{text}{mend}", *_rebase(image, below), disk=target)
 
 
-def _rebase(image: Image, below: Image | None, _defined: bool) -> tuple[str, ...]:
+def _rebase(image: Image, below: Image | None) -> tuple[str, ...]:
     onto = f"-F {below.format} -b {_quoted(below.file)}" if below is not None else "-b ''"
     return (f"qemu-img rebase -u -f {image.format} {onto} {_quoted(image.file)}",)
 
 
 def _nameless(case: Case, file: str) -> bool:
     """Whether a snapshot's image was made with a header that names no backing, on request."""
-    return any(disk.mode == "none" and file in (disk.file, disk.mirror) for each in case.snapshots for disk in each.disks)
+    return any(
+        disk.mode == "none" and file in (disk.file, disk.mirror) for each in case.snapshots for disk in each.disks
+    )
 
 
 def _real(case: Case, path: str) -> str:
@@ -351,7 +356,9 @@ def _jobs(case: Case, seen: Observation) -> Iterator[Finding]:
             found.append(problem("job-missing", text, "blockferry recover", disk=job.target))
         elif now.error is not None or now.io_status != "ok":
             text = f"its {job.type} is {now.status}: {now.error or f'a destination says {now.io_status}'}"
-            found.append(problem("job-stuck", text, f"blockferry job cancel {case.domain} {job.target}", disk=job.target))
+            found.append(
+                problem("job-stuck", text, f"blockferry job cancel {case.domain} {job.target}", disk=job.target)
+            )
     for name in sorted(_foreign(case, seen.jobs)):
         command = _qmp("job-cancel" if not seen.jobs[name].over else "job-dismiss", id=name)
         text = f"QEMU has a job {name} of ours that the journal does not know. By QMP"
@@ -406,7 +413,9 @@ def _lost(case: Case) -> Iterator[Finding]:
         text = f"its {job.type} to {job.file} was lost: {job.reason or 'no reason is known'}"
         if job.snapshot in alive:
             remove = f"blockferry snapshot delete {case.domain} {job.snapshot} --remove-mirror"
-            yield problem("mirror-lost", f"{text}. What was written since is on its source alone", remove, disk=job.target)
+            yield problem(
+                "mirror-lost", f"{text}. What was written since is on its source alone", remove, disk=job.target
+            )
         else:
             yield note("mirror-lost", text, f"blockferry copy {case.domain} {job.target} NEWFILE", disk=job.target)
 
@@ -431,6 +440,8 @@ def _snapshots(case: Case) -> Iterator[Finding]:
 def _left_over(case: Case) -> Iterator[Finding]:
     """Files of ours that nothing mentions any more; they are named, and stay until somebody removes them."""
     seen = set()
+    if case.seen is None and case.definition is None:
+        return  # nobody knows what the guest stands on
     for made in case.made:
         fact = case.facts.get(made.path)
         if fact is None or fact.kind != "file" or fact.identity != made.identity or fact.identity in seen:

@@ -48,7 +48,6 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
         kvm: whether /dev/kvm can be used; None where there is none.
         kvm_guests: defined guests that want it.
         schema: where libvirt's schema was looked for, and whether it is there.
-        defined: whether a guest is defined.
     """
 
     state_dir: str
@@ -63,7 +62,6 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
     missing: tuple[tuple[str, str], ...] = ()
     kvm: bool | None = None
     kvm_guests: tuple[str, ...] = ()
-    defined: bool = False
 
 
 def inspect(host: Host) -> tuple[Finding, ...]:

@@ -26,8 +26,8 @@ def find_qemus(arch: str) -> tuple[str, ...]:
 
 async def ask_qemu(path: str) -> Program:
     """Start it with no machine, no devices and no disks, ask what it can do, and end it."""
-    words = ("-M", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio")
-    problem, out = await _run(path, words, ASKED)
+    bare = ("-M", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio")
+    problem, out = await _run(path, bare, ASKED)
     if problem is not None:
         return Program(path=path, problem=problem)
     said = [_decoded(line) for line in out.splitlines()]
