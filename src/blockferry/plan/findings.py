@@ -286,7 +286,7 @@ def _chains(case: Case, seen: Observation) -> Iterator[Finding]:
         if fact is not None and fact.kind == "file" and fact.free < LITTLE_ROOM_BYTES:
             grows = disk.active.virtual_size - fact.allocated
             if grows > fact.free:
-                text = f"{disk.active.file} may grow by {grows} bytes, and {fact.free} are free"
+                text = f"{disk.active.file} may grow by {_size(grows)}, and {_size(fact.free)} are free"
                 found.append(note("little-room", text, disk=disk.target))
     yield from found
     if not any(finding.severity == "problem" for finding in found):
@@ -449,11 +449,15 @@ def _left_over(case: Case) -> Iterator[Finding]:
         if fact.identity in case.mentioned or fact.real in case.mentioned:
             continue
         seen.add(fact.identity)
-        text = f"{made.path} ({fact.allocated} bytes) was made by operation {made.operation}, and is in no chain now"
+        text = f"{made.path} ({_size(fact.allocated)}) was made by operation {made.operation}, and is in no chain now"
         if fact.used:
             yield note("file-left", f"{text}; somebody has it open")
         else:
             yield note("file-left", f"{text}, and in no snapshot or mirror", f"rm {_quoted(made.path)}")
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
 
 
 def _quoted(path: str) -> str:

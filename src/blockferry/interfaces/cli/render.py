@@ -299,8 +299,9 @@ def findings(view: Json) -> str:
     for row in view["findings"]:
         whose = row["domain"] if view["domain"] is None else None
         about = " ".join(word for word in (whose, row["disk"]) if word)
-        lines.append(f"{paint(row['severity']):7}  {f'{about}: ' if about else ''}{row['text']}  [{row['code']}]")
-        lines += [f"           {command}" for command in row["next"]]
+        padding = " " * (len("problem  ") - len(row["severity"]))
+        lines.append(f"{paint(row['severity'])}{padding}{f'{about}: ' if about else ''}{row['text']}  [{row['code']}]")
+        lines += [f"{' ' * 13}{command}" for command in row["next"]]
     count = view["problems"]
     return "\n".join([*lines, f"{count} problem{'s' if count != 1 else ''}" if count else "no problems"])
 
