@@ -144,6 +144,10 @@ class Ferry:
         """Look at every operation that is not settled, and settle it."""
         return await self.ask(requests.Recover(), views.RecoveryReport)
 
+    async def doctor(self, name: str | None = None) -> views.Findings:
+        """What is wrong with a domain, or (None) with the host and any of its domains; changes nothing."""
+        return await self.ask(requests.Doctor(domain=name), views.Findings)
+
     async def submit(self, request: requests.Request) -> views.View:
         """Carry out any request: what the other methods are made of."""
         return await self._transport.submit(request)

@@ -139,6 +139,11 @@ class Journal:
                     self._db.execute("INSERT INTO meta VALUES ('tag', ?)", (secrets.token_hex(2),))
                 self._db.execute(f"PRAGMA user_version = {number:d}")
 
+    @property
+    def version(self) -> int:
+        """How many migrations have made it."""
+        return int(self._one("PRAGMA user_version")[0])
+
     def close(self) -> None:
         """Close the database."""
         self._db.close()
@@ -357,6 +362,18 @@ class Journal:
             if isinstance(begun, ClaimFile) and begun.path == path and step.outcome:
                 return int(step.outcome["device"]), int(step.outcome["inode"])
         return None
+
+    def claims(self, domain: str) -> tuple[tuple[str, int, int, int], ...]:
+        """(path, operation, device, inode) of every file that operations of a domain have created, oldest first."""
+        found = []
+        for record in self.operations(domain):
+            claims = {index for index, step in enumerate(record.plan.prepare) if isinstance(step, ClaimFile)}
+            for step in self.steps(record.id) if claims else ():
+                begun = record.plan.prepare[step.index] if step.stretch == "prepare" else None
+                if isinstance(begun, ClaimFile) and step.outcome:
+                    made = int(step.outcome["device"]), int(step.outcome["inode"])
+                    found.append((begun.path, record.id, *made))
+        return tuple(found)
 
     # --- snapshots and jobs -----------------------------------------------------------------------------------
 

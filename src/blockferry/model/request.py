@@ -249,6 +249,12 @@ class Recover(_Request, frozen=True, kw_only=True, tag="recover"):
     """Look at every operation that is not settled, and settle it."""
 
 
+class Doctor(_Request, frozen=True, kw_only=True, tag="doctor"):
+    """What is wrong, and what to type: of a domain, or (None) of the host, each domain in a line. Changes nothing."""
+
+    domain: str | None = None
+
+
 Request = (
     Attach
     | Detach
@@ -278,4 +284,5 @@ Request = (
     | ListOperations
     | ShowOperation
     | Recover
+    | Doctor
 )

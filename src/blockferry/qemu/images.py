@@ -34,7 +34,7 @@ class Images:
     """
 
     def __init__(self, qemu_img: str | None = None) -> None:
-        self._qemu_img = qemu_img or os.path.join(os.environ.get("BLOCKFERRY_QEMU_DIR", ""), "qemu-img")
+        self.program = qemu_img or os.path.join(os.environ.get("BLOCKFERRY_QEMU_DIR", ""), "qemu-img")
 
     async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
         """What each of these paths is; nothing is opened."""
@@ -151,14 +151,14 @@ class Images:
     async def _run(self, *arguments: str) -> str:
         try:
             process = await asyncio.create_subprocess_exec(
-                self._qemu_img,
+                self.program,
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
         except OSError as error:
-            raise ImageError(f"{self._qemu_img} can't be run ({error.strerror}): install qemu-utils") from error
+            raise ImageError(f"{self.program} can't be run ({error.strerror}): install qemu-utils") from error
         out, words = await process.communicate()
         if process.returncode != 0:
             raise ImageError(words.decode(errors="replace").strip().removeprefix("qemu-img: "))
