@@ -20,7 +20,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Finding
 from blockferry.plan.installed import can_do
 from blockferry.plan.plan import Names
-from blockferry.plan.resting import flaw
+from blockferry.plan.resting import Ground, flaw
 
 # Under this an overlay that grows is soon out of room.
 LITTLE_ROOM_BYTES = 1 << 30
@@ -223,7 +223,8 @@ def _resting(case: Case, definition: Definition) -> Iterator[Finding]:
     for mirror in case.jobs:
         if not isinstance(mirror, Mirror) or mirror.state != "resting":
             continue
-        why = flaw(mirror, disks.get(mirror.target), case.facts.get(mirror.file))
+        ground = Ground.defined(disks.get(mirror.target), case.closed.get(mirror.target, ()))
+        why = flaw(mirror, ground, case.facts.get(mirror.file))
         words = f"its mirror to {mirror.file}"
         if why is None:
             start = f"blockferry start {case.domain}"

@@ -9,7 +9,9 @@ import click
 
 GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving", "ok"})
 BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error", "problem"})
-BUSY = frozenset({"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused", "note"})
+BUSY = frozenset(
+    {"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused", "note"}
+)
 
 
 def paint(word: str) -> str:
