@@ -170,7 +170,7 @@ def _operations(case: Case) -> Iterator[Finding]:
         words = f"operation {each.operation}, {each.text}"
         if each.unsettled:
             yield problem("unsettled", f"{words}, is not settled: nothing new is begun until it is", *each.next)
-        else:
+        elif case.definition is None:  # of one that is shut off the mirrors that rest are told
             yield note("in-progress", f"{words}, goes on", *each.next)
 
 
@@ -318,7 +318,7 @@ def _image(case: Case, disk: Disk, image: Image, below: Image | None) -> Iterato
     if named is None and _nameless(case, image.file):
         yield note("header-names-none", f"{text}: so it was asked for (mode none)", disk=target)
     else:
-        mend = ": the chain does not open again as it is. When the guest is shut off"
+        mend = ": the chain does not open again as it is. It can be mended when the guest is shut off"
         yield problem("header-differs", f"{text}{mend}", *_rebase(image, below), disk=target)
 
 
@@ -362,7 +362,7 @@ def _jobs(case: Case, seen: Observation) -> Iterator[Finding]:
             )
     for name in sorted(_foreign(case, seen.jobs)):
         command = _qmp("job-cancel" if not seen.jobs[name].over else "job-dismiss", id=name)
-        text = f"QEMU has a job {name} of ours that the journal does not know. By QMP"
+        text = f"QEMU has a job {name} of ours that the journal does not know; QMP ends it"
         found.append(problem("job-unknown", text, command))
     yield from found or [ok("jobs-agree", f"jobs that work: {', '.join(sorted(working)) or 'none'}")]
 
@@ -381,7 +381,7 @@ def _nodes(case: Case, seen: Observation) -> Iterator[Finding]:
     found = []
     for name in sorted(_foreign(case, seen.graph.nodes) - reached):
         if not seen.graph.parents(name):
-            text = f"QEMU has a node {name} of ours on {seen.graph.nodes[name].filename}, and nothing uses it. By QMP"
+            text = f"QEMU has a node {name} of ours on {seen.graph.nodes[name].filename}, and nothing uses it; QMP closes it"
             found.append(problem("node-left", text, _qmp("blockdev-del", node_name=name)))
     yield from found or [ok("nodes-used", "no node of ours is left over in QEMU")]
 
