@@ -27,10 +27,14 @@ LITTLE_ROOM_BYTES = 1 << 30
 
 
 class Belief(msgspec.Struct, frozen=True, kw_only=True):
-    """The image that an operation left a disk on; `old`: the domain was attached anew since."""
+    """The image that an operation left a disk on; `old`: the domain was attached anew since.
+
+    `format` is the image's where the operation made it another than before.
+    """
 
     file: str
     operation: int
+    format: str | None = None
     old: bool = False
 
 
@@ -158,7 +162,7 @@ def _out_of_reach(case: Case) -> Iterator[Finding]:
         f"blockferry detach {case.domain}",
     )
     for target, belief in sorted(case.beliefs.items()):
-        words = f"{belief.file} holds what {target} held (operation {belief.operation})"
+        words = f"{belief.file} holds what it held (operation {belief.operation})"
         if case.absent(belief.file):
             yield problem("image-missing", f"{words}, and it is not there", disk=target)
         else:
@@ -262,7 +266,7 @@ def _places(case: Case, seen: Observation) -> Iterator[Finding]:
 
 
 def _elsewhere(case: Case, disk: Disk, belief: Belief) -> Finding:
-    words = f"{disk.target} is on {disk.active.file}, and operation {belief.operation} left it on {belief.file}"
+    words = f"it is on {disk.active.file}, and operation {belief.operation} left it on {belief.file}"
     if case.absent(belief.file) or belief.old:
         why = "which is not there any more" if case.absent(belief.file) else "before it was attached anew"
         return note("disk-elsewhere", f"{words}, {why}", disk=disk.target)

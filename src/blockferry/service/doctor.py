@@ -112,7 +112,10 @@ class Doctor:
                 case,
                 facts=await self._facts(case),
                 headers=await self._headers(seen),
-                mentioned=await mentioned(self._desk, keeper, seen),
+                # What holds a disk's data by the journal's belief is nothing to remove, wherever the guest is now.
+                mentioned=await mentioned(
+                    self._desk, keeper, seen, {each.file: each.format for each in case.beliefs.values()}
+                ),
             )
 
     async def _reached(self, keeper: Keeper) -> tuple[Observation | None, Case]:
@@ -153,7 +156,9 @@ class Doctor:
                 if record.row in AS_FOUND:
                     found.pop(target, None)
                 else:
-                    found[target] = Belief(file=file, operation=record.id, old=record.started < since)
+                    image_format = record.plan.record.formats.get(target)
+                    old = record.started < since
+                    found[target] = Belief(file=file, operation=record.id, format=image_format, old=old)
         return found
 
     def _operations(self, keeper: Keeper) -> tuple[Open, ...]:

@@ -106,12 +106,15 @@ def _one_name(file: str) -> str:
     return _names(file)[-1]
 
 
-async def mentioned(desk: Desk, own: Keeper, own_seen: Observation | None) -> frozenset[str]:
+async def mentioned(
+    desk: Desk, own: Keeper, own_seen: Observation | None, more: dict[str, str | None]
+) -> frozenset[str]:
     """Real paths and identities of all files in a chain, snapshot, mirror or finished copy of any domain.
 
-    With what those back onto, as their headers say: a snapshot's image may be in no chain, and stand on another.
+    With what those back onto, as their headers say: a snapshot's image may be in no chain, and stand on another. `more`
+    are other files, with their formats where they are known.
     """
-    found: dict[str, str] = {}
+    found: dict[str, str] = {file: image_format for file, image_format in more.items() if image_format is not None}
     files: set[str] = set()
     for keeper, chains in await _all(desk, own, own_seen):
         files |= {file for _target, chain in chains for file in chain}
@@ -132,7 +135,7 @@ async def mentioned(desk: Desk, own: Keeper, own_seen: Observation | None) -> fr
     for file, image_format in found.items():
         if file not in files and os.path.exists(file):
             files |= {image.path for image in await desk.images.chain(file, image_format)}
-    return frozenset(name for file in files | set(found) for name in _names(file))
+    return frozenset(name for file in files | set(found) | set(more) for name in _names(file))
 
 
 def _backing(file: str | None, image_format: str | None) -> dict[str, str]:
