@@ -79,13 +79,18 @@ write_records() {
     : >"/done-$disk"
 }
 
-[ -z "$bf_agent" ] || (run_agent &) # not a child of ours, whose end would be waited for
-power_off() {
+# Not `wait`: that would also wait for the power button.
+finish() {
     : >/stop
     IFS=,
     for disk in $bf_disks; do
         while [ ! -e "/done-$disk" ]; do busybox usleep 10000; done
     done
+    unset IFS
+}
+
+power_off() {
+    finish
     busybox poweroff -f
 }
 
@@ -105,6 +110,7 @@ await_button() {
     done
 }
 
+[ -z "$bf_agent" ] || run_agent &
 await_button &
 IFS=,
 for disk in $bf_disks; do write_records "$disk" & done
@@ -115,7 +121,6 @@ while read -r word <&3; do
     off) power_off ;;
     esac
 done
-: >/stop
-wait
+finish
 echo STOPPED >&3
 while :; do busybox sleep 86400; done
