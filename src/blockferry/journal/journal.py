@@ -24,7 +24,7 @@ from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepSta
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.plan import Plan, Record
-from blockferry.plan.steps import ClaimFile
+from blockferry.plan.steps import ClaimFile, CreateImage
 
 # Called before and after every durable write with ("before"|"after", what): for tests that die there.
 Witness = Callable[[str, str], None]
@@ -354,6 +354,19 @@ class Journal:
             if isinstance(begun, ClaimFile) and begun.path == path and step.outcome:
                 return int(step.outcome["device"]), int(step.outcome["inode"])
         return None
+
+    def made_blank(self, operation: int, path: str) -> bool:
+        """Whether an operation made an image there of which one could see that it held nothing."""
+        record = self.operation(operation)
+        if record is None:
+            return False
+        return any(
+            step.stretch == "prepare"
+            and isinstance(begun := record.plan.prepare[step.index], CreateImage)
+            and begun.path == path
+            and step.outcome.get("blank", False)
+            for step in self.steps(operation)
+        )
 
     # --- snapshots and jobs -----------------------------------------------------------------------------------
 

@@ -75,7 +75,14 @@ def establish(mirror: Mirror, disk: DiskDef, chain: tuple[ImageFact, ...], look:
         look: at the destination.
     """
     again = msgspec.structs.replace(
-        mirror, state="active", source_node=node_name(disk, 0), device=None, stamps={}, again=True, reason=None
+        mirror,
+        state="active",
+        source_node=node_name(disk, 0),
+        device=None,
+        stamps={},
+        again=True,
+        reason=None,
+        bitmap=None,
     )
     if mirror.stamps and all(look.stamps.get(path) == stamp for path, stamp in mirror.stamps.items()):
         return again, [_open(again, disk, look), StartMirror.of(again, "none")]

@@ -12,7 +12,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.model.domain import Capabilities, Observation, assign_targets, target_name
-from blockferry.model.graph import Disk, Edge, Graph, Node
+from blockferry.model.graph import Bitmap, Disk, Edge, Graph, Node
 from blockferry.model.job import Job
 from blockferry.qemu.session import CommandRefused, Session
 
@@ -253,6 +253,11 @@ def _node(answer: dict[str, Any], folder: Path | None) -> Node:
         no_flush=cache.get("no-flush", False),
         detect_zeroes=answer.get("detect_zeroes", "off"),
         encrypted=answer.get("encrypted", False),
+        bitmaps={
+            each["name"]: Bitmap(count=each["count"], recording=each["recording"], busy=each["busy"])
+            for each in bitmaps
+            if each.get("name")
+        },
     )
 
 
