@@ -155,32 +155,8 @@ def plan_resume(
         raise errors.NotResumable(domain=domain, disk=disk.target, dest=copy.file, reason=reason)
     extents = () if copy.exact else lacking(left.data, size)
     dest.Room().take(fact, min(needed_bytes(wish, files), fact.allocated + sum(length for _offset, length in extents)))
-    mirror = msgspec.structs.replace(
-        copy,
-        operation=operation,
-        job=names.of(disk.target, "m"),
-        node=names.of(disk.target, "x"),
-        file_node=names.of(disk.target, "xf"),
-        filter_node=names.of(disk.target, "t"),
-        device=disk.filtered,
-        options=wish.options,
-        state="active",
-        reason=None,
-        stamps={},
-        exact=True,
-    )
-    job = ChainJob(
-        domain=domain,
-        target=disk.target,
-        operation=operation,
-        job=names.of(disk.target, "f"),
-        type="resume",
-        top=Layer(node=mirror.node, file=mirror.file, format=mirror.format),
-        base=None,
-        then=mirror,
-        lacking=size,
-        speed=request.bandwidth,
-    )
+    job = _job(wish, copy, names=names, operation=operation, speed=request.bandwidth)
+    mirror = _copy(job)
     options = dest.image_options(mirror.format, mirror.file_node, fact, seen.graph.nodes[_file_node(seen, disk)])
     if mirror.format == "qcow2":
         options["backing"] = None
@@ -198,6 +174,36 @@ def plan_resume(
         ),
         record=Record(authoritative={disk.target: disk.active.file}, jobs=(job,)),
         settle=(RemoveNode(node=scratch),) if extents else (),
+    )
+
+
+def _job(wish: Wish, copy: Mirror, *, names: Names, operation: int, speed: int) -> ChainJob:
+    disk = wish.disk
+    mirror = msgspec.structs.replace(
+        copy,
+        operation=operation,
+        job=names.of(disk.target, "m"),
+        node=names.of(disk.target, "x"),
+        file_node=names.of(disk.target, "xf"),
+        filter_node=names.of(disk.target, "t"),
+        device=disk.filtered,
+        options=wish.options,
+        state="active",
+        reason=None,
+        stamps={},
+        exact=True,
+    )
+    return ChainJob(
+        domain=copy.domain,
+        target=disk.target,
+        operation=operation,
+        job=names.of(disk.target, "f"),
+        type="resume",
+        top=Layer(node=mirror.node, file=mirror.file, format=mirror.format),
+        base=None,
+        then=mirror,
+        lacking=disk.active.virtual_size,
+        speed=speed,
     )
 
 
