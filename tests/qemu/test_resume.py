@@ -150,6 +150,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True, timeout=20)
 
 
+def enlarge(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True, timeout=20)
+
+
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
 async def test_lost_for_want_of_room(qemu: QemuBinaries, small: Path, rig: Rig, fmt: str) -> None:
     dest = small / "vdb.copy"
@@ -161,7 +165,7 @@ async def test_lost_for_want_of_room(qemu: QemuBinaries, small: Path, rig: Rig, 
     assert dropped.data["reason"] == "No space left on device"
     await rig.settled()
     assert await rig.our_nodes() == set()
-    subprocess.run(["mount", "-o", "remount,size=64m", small], check=True, timeout=20)
+    enlarge(small)
     await rig.write("vdb", 0x5F, 3 * MIB)
     await rig.copy("vdb", dest, resume=True)
     await rig.pivot("vdb")

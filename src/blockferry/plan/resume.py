@@ -150,7 +150,7 @@ def plan_resume(
     fact = files.facts[copy.file]
     dest.require_existing(fact, files.users)
     head = dest.require_image(files.images.get(copy.file, ()), copy.file, copy.format, size)
-    reason = _doubt(copy, left) or (f"it backs onto {head.backing} now" if head.backing is not None else None)
+    reason = doubt(copy, left) or (f"it backs onto {head.backing} now" if head.backing is not None else None)
     if reason is not None:
         raise errors.NotResumable(domain=domain, disk=disk.target, dest=copy.file, reason=reason)
     extents = () if copy.exact else lacking(left.data, size)
@@ -217,7 +217,7 @@ def _bitmap(copy: Mirror) -> str:
     return copy.bitmap
 
 
-def _doubt(copy: Mirror, left: Left) -> str | None:
+def doubt(copy: Mirror, left: Left) -> str | None:
     """Why it is not known what the destination holds; None when it is."""
     was = copy.stamps.get(copy.file)
     if left.problem is not None:
