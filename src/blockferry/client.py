@@ -265,6 +265,7 @@ class Domain:
         format: str | None = None,  # noqa: A002 (QEMU's and libvirt's word)
         granularity: int | None = None,
         buf_size: int | None = None,
+        resume: bool = False,
     ) -> BlockJob:
         """Start a copy of a disk that follows all writes.
 
@@ -277,6 +278,10 @@ class Domain:
             format: the destination's, the source's unless told.
             granularity: bytes that are copied at once, a power of two; QEMU's own choice unless told.
             buf_size: bytes in flight at most; QEMU's own choice unless told.
+            resume: go on with the copy to `dest` that was cancelled or lost: only what it lacks is moved.
+
+        Raises:
+            NotResumable: it is not known what it lacks.
         """
         request = requests.StartCopy(
             domain=self.name,
@@ -288,6 +293,7 @@ class Domain:
             format=format,
             granularity=granularity,
             buf_size=buf_size,
+            resume=resume,
         )
         return BlockJob(self._ferry, await self._ferry.ask(request, views.JobView))
 

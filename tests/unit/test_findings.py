@@ -293,20 +293,16 @@ TABLE: dict[str, tuple[Case, list[tuple[str, str]]]] = {
         ),
         [("problem", "boot-file-missing"), ("problem", "boot-file-missing")],
     ),
-    "shut off, its nvram can't be made": (
+    "shut off, its nvram is not there": (
         case(
             OFF,
-            definition=msgspec.structs.replace(DEFINED, boot=Boot(nvram="/n", nvram_template="/t")),
-            facts=facts(fact("/n", "absent"), fact("/t", "absent")),
+            definition=msgspec.structs.replace(DEFINED, boot=Boot(nvram="/n")),
+            facts=facts(fact("/n", "absent")),
         ),
         [("problem", "boot-file-missing")],
     ),
-    "shut off, its nvram is made when it is started": (
-        case(
-            OFF,
-            definition=msgspec.structs.replace(DEFINED, boot=Boot(nvram="/n", nvram_template="/t")),
-            facts=facts(fact("/n", "absent"), fact("/t")),
-        ),
+    "shut off, its nvram is there": (
+        case(OFF, definition=msgspec.structs.replace(DEFINED, boot=Boot(nvram="/n")), facts=facts(fact("/n"))),
         [],
     ),
     "a start would be refused": (case(OFF, refusal="two devices on one address"), [("problem", "would-not-start")]),

@@ -25,7 +25,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.history import in_order
 from blockferry.plan.plan import Plan, Record
-from blockferry.plan.steps import ClaimFile
+from blockferry.plan.steps import ClaimFile, CreateImage
 
 # Called before and after every durable write with ("before"|"after", what): for tests that die there.
 Witness = Callable[[str, str], None]
@@ -374,6 +374,19 @@ class Journal:
                     made = int(step.outcome["device"]), int(step.outcome["inode"])
                     found.append((begun.path, record.id, *made))
         return tuple(found)
+
+    def made_blank(self, operation: int, path: str) -> bool:
+        """Whether an operation made an image there of which one could see that it held nothing."""
+        record = self.operation(operation)
+        if record is None:
+            return False
+        return any(
+            step.stretch == "prepare"
+            and isinstance(begun := record.plan.prepare[step.index], CreateImage)
+            and begun.path == path
+            and step.outcome.get("blank", False)
+            for step in self.steps(operation)
+        )
 
     # --- snapshots and jobs -----------------------------------------------------------------------------------
 

@@ -146,6 +146,7 @@ class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
 
     `base` is an image of the chain that the copy is to back onto, None for a whole copy. `format` None is the source's;
     `bandwidth` bytes per second, 0 for no limit; `granularity` and `buf_size` bytes, None for QEMU's. `flags` are BlockCopy's.
+    `resume` goes on with the copy to `dest` that was cancelled or lost.
     """
 
     domain: str
@@ -157,6 +158,7 @@ class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
     granularity: int | None = None
     buf_size: int | None = None
     flags: int = 0
+    resume: bool = False
     dry_run: bool = False
 
 

@@ -200,12 +200,14 @@ def _shut_off(case: Case, definition: Definition) -> Iterator[Finding]:
         elif fact is not None and fact.problem and fact.kind == "block":
             found.append(problem("image-unusable", f"{fact.path}: {fact.problem}", disk=target))
     boot = definition.boot
-    for what, path in (("kernel", boot.kernel), ("initrd", boot.initrd), ("loader", boot.loader)):
+    for what, path in (
+        ("kernel", boot.kernel),
+        ("initrd", boot.initrd),
+        ("loader", boot.loader),
+        ("nvram", boot.nvram),
+    ):
         if path is not None and case.absent(path):
             found.append(problem("boot-file-missing", f"its {what} {path} is not there"))
-    unmade = boot.nvram is not None and boot.nvram_template is not None and case.absent(boot.nvram)
-    if unmade and boot.nvram_template is not None and case.absent(boot.nvram_template):
-        found.append(problem("boot-file-missing", f"its nvram's template {boot.nvram_template} is not there"))
     if not found and case.refusal is not None:
         found.append(problem("would-not-start", case.refusal))
     yield from found or [ok("startable", "it is shut off, and all that it is started on is there")]
