@@ -144,6 +144,10 @@ class Ferry:
         """Look at every operation that is not settled, and settle it."""
         return await self.ask(requests.Recover(), views.RecoveryReport)
 
+    async def doctor(self, name: str | None = None) -> views.Findings:
+        """What is wrong with a domain, or (None) with the host and any of its domains; changes nothing."""
+        return await self.ask(requests.Doctor(domain=name), views.Findings)
+
     async def submit(self, request: requests.Request) -> views.View:
         """Carry out any request: what the other methods are made of."""
         return await self._transport.submit(request)
@@ -261,6 +265,7 @@ class Domain:
         format: str | None = None,  # noqa: A002 (QEMU's and libvirt's word)
         granularity: int | None = None,
         buf_size: int | None = None,
+        resume: bool = False,
     ) -> BlockJob:
         """Start a copy of a disk that follows all writes.
 
@@ -273,6 +278,10 @@ class Domain:
             format: the destination's, the source's unless told.
             granularity: bytes that are copied at once, a power of two; QEMU's own choice unless told.
             buf_size: bytes in flight at most; QEMU's own choice unless told.
+            resume: go on with the copy to `dest` that was cancelled or lost: only what it lacks is moved.
+
+        Raises:
+            NotResumable: it is not known what it lacks.
         """
         request = requests.StartCopy(
             domain=self.name,
@@ -284,6 +293,7 @@ class Domain:
             format=format,
             granularity=granularity,
             buf_size=buf_size,
+            resume=resume,
         )
         return BlockJob(self._ferry, await self._ferry.ask(request, views.JobView))
 

@@ -104,6 +104,9 @@ def test_attach(asked: Run, tmp_path: Path) -> None:
     assert asked("attach", "vm1", "--qmp", "/q", "--timeout", "1.5") == requests.Attach(
         domain="vm1", qmp="/q", timeout=1.5
     )
+    assert asked("attach", "vm1", "--qmp", "/q", "--agent", "a") == requests.Attach(
+        domain="vm1", qmp="/q", agent=f"{tmp_path}/a"
+    )
 
 
 def test_snapshot_of_everything(asked: Run) -> None:

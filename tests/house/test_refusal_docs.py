@@ -17,6 +17,11 @@ ELSEWHERE = {
     "journal-unwritable": ("a state directory on a full disk", "whatever is written down", "qemu/test_refusals.py"),
     "unsettled": ("a domain with an unsettled operation", "whatever changes something", "qemu/test_refusals.py"),
     "job-not-dismissed": ("a stream that somebody has not dismissed", "everything", "qemu/test_refusals.py"),
+    "not-resumable": (
+        "a copy of which it is not known what its destination lacks",
+        "copy --resume",
+        "qemu/test_resume.py",
+    ),
     "snapshot-has-mirrors": ("a snapshot with mirrors", "snapshot delete", "qemu/test_snapshot_delete.py"),
     "snapshot-not-current": (
         "a mirrored snapshot that is not current",

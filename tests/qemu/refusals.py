@@ -800,14 +800,14 @@ WISHES = (
     *rows(
         "a flag that is not carried out",
         {
-            "snapshot": document(wish_xml("new"), flags=SnapshotCreate.QUIESCE),
+            "snapshot": document(wish_xml("new"), flags=SnapshotCreate.HALT),
             "copy": copy(flags=1 << 12),
             "rebase": rebase(flags=1 << 12),
             "commit": commit(flags=1 << 12),
             "snapshot delete": delete("s1", 1 << 12),
         },
         errors.UnsupportedFlag,
-        "QUIESCE|0x1000",
+        "HALT|0x1000",
     ),
     *rows("a format that is not carried out", {"copy": copy(format="vmdk")}, errors.BadRequest, "vmdk"),
     *rows(

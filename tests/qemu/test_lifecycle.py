@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from defined import DISK, MIB, XML, Defined, open_defined
+from definitions import VIRT_MANAGER, VIRT_MANAGER_IGNORED
 from lxml import etree
 
 from blockferry import errors
@@ -477,3 +478,19 @@ async def test_everything_that_is_carried_out_starts(guest: Defined, machine: st
     assert "vdd" in {each.target for each in (await guest.ask(ask.CreateSnapshot(domain="g1", wish=wish))).disks}
     await guest.stop()
     assert (await guest.start()).state == "running"
+
+
+async def test_virt_managers_guest_starts(guest: Defined) -> None:
+    """What people have: only the accelerator and the image are this machine's."""
+    xml = VIRT_MANAGER.replace("type='kvm'", "type='qemu'", 1).replace("debian12<", "g1<")
+    xml = xml.replace("/var/lib/libvirt/images/debian12.qcow2", str(guest.path / "vda"))
+    xml = xml.replace("<emulator>/usr/bin/qemu-system-x86_64</emulator>", "").replace("2097152", "131072")
+    await guest.ask(ask.Undefine(domain="g1"))
+    defined = await guest.ask(ask.Define(xml=xml))
+    assert defined.notes == tuple(f"<{path}> is kept, and not carried out" for path in VIRT_MANAGER_IGNORED)
+    shown = await guest.start()
+    assert {each.target: each.source for each in shown.disks} == {"vda": str(guest.path / "vda"), "sda": None}
+    await guest.snapshot("s1", only=("vda",))
+    await guest.write("vda", 0x12, MIB)
+    await guest.stop()
+    assert guest.holds("vda", guest.path / "vda.s1", "qcow2")

@@ -10,27 +10,32 @@ from pathlib import Path
 import msgspec
 import pytest
 from calm import CALM, FORMATS, Calm, open_calm
-from rig import Rig, open_rig
+from rig import MIB, Rig, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.flags import SnapshotCreate
 from blockferry.model.snapshot import SnapshotWish
+from blockferry.service import Service
 from blockferry.testing import (
-    QemuBinaries,
     ask_agent,
+    build_guest,
     file_on_ext4,
     find_qemu,
     fsck,
+    make_ext4,
     needs_recovery,
     raw_contents,
 )
 
+FREEZE, THAW = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw"
+
 
 @pytest.fixture
-async def calm(qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Calm]:
-    async with open_calm(qemu, tmp_path) as calm:
+async def calm(tmp_path: Path) -> AsyncIterator[Calm]:
+    """On one QEMU: a Linux takes its time to boot. The next test, and faults/test_quiesce_crash.py, are on the other."""
+    async with open_calm(find_qemu("distribution"), tmp_path) as calm:
         yield calm
 
 
@@ -87,6 +92,53 @@ async def frozen_by_somebody_else(calm: Calm) -> None:
     await calm.snapshot("s1")
     await guest.progress(4)
     assert await calm.operations() == [("snapshot", "done")] * 3
+
+
+DEFINED = """<domain type='qemu'>
+  <name>g1</name>
+  <memory unit='MiB'>128</memory>
+  <os>
+    <type arch='x86_64' machine='pc'>hvm</type>
+    <kernel>{kernel}</kernel><initrd>{initrd}</initrd>
+    <cmdline>quiet tsc=reliable mitigations=off bf_agent=1 bf_disks=vda bf_run=x bf_first=0 bf_slots=64 bf_batch=4 bf_block=0</cmdline>
+  </os>
+  <devices>
+    <disk type='file'><driver name='qemu' type='qcow2'/><source file='{disk}'/><target dev='vda' bus='virtio'/></disk>
+    <serial type='null'/><serial type='null'/>
+    <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+  </devices>
+</domain>"""
+
+
+@pytest.mark.guest
+async def test_guest_that_is_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent's socket is found in its definition; shut off, it has none."""
+    qemu, boot = find_qemu("qemu10"), build_guest(agent=True)
+    monkeypatch.setenv("BLOCKFERRY_QEMU_DIR", str(qemu.system.parent))
+    (tmp_path / "state").mkdir()
+    disk = make_ext4(qemu, tmp_path / "vda", "qcow2", 16 * MIB)
+    service = await Service.open(tmp_path / "state")
+    try:
+        xml = DEFINED.format(kernel=boot.kernel, initrd=boot.initrd, disk=disk)
+        shown = await service.submit(ask.Define(xml=xml))
+        assert isinstance(shown, view.DomainView)
+        wish = ask.CreateSnapshot(domain="g1", name="s1", wish=SnapshotWish(), flags=CALM)
+        with pytest.raises(errors.NotRunning):
+            await service.submit(wish)
+        await service.submit(ask.Start(domain="g1"))
+        assert await ask_agent(Path(str(shown.agent)), "guest-fsfreeze-status") == ["thawed"]
+        # The agent may be there before the disk is mounted.
+        while not (frozen := await ask_agent(Path(str(shown.agent)), FREEZE, THAW))[0]:
+            assert frozen == [0, 0]
+        taken = await service.submit(wish)
+        assert isinstance(taken, view.SnapshotView)
+        assert taken.frozen_ms is not None
+    finally:
+        with contextlib.suppress(errors.NotRunning):
+            await service.submit(ask.Stop(domain="g1", force=True))
+        await service.close()
+    with raw_contents(qemu, disk, "qcow2") as contents:
+        assert not needs_recovery(contents)
 
 
 # --- who is no agent ------------------------------------------------------------------------------------------

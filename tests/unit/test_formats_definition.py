@@ -220,6 +220,7 @@ def test_a_running_guests_document() -> None:
         (guest(more="<currentMemory unit='MiB'>32</currentMemory>"), ("currentMemory",)),
         (guest(more="<currentMemory unit='KiB'>65536</currentMemory>"), ()),
         (guest(os="<smbios mode='host'/>"), ("os/smbios",)),
+        (guest(os="<loader type='pflash'>/a</loader><nvram template='/b'>/c</nvram>"), ("os/nvram/@template",)),
         (guest().replace("<name>", "<name a='b'>"), ("name/@a",)),
         (guest().replace("type='qemu'>", "type='qemu' new='1'>", 1), ("@new",)),
         (guest(more="<metadata><x xmlns='urn:x' y='z'/></metadata><description>d</description>"), ()),

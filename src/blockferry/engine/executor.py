@@ -11,9 +11,9 @@ from typing import Any
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
-from blockferry.plan import steps
+from blockferry.plan import steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
-from blockferry.qemu.images import Images
+from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
 from blockferry.qemu.nbd import reachable
 from blockferry.qemu.observe import Observer
@@ -109,7 +109,11 @@ class Executor:
             case steps.ClaimFile():
                 return await self._images.claim(step.path, step.like)
             case steps.CreateImage():
-                await self._images.create(step.path, step.format, step.size, step.backing, step.backing_format)
+                return {
+                    "blank": await self._images.create(
+                        step.path, step.format, step.size, step.backing, step.backing_format
+                    )
+                }
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():
@@ -139,10 +143,12 @@ class Executor:
 
     async def _do_node(self, step: steps.Step) -> dict[str, Any]:
         match step:
-            case steps.AddNode():
+            case steps.AddNode() | tracking.OpenAgain():
                 await self._add_node(step)
             case steps.RemoveNode():
-                await self._remove_node(step)
+                await self._remove_node(step.node, if_unused=step.if_unused)
+            case tracking.LeaveDestination():
+                return await self._leave(step)
             case steps.RequireSize():
                 size = (await self.graph()).nodes[step.node].virtual_size
                 if size != step.size:
@@ -164,6 +170,16 @@ class Executor:
                     raise StepFailed(f"the graph shows {step.node} on {found}, not on {step.backing}")
             case steps.RequireRoots():
                 await self._require_roots(step)
+            case tracking.AddBitmap():
+                await self._add_bitmap(step.node, step.bitmap)
+            case tracking.RemoveBitmap():
+                await self._remove_bitmap(step)
+            case tracking.CountAsWritten():
+                await self._count(step)
+            case tracking.RequireNothingWritten():
+                left = await self._counted(step.node, step.bitmap)
+                if left:
+                    raise StepFailed(f"{left} bytes of {step.node} are not on the destination yet")
             case steps.ReadBack():
                 for target, words in (await self.read_back(step.disks)).items():
                     raise StepFailed(f"the destination of {target} does not answer: {words}")
@@ -181,6 +197,8 @@ class Executor:
                 await self._start_commit(step)
             case steps.StartStream():
                 await self._start_stream(step)
+            case steps.StartBackup():
+                await self._start_backup(step)
             case steps.FinalizeStream():
                 await self._finalize_stream(step.job)
             case steps.CancelJob():
@@ -209,7 +227,7 @@ class Executor:
 
     # --- nodes ------------------------------------------------------------------------------------------------
 
-    async def _add_node(self, step: steps.AddNode) -> None:
+    async def _add_node(self, step: steps.AddNode | tracking.OpenAgain) -> None:
         """Open it; looked at only when QEMU refuses: a look costs more than all else here."""
         for attempt in range(LOCK_TRIES):
             try:
@@ -223,16 +241,27 @@ class Executor:
             else:
                 return
 
-    async def _remove_node(self, step: steps.RemoveNode) -> None:
-        """Close it; looked at only when QEMU refuses, which it does for one that is used or not there."""
+    async def _remove_node(self, node: str, *, if_unused: bool = False) -> bool:
+        """Close it, and say whether it was there; looked at only when QEMU refuses, which it does for one in use as well."""
         try:
-            await self._session.execute("blockdev-del", node_name=step.node)
+            await self._session.execute("blockdev-del", node_name=node)
         except CommandRefused as refusal:
-            if NO_SUCH_NODE in refusal.words:
-                return
-            graph = await self.graph()
-            if step.node in graph.nodes and not (step.if_unused and graph.parents(step.node)):
-                raise
+            if NO_SUCH_NODE not in refusal.words:
+                graph = await self.graph()
+                if node in graph.nodes and not (if_unused and graph.parents(node)):
+                    raise
+            return False
+        return True
+
+    async def _leave(self, step: tracking.LeaveDestination) -> dict[str, Any]:
+        """Its stamp, if it was closed by this very step and all that was written is on disk."""
+        if not await self._remove_node(step.node):
+            return {}
+        try:
+            await self._images.sync((step.file,))
+        except ImageError:
+            return {}
+        return {"left": await self._images.stamps((step.file,))}
 
     async def _set_backing(self, step: steps.SetBacking) -> None:
         graph = await self.graph()
@@ -248,6 +277,49 @@ class Executor:
             "discard": "unmap",
         }
         await self._session.execute("blockdev-reopen", options=[options])
+
+    async def _add_bitmap(self, node: str, name: str) -> None:
+        try:
+            await self._session.execute(
+                "block-dirty-bitmap-add", node=node, name=name, granularity=tracking.CHUNK, persistent=False
+            )
+        except CommandRefused:
+            found = (await self.graph()).nodes.get(node)
+            if found is None or name not in found.bitmaps:
+                raise
+
+    async def _remove_bitmap(self, step: tracking.RemoveBitmap) -> None:
+        try:
+            await self._session.execute("block-dirty-bitmap-remove", node=step.node, name=step.bitmap)
+        except CommandRefused:
+            found = (await self.graph()).nodes.get(step.node)
+            if found is not None and step.bitmap in found.bitmaps:
+                raise
+
+    async def _count(self, step: tracking.CountAsWritten) -> None:
+        """Write to the scratch node, whose bitmap counts it, and merge that one; HMP says nothing when a write fails."""
+        await self._add_bitmap(step.scratch, step.bitmap)
+        for offset, length in step.extents:
+            line = f'qemu-io {step.scratch} "write -q -z {offset} {length}"'
+            await self._session.execute("human-monitor-command", command_line=line)
+        counted, wanted = (
+            await self._counted(step.scratch, step.bitmap),
+            sum(length for _offset, length in step.extents),
+        )
+        if counted < wanted:
+            raise StepFailed(f"QEMU counts {counted} of {wanted} bytes")
+        await self._session.execute(
+            "block-dirty-bitmap-merge",
+            node=step.node,
+            target=step.bitmap,
+            bitmaps=[{"node": step.scratch, "name": step.bitmap}],
+        )
+
+    async def _counted(self, node: str, bitmap: str) -> int:
+        found = (await self.graph()).nodes.get(node)
+        if found is None or bitmap not in found.bitmaps:
+            raise StepFailed(f"{node} has no bitmap {bitmap} any more")
+        return found.bitmaps[bitmap].count
 
     async def _require_roots(self, step: steps.RequireRoots) -> None:
         graph = await self.graph()
@@ -316,7 +388,10 @@ class Executor:
         await self._session.wait_until(met, JOB_EVENTS, what=f"wait for {', '.join(names)}", seconds=seconds)
 
     async def _start_job(
-        self, command: str, step: steps.StartMirror | steps.StartCommit | steps.StartStream, **arguments: Any
+        self,
+        command: str,
+        step: steps.StartMirror | steps.StartCommit | steps.StartStream | steps.StartBackup,
+        **arguments: Any,
     ) -> None:
         """Start a job that is kept after its end and not finalized by itself, unless `arguments` say otherwise.
 
@@ -352,6 +427,20 @@ class Executor:
             base_node=step.base,
             backing_file=step.backing_file,
             on_error="report",
+        )
+
+    async def _start_backup(self, step: steps.StartBackup) -> None:
+        await self._start_job(
+            "blockdev-backup",
+            step,
+            target=step.node,
+            sync="bitmap",
+            bitmap=step.bitmap,
+            bitmap_mode="always",
+            # Nothing is switched at its end, and until then its filter is in the guest's way.
+            auto_finalize=True,
+            on_source_error="report",
+            on_target_error="report",
         )
 
     async def _start_stream(self, step: steps.StartStream) -> None:

@@ -26,6 +26,7 @@ from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Decision
 from blockferry.plan.resting import stamped_files, to_rest
+from blockferry.plan.resume import unused_bitmaps
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.process import ends, status_of
@@ -47,6 +48,11 @@ WATCHED = (
     "SHUTDOWN",
 )
 GONE = "QEMU is gone"
+# Why a copy that is asked for is no mirror yet.
+WAITS_FOR = {
+    "fill": "its lower layers are pulled into the destination",
+    "resume": "what the destination lacks is copied",
+}
 
 
 class Keeper(Link):
@@ -187,7 +193,7 @@ class Keeper(Link):
             seen = await self.observe()
             for mirror in recorded:
                 if isinstance(mirror, ChainJob) and mirror.state == "active":
-                    pending = f"{mirror.target}: its lower layers are pulled into the destination"
+                    pending = f"{mirror.target}: {WAITS_FOR[mirror.type]}"
                     return False
                 job = seen.jobs.get(mirror.job)
                 if job is None or job.over or mirror.state != "active":
@@ -257,7 +263,23 @@ class Keeper(Link):
             await self._lose(lost, seen)
         for job in ended:
             await self._follow(job)
+        await self._forget_bitmaps(seen, self._journal.jobs(self.name))
         return bool(lost or ended)
+
+    async def let_go(self) -> None:
+        """Leave nothing of ours in a guest without jobs; the caller holds the lock."""
+        with contextlib.suppress(errors.BlockferryError):
+            await self._forget_bitmaps(await self.observe(), ())
+        await self.close()
+
+    async def _forget_bitmaps(self, seen: Observation, jobs: tuple[BlockJob, ...]) -> None:
+        """Remove the bitmaps of ours that none of these jobs will be resumed with."""
+        unused = unused_bitmaps(seen, self._journal.tag, jobs)
+        executor = await self.executor() if unused else self.nobody()
+        for step in unused:
+            # One that is busy or can't be asked about is looked at again with the next request.
+            with contextlib.suppress(CommandRefused, StepFailed, LostReply):
+                await executor.do(step, {})
 
     async def _lose(self, lost: dict[str, str], seen: Observation) -> None:
         gone = [job for job in self.active() if job.target in lost]
@@ -271,7 +293,7 @@ class Keeper(Link):
             for step in close_job(job):
                 # What is left open stays ours by name; the next look finds nothing lost and leaves it.
                 with contextlib.suppress(CommandRefused, StepFailed, LostReply):
-                    await executor.do(step, {})
+                    self.runner.remember_left(step, await executor.do(step, {}))
 
     async def _follow(self, job: ChainJob) -> None:
         """Do what follows a commit or stream that has ended; one whose end can't be carried out is lost."""

@@ -25,7 +25,7 @@ def state_of(ours: BlockJob, job: Job | None) -> str:
     """A job's state in one word: copying, ready (a mirror) or running (a commit, a rebase) while it works; else its end."""
     if ours.state != "active":
         return ours.state
-    if isinstance(ours, ChainJob) and (job is None or ours.type != "fill"):
+    if isinstance(ours, ChainJob) and (job is None or ours.copy is None):
         # QEMU forgets it with its end; whether it was lost is recorded as soon as what follows has been done.
         return "running"
     if job is None or job.over:
@@ -74,7 +74,7 @@ class Sampler:
             job = answer.get(ours.job)
             if job is None:
                 continue
-            chain = isinstance(ours, ChainJob) and ours.type != "fill"
+            chain = isinstance(ours, ChainJob) and ours.copy is None
             state = "running" if chain else "ready" if job.get("ready") else "copying"
             progress = self._progress(ours, state, job["offset"], job["len"], now)
             events.append(

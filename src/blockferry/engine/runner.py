@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -19,11 +19,12 @@ from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
 from blockferry.journal.journal import Journal, OperationRecord, StepRecord
-from blockferry.model.blockjob import WORKING
+from blockferry.model.blockjob import WORKING, ChainJob
 from blockferry.model.domain import Observation
 from blockferry.model.operation import OperationState, StepState, Stretch
 from blockferry.model.view import Event
-from blockferry.plan import steps
+from blockferry.plan import steps, tracking
+from blockferry.plan.chain import leave_window
 from blockferry.plan.plan import Plan, Record, Window
 from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen
 from blockferry.plan.snapshot import in_part
@@ -235,8 +236,20 @@ class Runner:
         outcomes = []
         for index, step in enumerate(settle):
             intent = _intent(index, "settle", step)
-            outcomes.append(_outcome(intent, "done", await _do(executor, step, {})))
+            outcome = await _do(executor, step, {})
+            self.remember_left(step, outcome)
+            outcomes.append(_outcome(intent, "done", outcome))
         return tuple(outcomes)
+
+    def remember_left(self, step: steps.Step, outcome: Mapping[str, Any]) -> None:
+        """Keep what the destination of a copy looked like when it was closed: only one untouched since can be resumed."""
+        if not isinstance(step, tracking.LeaveDestination) or not outcome.get("left"):
+            return
+        for job in self._journal.jobs(self._link.name):
+            if job.copy is not None and job.copy.file == step.file:
+                copy = msgspec.structs.replace(job.copy, stamps=outcome["left"])
+                left = msgspec.structs.replace(job, then=copy) if isinstance(job, ChainJob) else copy
+                self._journal.lose_jobs(self._link.name, {}, (left,))
 
     def _finish(
         self,
@@ -407,7 +420,7 @@ class Runner:
                 continue
             for back in reversed(step.undo()):
                 if not gone or isinstance(back, steps.RemoveFile):
-                    await _do(executor, back, claims)
+                    self.remember_left(back, await _do(executor, back, claims))
             was = begun[index]
             self._journal.step(record.id, _outcome(was, "undone", was.outcome, error=was.error))
 
@@ -429,7 +442,7 @@ class Runner:
             way = leave(window, seen, dead)
             try:
                 for step in way.steps:
-                    await _do(executor, step, {})
+                    self.remember_left(step, await _do(executor, step, {}))
             except Failure as failure:
                 dead |= {disk.target: dead.get(disk.target, str(failure)) for disk in window.disks}
                 seen = await self._look(executor)
@@ -445,9 +458,8 @@ class Runner:
         if window is None or window.chain is None:
             raise AssertionError(record.id)
         job = window.chain
-        await _do(executor, steps.CancelJob(job=job.job), {})
-        if window.resume:
-            await _do(executor, steps.Resume(), {})
+        for step in leave_window(job, resume=window.resume):
+            self.remember_left(step, await _do(executor, step, {}))
         lost = {job.target: record.error or "its last instant was interrupted"}
         self._publish(self._journal.lose_jobs(self._link.name, lost))
 

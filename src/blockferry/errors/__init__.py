@@ -41,6 +41,7 @@ from blockferry.errors.jobs import (
     JobNotDismissed,
     JobNotReady,
     NoSuchJob,
+    NotResumable,
     RebaseElsewhere,
 )
 from blockferry.errors.lifecycle import (
@@ -125,6 +126,7 @@ __all__ = [
     "NoSuchOperation",
     "NoSuchSnapshot",
     "NotDefined",
+    "NotResumable",
     "NotRunning",
     "OperationAsItIs",
     "OperationFailed",

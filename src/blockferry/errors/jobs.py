@@ -83,6 +83,22 @@ class RebaseElsewhere(Refused):
 
 
 @dataclass(eq=False)
+class NotResumable(Refused):
+    """A copy that can't be gone on with: it is not known what its destination lacks."""
+
+    domain: str
+    disk: str
+    dest: str
+    reason: str
+    code = "not-resumable"
+    exit_status = 56
+    template = (
+        "{domain}: the copy of {disk} to {dest} can't be resumed: {reason}. Nothing was done. To begin anew, remove {dest}, "
+        "then `blockferry copy {domain} {disk} {dest}` without --resume."
+    )
+
+
+@dataclass(eq=False)
 class JobNotDismissed(Refused):
     """A stream that somebody started has ended and was not dismissed; to look at the graph would crash QEMU."""
 

@@ -174,7 +174,7 @@ def _boot(reading: Reading, element: Element | None) -> Boot:
     if element is None:
         return Boot()
     reading.get(element, "firmware", among=("bios",))
-    loader, nvram = reading.child(element, "loader"), reading.child(element, "nvram")
+    loader = reading.child(element, "loader")
     reading.flag(loader, "readonly")
     menu = reading.child(element, "bootmenu")
     return Boot(
@@ -187,7 +187,6 @@ def _boot(reading: Reading, element: Element | None) -> Boot:
         loader=reading.text_path(element, "loader"),
         loader_type="pflash" if reading.get(loader, "type", among=("rom", "pflash")) == "pflash" else "rom",
         nvram=reading.text_path(element, "nvram"),
-        nvram_template=reading.path(nvram, "template"),
         menu=bool(reading.flag(menu, "enable")),
     )
 

@@ -25,7 +25,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.history import in_order
 from blockferry.plan.plan import Plan, Record
-from blockferry.plan.steps import ClaimFile
+from blockferry.plan.steps import ClaimFile, CreateImage
 
 # Called before and after every durable write with ("before"|"after", what): for tests that die there.
 Witness = Callable[[str, str], None]
@@ -138,6 +138,11 @@ class Journal:
                     # Two state directories on one guest must not give the same node names.
                     self._db.execute("INSERT INTO meta VALUES ('tag', ?)", (secrets.token_hex(2),))
                 self._db.execute(f"PRAGMA user_version = {number:d}")
+
+    @property
+    def version(self) -> int:
+        """How many migrations have made it."""
+        return int(self._one("PRAGMA user_version")[0])
 
     def close(self) -> None:
         """Close the database."""
@@ -357,6 +362,31 @@ class Journal:
             if isinstance(begun, ClaimFile) and begun.path == path and step.outcome:
                 return int(step.outcome["device"]), int(step.outcome["inode"])
         return None
+
+    def claims(self, domain: str) -> tuple[tuple[str, int, int, int], ...]:
+        """(path, operation, device, inode) of every file that operations of a domain have created, oldest first."""
+        found = []
+        for record in self.operations(domain):
+            claims = {index for index, step in enumerate(record.plan.prepare) if isinstance(step, ClaimFile)}
+            for step in self.steps(record.id) if claims else ():
+                begun = record.plan.prepare[step.index] if step.stretch == "prepare" else None
+                if isinstance(begun, ClaimFile) and step.outcome:
+                    made = int(step.outcome["device"]), int(step.outcome["inode"])
+                    found.append((begun.path, record.id, *made))
+        return tuple(found)
+
+    def made_blank(self, operation: int, path: str) -> bool:
+        """Whether an operation made an image there of which one could see that it held nothing."""
+        record = self.operation(operation)
+        if record is None:
+            return False
+        return any(
+            step.stretch == "prepare"
+            and isinstance(begun := record.plan.prepare[step.index], CreateImage)
+            and begun.path == path
+            and step.outcome.get("blank", False)
+            for step in self.steps(operation)
+        )
 
     # --- snapshots and jobs -----------------------------------------------------------------------------------
 

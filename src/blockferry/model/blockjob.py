@@ -37,8 +37,13 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
         options: more arguments of blockdev-mirror (granularity, buf-size, copy-mode).
         state: `active` until it ended, then how; `resting` while its guest is shut off.
         reason: why it was lost or removed, in QEMU's own words where there are any.
-        stamps: path -> what its files and the source's looked like when they were closed and equal, while it rests.
+        stamps: path -> what its files and the source's looked like when they were closed and equal, while it rests; what
+            a copy's file looked like when it was closed, after it was cancelled or lost.
         again: whether it was established again, after its guest had been shut off.
+        bitmap: a copy's dirty bitmap on the source's node: what was written since it began; None where there is none, and
+            then it can't be resumed.
+        blank: whether a given destination is known to have held nothing when the copy began.
+        exact: whether the bitmap counts all that the destination lacks as well, as a resumed copy's does.
     """
 
     domain: str
@@ -61,6 +66,9 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     reason: str | None = None
     stamps: dict[str, FileStamp] = {}
     again: bool = False
+    bitmap: str | None = None
+    blank: bool = False
+    exact: bool = False
 
     @property
     def type(self) -> str:
@@ -92,7 +100,8 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         operation: the operation that started it.
         job: QEMU's job id.
         type: `commit` of layers under the active image, `active-commit` with it (the guest goes over to the base),
-            `rebase` (a stream into the active image), `fill` (a stream into the destination of a copy).
+            `rebase` (a stream into the active image), `fill` (a stream into the destination of a copy), `resume` (a
+            backup into the destination of a copy, of what it lacks).
         top: a commit's topmost layer; the image that a stream writes to.
         base: what a commit writes to, and what is to be under the disk or under `top`; None for a stream of all.
         above: the node whose backing becomes the base: the overlay of a commit's top, or a stream's own image; None
@@ -100,7 +109,9 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         leaving: the layers that are in the chain no more, top first.
         remove_files: whether the files of those are removed then.
         deletes: snapshots that a delete with merge is about.
-        then: the mirror that is started after a fill.
+        then: the mirror that is started after a fill or a resume.
+        round: how many rounds of a resume have gone before this one.
+        lacking: bytes that the destination lacked when this round began.
         speed: bytes per second, 0 for no limit; for `then`.
         state: `active` until it ended; then how.
         reason: why it was lost, in QEMU's own words where there are any.
@@ -110,7 +121,7 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     target: str
     operation: int
     job: str
-    type: Literal["commit", "active-commit", "rebase", "fill"]
+    type: Literal["commit", "active-commit", "rebase", "fill", "resume"]
     top: Layer
     base: Layer | None
     above: str | None = None
@@ -119,12 +130,14 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     deletes: tuple[str, ...] = ()
     then: Mirror | None = None
     speed: int = 0
+    round: int = 0
+    lacking: int = 0
     state: JobEnd = "active"
     reason: str | None = None
 
     @property
     def copy(self) -> Mirror | None:
-        """The mirror that this job is, or leads to: a fill's; None for the others."""
+        """The mirror that this job is, or leads to: a fill's or a resume's; None for the others."""
         return self.then
 
 

@@ -148,7 +148,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         loader: the firmware's image.
         loader_type: `rom` or `pflash`.
         nvram: the firmware's variables, the guest's own.
-        nvram_template: what they are made from when they are not there.
         menu: whether the firmware shows a menu.
     """
 
@@ -159,7 +158,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     loader: str | None = None
     loader_type: Literal["rom", "pflash"] = "rom"
     nvram: str | None = None
-    nvram_template: str | None = None
     menu: bool = False
 
 

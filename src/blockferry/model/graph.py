@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 # Filters that QEMU itself puts above a node while a job runs; they go away with the job.
-JOB_FILTERS = frozenset({"mirror_top", "commit_top"})
+JOB_FILTERS = frozenset({"mirror_top", "commit_top", "copy-before-write"})
 # Filters that somebody puts between a device and its image on purpose; they stay where they are, whatever is under them.
 # A stream has a copy-on-read of its own as well, which goes away with it.
 FILTERS = JOB_FILTERS | {"throttle", "copy-on-read"}
@@ -31,6 +31,20 @@ class InternalSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     memory: int = 0
 
 
+class Bitmap(msgspec.Struct, frozen=True, kw_only=True):
+    """A dirty bitmap with a name: what was written to its node, in pieces of 64 KiB.
+
+    Attributes:
+        count: bytes that it counts as written.
+        recording: whether it is kept up to date.
+        busy: whether a job uses it.
+    """
+
+    count: int
+    recording: bool = True
+    busy: bool = False
+
+
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """A block node.
 
@@ -46,6 +60,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         detect_zeroes: `off`, `on` or `unmap`.
         snapshots: those inside it, of a qcow2.
         encrypted: whether what is in its file can be read with a key only.
+        bitmaps: by name, the dirty bitmaps on it that somebody has named.
     """
 
     name: str
@@ -59,6 +74,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     detect_zeroes: str = "off"
     snapshots: tuple[InternalSnapshot, ...] = ()
     encrypted: bool = False
+    bitmaps: dict[str, Bitmap] = {}
 
 
 class Edge(msgspec.Struct, frozen=True, order=True):

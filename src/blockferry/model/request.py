@@ -146,6 +146,7 @@ class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
 
     `base` is an image of the chain that the copy is to back onto, None for a whole copy. `format` None is the source's;
     `bandwidth` bytes per second, 0 for no limit; `granularity` and `buf_size` bytes, None for QEMU's. `flags` are BlockCopy's.
+    `resume` goes on with the copy to `dest` that was cancelled or lost.
     """
 
     domain: str
@@ -157,6 +158,7 @@ class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
     granularity: int | None = None
     buf_size: int | None = None
     flags: int = 0
+    resume: bool = False
     dry_run: bool = False
 
 
@@ -249,6 +251,12 @@ class Recover(_Request, frozen=True, kw_only=True, tag="recover"):
     """Look at every operation that is not settled, and settle it."""
 
 
+class Doctor(_Request, frozen=True, kw_only=True, tag="doctor"):
+    """What is wrong, and what to type: of a domain, or (None) of the host, each domain in a line. Changes nothing."""
+
+    domain: str | None = None
+
+
 Request = (
     Attach
     | Detach
@@ -278,4 +286,5 @@ Request = (
     | ListOperations
     | ShowOperation
     | Recover
+    | Doctor
 )

@@ -372,6 +372,29 @@ class Done(_View, frozen=True, kw_only=True, tag="done"):
     version: int = VERSION
 
 
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """What doctor found: `severity` ok, note or problem, a stable `code`, what is so, and what to type (`next`).
+
+    `domain` and `disk` say what it is about, where it is about one.
+    """
+
+    severity: str
+    code: str
+    text: str
+    domain: str | None = None
+    disk: str | None = None
+    next: tuple[str, ...] = ()
+
+
+class Findings(_View, frozen=True, kw_only=True, tag="findings"):
+    """What doctor found, of a domain or (`domain` null) of the host; `problems` counts those of that severity."""
+
+    domain: str | None
+    findings: tuple[Finding, ...]
+    problems: int
+    version: int = VERSION
+
+
 View = (
     DomainView
     | DomainList
@@ -386,5 +409,6 @@ View = (
     | Event
     | EventList
     | RecoveryReport
+    | Findings
     | Done
 )

@@ -13,11 +13,12 @@ from blockferry.model.flags import BlockCommit, BlockRebase, require_flags
 from blockferry.model.graph import Disk, Image
 from blockferry.model.request import Commit, Rebase
 from blockferry.model.snapshot import Snapshot
-from blockferry.plan.copy import image_below
+from blockferry.plan.copy import close_job, image_below
 from blockferry.plan.destinations import same_file
 from blockferry.plan.disks import close_images, find_disk, require_suitable
 from blockferry.plan.history import after_commit, descendants
 from blockferry.plan.plan import Names, Plan, Record, Window
+from blockferry.plan.resume import is_mirrored, leave_round, plan_round
 from blockferry.plan.steps import (
     CompleteJobs,
     DismissJobs,
@@ -354,6 +355,8 @@ def _span(job: ChainJob) -> str:
 
 def has_ended(job: ChainJob, seen: Observation) -> bool:
     """Whether the graph shows what the job was to bring about."""
+    if job.type == "resume":
+        return is_mirrored(job, seen)
     base = job.base.node if job.base is not None else None
     if job.above is not None:
         return job.above in seen.graph.nodes and seen.graph.child(job.above, "backing") == base
@@ -371,6 +374,8 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
     """
     if job.type == "fill":
         return _end_fill(job)
+    if job.type == "resume":
+        return plan_round(seen, job)
     disk = find_disk(job.domain, seen, job.target)
     changed, forgotten = after_commit(snapshots, job, _above(disk, job)) if job.type != "rebase" else ((), ())
     active = _base(job).file if job.type == "active-commit" else disk.active.file
@@ -443,6 +448,19 @@ def _end_fill(job: ChainJob) -> Plan:
         prepare=(FinalizeStream(job=job.job), _require_end(job), StartMirror.of(mirror, "top", job.speed)),
         record=Record(authoritative={job.target: mirror.source}, jobs=(mirror,)),
     )
+
+
+def leave_window(job: ChainJob, *, resume: bool) -> tuple[Step, ...]:
+    """How to leave the window of a job whose chain is the old one: nothing but the job is lost.
+
+    Args:
+        job: whose window.
+        resume: whether the guest ran before.
+    """
+    rounds = leave_round(job) if job.type == "resume" else ()
+    first, *close = close_job(job)
+    # The guest does not wait for a destination to be closed.
+    return (*rounds, first, *([Resume()] if resume else []), *close)
 
 
 def _drop(job: ChainJob) -> list[Step]:

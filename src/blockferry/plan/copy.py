@@ -29,6 +29,7 @@ from blockferry.plan.steps import (
     StartStream,
     Step,
 )
+from blockferry.plan.tracking import AddBitmap, LeaveDestination, RemoveBitmap
 
 # QEMU's of a mirror's granularity (blockdev.c, blockdev_mirror_common): a power of two of 512 B to 64 MiB.
 GRANULARITY_MIN, GRANULARITY_MAX = 512, 64 * 1024 * 1024
@@ -39,6 +40,8 @@ CARRIED_OUT = (
     | BlockCopy.SYNCHRONOUS_WRITES
     | BlockCopy.TRANSIENT_JOB  # no attached domain has a definition that a copy could be at odds with
 )
+# Without these a copy works as well; it can't be resumed.
+TRACKING = frozenset({"block-dirty-bitmap-add", "block-dirty-bitmap-remove", "block-dirty-bitmap-merge"})
 # A qcow2's own tables: 64 KiB clusters take 1/8192 for L2 and 1/32768 for the refcounts; what is fixed is in clusters.
 _QCOW2_FIXED_BYTES = 5 * 64 * 1024
 
@@ -210,9 +213,16 @@ def plan_copy(
     like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
     backing = _check_destination(wish, files)
     mirror = _mirror(domain, wish, backing, names, operation)
+    if _resumable(wish, seen, files):
+        mirror = msgspec.structs.replace(
+            mirror, bitmap=names.of(disk.target, "k"), blank=wish.reuse and wish.file in files.blank
+        )
     steps = _open_export(mirror, disk) if is_uri(wish.file) else _open_file(mirror, wish, files, like)
     whole, shallow = wish.base is None, wish.base is not None and wish.base == disk.chain[1]
     job: BlockJob = mirror
+    if mirror.bitmap is not None:
+        # Before the mirror: from then on nothing that is written goes uncounted.
+        steps.append(AddBitmap(node=mirror.source_node, bitmap=mirror.bitmap))
     if whole or shallow:
         steps.append(StartMirror.of(mirror, "full" if whole else "top", request.bandwidth))
     else:
@@ -230,6 +240,13 @@ def plan_copy(
         record=Record(authoritative={disk.target: disk.active.file}, jobs=(job,)),
         notes=notes,
     )
+
+
+def _resumable(wish: Wish, seen: Observation, files: Files) -> bool:
+    """Whether it can be known one day what a copy that was interrupted lacks: of a whole one in a file that was empty."""
+    if wish.base is not None or is_uri(wish.file) or not seen.capabilities.commands >= TRACKING:
+        return False
+    return files.facts[wish.file].kind == "absent" or wish.file in files.blank
 
 
 def _mirror(domain: str, wish: Wish, backing: tuple[str, str] | None, names: Names, operation: int) -> Mirror:
@@ -386,7 +403,18 @@ def _open_file(mirror: Mirror, wish: Wish, files: Files, like: Node) -> list[Ste
 
 def close_job(job: BlockJob) -> tuple[Step, ...]:
     """Forget a job that is over without having switched anything: the job, and a destination's nodes. Files stay."""
-    return (CancelJob(job=job.job), *([RemoveNode(node=job.copy.node)] if job.copy is not None else []))
+    return (CancelJob(job=job.job), *([_close(job.copy)] if job.copy is not None else []))
+
+
+def _close(copy: Mirror) -> Step:
+    if copy.bitmap is None:
+        return RemoveNode(node=copy.node)
+    return LeaveDestination(node=copy.node, file=copy.file)
+
+
+def forget_bitmap(copy: Mirror) -> tuple[Step, ...]:
+    """Remove the bitmap of a copy that will not be resumed."""
+    return () if copy.bitmap is None else (RemoveBitmap(node=copy.source_node, bitmap=copy.bitmap),)
 
 
 def plan_cancel(jobs: tuple[BlockJob, ...], what: str, ended: JobEnd) -> Plan:

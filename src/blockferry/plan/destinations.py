@@ -27,12 +27,14 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
         images: by path, the header and the chain of images that are there already.
         users: real path, or identity, -> the domain and disk that has it open, of all domains that are attached.
         exports: by URI, what their servers say.
+        blank: those that are known to hold nothing yet.
     """
 
     facts: Mapping[str, FileFact]
     images: Mapping[str, tuple[ImageFact, ...]] = {}
     users: Mapping[str, str] = {}
     exports: Mapping[str, ExportFact] = {}
+    blank: frozenset[str] = frozenset()
 
 
 class Room:

@@ -25,6 +25,7 @@ from blockferry.plan.steps import (
     Freeze,
     RequireBacking,
     SetBacking,
+    StartBackup,
     StartCommit,
     StartMirror,
     StartStream,
@@ -32,6 +33,7 @@ from blockferry.plan.steps import (
     TakeSnapshots,
     Thaw,
 )
+from blockferry.plan.tracking import AddBitmap, OpenAgain
 from blockferry.plan.window import stands_on
 
 Action = Literal[
@@ -51,8 +53,8 @@ ROWS: dict[str, str] = {
     "J": "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
     "K": "QEMU is gone after the record: nothing is left to settle in it.",
     "L": "The guest runs with a disk switched and no record: its source is stale; record every disk as it is.",
-    "M": "The window of a commit or rebase, and the graph shows its end, which holds everything: record, go on.",
-    "N": "The window of a commit or rebase, and the chain is the old one, which is whole: cancel, let the guest run.",
+    "M": "The window of a commit, rebase or resumed copy, and the graph shows its end, which holds everything: record, go on.",
+    "N": "The window of a commit, rebase or resumed copy, and the chain is the old one, which is whole: cancel, let it run.",
     "P": "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
     "T": "The guest's file systems may be frozen and its agent does not thaw them: the operation stays open until it does.",
     "W": "QEMU can't be asked now: the operation stays open until it can.",
@@ -120,14 +122,16 @@ def may_be_frozen(operation: Interrupted) -> bool:
 def shows(step: Step, seen: Observation) -> bool:
     """Whether the graph or the jobs show what the step does; True for steps that leave nothing to see there."""
     match step:
-        case AddNode():
+        case AddNode() | OpenAgain():
             return step.node in seen.graph.nodes
+        case AddBitmap():
+            return step.node in seen.graph.nodes and step.bitmap in seen.graph.nodes[step.node].bitmaps
         case TakeSnapshots():
             return all(seen.graph.child(pair.overlay, "backing") == pair.node for pair in step.pairs)
         case StartMirror():
             job = seen.jobs.get(step.job)
             return job is not None and job.error is None and job.status != "concluded"
-        case StartCommit() | StartStream():
+        case StartCommit() | StartStream() | StartBackup():
             job = seen.jobs.get(step.job)
             return job is not None and job.error is None
         case FinalizeJobs():

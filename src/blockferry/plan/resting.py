@@ -122,7 +122,14 @@ def establish(mirror: Mirror, ground: Ground, look: Look) -> tuple[Mirror, list[
         look: at the destination.
     """
     again = msgspec.structs.replace(
-        mirror, state="active", source_node=ground.node, device=ground.device, stamps={}, again=True, reason=None
+        mirror,
+        state="active",
+        source_node=ground.node,
+        device=ground.device,
+        stamps={},
+        again=True,
+        reason=None,
+        bitmap=None,
     )
     if mirror.stamps and all(look.stamps.get(path) == stamp for path, stamp in mirror.stamps.items()):
         return again, [_open(again, ground, look), StartMirror.of(again, "none")]

@@ -10,26 +10,13 @@ from typing import Any, ClassVar
 import msgspec
 
 from blockferry.model.blockjob import Mirror
-
-
-class _Step(msgspec.Struct, frozen=True, kw_only=True, tag_field="verb"):
-    # Whether neighbours of the same verb may be under way at the same time (plan.waves).
-    alongside: ClassVar[bool] = False
-
-    def undo(self) -> tuple[Step, ...]:
-        """The steps that take this one back, in their order; none for steps that change nothing."""
-        return ()
-
-    @property
-    def text(self) -> str:
-        """A line for people."""
-        raise NotImplementedError
-
+from blockferry.plan import tracking
+from blockferry.plan.verb import Verb
 
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-class ClaimFile(_Step, frozen=True, kw_only=True, tag="claim-file"):
+class ClaimFile(Verb, frozen=True, kw_only=True, tag="claim-file"):
     """Create the file exclusively, empty, with owner and mode of `like`; its inode is remembered as ours."""
 
     alongside: ClassVar[bool] = True
@@ -46,7 +33,7 @@ class ClaimFile(_Step, frozen=True, kw_only=True, tag="claim-file"):
         return f"create {self.path}, which must not exist"
 
 
-class CreateImage(_Step, frozen=True, kw_only=True, tag="create-image"):
+class CreateImage(Verb, frozen=True, kw_only=True, tag="create-image"):
     """Write an empty image of `size` bytes into a claimed file, or over a block device (`overwrites`)."""
 
     alongside: ClassVar[bool] = True
@@ -66,7 +53,7 @@ class CreateImage(_Step, frozen=True, kw_only=True, tag="create-image"):
         return f"make {self.path} an empty {self.format} image of {self.size} bytes{onto}"
 
 
-class RemoveFile(_Step, frozen=True, kw_only=True, tag="remove-file"):
+class RemoveFile(Verb, frozen=True, kw_only=True, tag="remove-file"):
     """Remove a file that this operation claimed; a file that is another by now is left alone."""
 
     path: str
@@ -77,7 +64,7 @@ class RemoveFile(_Step, frozen=True, kw_only=True, tag="remove-file"):
         return f"remove {self.path}, which we created"
 
 
-class SyncFiles(_Step, frozen=True, kw_only=True, tag="sync-files"):
+class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
     """Write files' dirty pages to disk, so that the flush in the window is short."""
 
     paths: tuple[str, ...]
@@ -91,7 +78,7 @@ class SyncFiles(_Step, frozen=True, kw_only=True, tag="sync-files"):
 # --- nodes ----------------------------------------------------------------------------------------------------
 
 
-class AddNode(_Step, frozen=True, kw_only=True, tag="add-node"):
+class AddNode(Verb, frozen=True, kw_only=True, tag="add-node"):
     """blockdev-add with these options (QAPI BlockdevOptions); the driver is always named.
 
     The file below is opened with it, under a name of its own, and closed with it.
@@ -117,7 +104,7 @@ class AddNode(_Step, frozen=True, kw_only=True, tag="add-node"):
         return file.get("filename") if isinstance(file, dict) else None
 
 
-class RemoveNode(_Step, frozen=True, kw_only=True, tag="remove-node"):
+class RemoveNode(Verb, frozen=True, kw_only=True, tag="remove-node"):
     """blockdev-del, if the node is there. `if_unused`: leave it when something uses it."""
 
     node: str
@@ -129,7 +116,7 @@ class RemoveNode(_Step, frozen=True, kw_only=True, tag="remove-node"):
         return f"close {self.node}" + (" unless it is used" if self.if_unused else "")
 
 
-class RequireSize(_Step, frozen=True, kw_only=True, tag="require-size"):
+class RequireSize(Verb, frozen=True, kw_only=True, tag="require-size"):
     """Fail unless the node has exactly that virtual size, in bytes: QEMU would start the job and fail it later."""
 
     node: str
@@ -141,7 +128,7 @@ class RequireSize(_Step, frozen=True, kw_only=True, tag="require-size"):
         return f"{self.node} has {self.size} bytes"
 
 
-class SetBacking(_Step, frozen=True, kw_only=True, tag="set-backing"):
+class SetBacking(Verb, frozen=True, kw_only=True, tag="set-backing"):
     """Give an open image its backing node, or take it away (None), by blockdev-reopen."""
 
     node: str
@@ -168,7 +155,7 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True):
     job: str
 
 
-class TakeSnapshots(_Step, frozen=True, kw_only=True, tag="take-snapshots"):
+class TakeSnapshots(Verb, frozen=True, kw_only=True, tag="take-snapshots"):
     """One QMP transaction of blockdev-snapshot: all disks at one instant or none.
 
     Not `together`: blockdev-snapshot of one disk, for a QEMU without `transaction`.
@@ -188,7 +175,7 @@ class TakeSnapshots(_Step, frozen=True, kw_only=True, tag="take-snapshots"):
         return f"switch to the overlays{at_once}: " + ", ".join(pair.target for pair in self.pairs)
 
 
-class CommitDown(_Step, frozen=True, kw_only=True, tag="commit-down"):
+class CommitDown(Verb, frozen=True, kw_only=True, tag="commit-down"):
     """Commit an active overlay into `base` and let the guest go on there, if the overlay is in use."""
 
     overlay: str
@@ -204,7 +191,7 @@ class CommitDown(_Step, frozen=True, kw_only=True, tag="commit-down"):
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 
-class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
+class StartMirror(Verb, frozen=True, kw_only=True, tag="start-mirror"):
     """blockdev-mirror, kept after its end and not finalized by itself; `speed` bytes per second, 0 for no limit.
 
     `sync` is QEMU's: `full` (the whole chain), `top` (the active layer), `none` (only what is written from now on).
@@ -221,7 +208,7 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
     sync: str
     speed: int = 0
     replaces: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
 
     @classmethod
     def of(cls, mirror: Mirror, sync: str, speed: int = 0) -> StartMirror:
@@ -248,7 +235,7 @@ class StartMirror(_Step, frozen=True, kw_only=True, tag="start-mirror"):
         return f"mirror {self.target}: {self.device} to {self.node} ({self.sync})"
 
 
-class StartCommit(_Step, frozen=True, kw_only=True, tag="start-commit"):
+class StartCommit(Verb, frozen=True, kw_only=True, tag="start-commit"):
     """block-commit of the layers from `top` down to above `base` into `base`; kept after its end.
 
     An `active` one is not finalized by itself: its disk is to go over to the base in a window of ours.
@@ -273,7 +260,7 @@ class StartCommit(_Step, frozen=True, kw_only=True, tag="start-commit"):
         return f"commit {self.top} into {self.base}"
 
 
-class StartStream(_Step, frozen=True, kw_only=True, tag="start-stream"):
+class StartStream(Verb, frozen=True, kw_only=True, tag="start-stream"):
     """block-stream into `device`, of all that lies between it and `base` (None: of all under it).
 
     It is not finalized by itself: the image's header changes then, and what was copied has to be on disk before. It is not
@@ -298,7 +285,30 @@ class StartStream(_Step, frozen=True, kw_only=True, tag="start-stream"):
         return f"pull into {self.device} what lies between it and {self.base or 'nothing'}"
 
 
-class FinalizeStream(_Step, frozen=True, kw_only=True, tag="finalize-stream"):
+class StartBackup(Verb, frozen=True, kw_only=True, tag="start-backup"):
+    """blockdev-backup of what the bitmap counts; kept after its end.
+
+    The bitmap goes on counting meanwhile. However the job ends, it counts then what is still to be copied.
+    """
+
+    job: str
+    device: str
+    node: str
+    bitmap: str
+    filter_node: str
+    speed: int = 0
+
+    def undo(self) -> tuple[Step, ...]:
+        """Cancel it."""
+        return (CancelJob(job=self.job),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"copy to {self.node} what is counted as written to {self.device}"
+
+
+class FinalizeStream(Verb, frozen=True, kw_only=True, tag="finalize-stream"):
     """job-finalize a stream that is pending, and wait until QEMU has forgotten it; the graph says how it went."""
 
     job: str
@@ -309,7 +319,7 @@ class FinalizeStream(_Step, frozen=True, kw_only=True, tag="finalize-stream"):
         return f"finalize {self.job}"
 
 
-class RequireBacking(_Step, frozen=True, kw_only=True, tag="require-backing"):
+class RequireBacking(Verb, frozen=True, kw_only=True, tag="require-backing"):
     """Fail unless the node now backs onto that one (None: onto nothing): success is what the graph says."""
 
     node: str
@@ -321,7 +331,7 @@ class RequireBacking(_Step, frozen=True, kw_only=True, tag="require-backing"):
         return f"the graph shows {self.node} on {self.backing or 'nothing'}"
 
 
-class DropFile(_Step, frozen=True, kw_only=True, tag="drop-file"):
+class DropFile(Verb, frozen=True, kw_only=True, tag="drop-file"):
     """Remove a file that was merged away, as the caller asked; one that somebody has open is left."""
 
     path: str
@@ -332,7 +342,7 @@ class DropFile(_Step, frozen=True, kw_only=True, tag="drop-file"):
         return f"remove {self.path}, whose data is elsewhere now"
 
 
-class CancelJob(_Step, frozen=True, kw_only=True, tag="cancel-job"):
+class CancelJob(Verb, frozen=True, kw_only=True, tag="cancel-job"):
     """Cancel a job in whatever state it is, wait for its end and dismiss it; nothing if there is none."""
 
     job: str
@@ -343,7 +353,7 @@ class CancelJob(_Step, frozen=True, kw_only=True, tag="cancel-job"):
         return f"cancel {self.job}"
 
 
-class RequireReady(_Step, frozen=True, kw_only=True, tag="require-ready"):
+class RequireReady(Verb, frozen=True, kw_only=True, tag="require-ready"):
     """Fail unless every one of these mirrors is ready and without an error."""
 
     jobs: tuple[str, ...]
@@ -354,7 +364,7 @@ class RequireReady(_Step, frozen=True, kw_only=True, tag="require-ready"):
         return "every mirror is ready: " + ", ".join(self.jobs)
 
 
-class CompleteJobs(_Step, frozen=True, kw_only=True, tag="complete-jobs"):
+class CompleteJobs(Verb, frozen=True, kw_only=True, tag="complete-jobs"):
     """job-complete each (or, with `soft_cancel`, block-job-cancel without force) and wait until all are pending."""
 
     jobs: tuple[str, ...]
@@ -366,7 +376,7 @@ class CompleteJobs(_Step, frozen=True, kw_only=True, tag="complete-jobs"):
         return ("end, staying on the source: " if self.soft_cancel else "drain: ") + ", ".join(self.jobs)
 
 
-class FinalizeJobs(_Step, frozen=True, kw_only=True, tag="finalize-jobs"):
+class FinalizeJobs(Verb, frozen=True, kw_only=True, tag="finalize-jobs"):
     """job-finalize each and wait until all are concluded, without an error."""
 
     jobs: tuple[str, ...]
@@ -377,7 +387,7 @@ class FinalizeJobs(_Step, frozen=True, kw_only=True, tag="finalize-jobs"):
         return "finalize " + ", ".join(self.jobs)
 
 
-class DrainMirrors(_Step, frozen=True, kw_only=True, tag="drain-mirrors"):
+class DrainMirrors(Verb, frozen=True, kw_only=True, tag="drain-mirrors"):
     """End mirrors that have caught up, so that source and destination are equal; the guest stands still.
 
     target -> job. One that fails is left: the outcome says which are equal.
@@ -391,7 +401,7 @@ class DrainMirrors(_Step, frozen=True, kw_only=True, tag="drain-mirrors"):
         return "bring mirrors to rest: " + ", ".join(self.jobs)
 
 
-class AwaitReady(_Step, frozen=True, kw_only=True, tag="await-ready"):
+class AwaitReady(Verb, frozen=True, kw_only=True, tag="await-ready"):
     """Wait until these jobs are ready; only for those that are ready at once."""
 
     jobs: tuple[str, ...]
@@ -402,7 +412,7 @@ class AwaitReady(_Step, frozen=True, kw_only=True, tag="await-ready"):
         return "wait for " + ", ".join(self.jobs)
 
 
-class DismissJobs(_Step, frozen=True, kw_only=True, tag="dismiss-jobs"):
+class DismissJobs(Verb, frozen=True, kw_only=True, tag="dismiss-jobs"):
     """Let QEMU forget jobs whose result has been recorded; nothing for those that it has forgotten."""
 
     jobs: tuple[str, ...]
@@ -416,12 +426,12 @@ class DismissJobs(_Step, frozen=True, kw_only=True, tag="dismiss-jobs"):
 # --- QEMU itself ----------------------------------------------------------------------------------------------
 
 
-class Launch(_Step, frozen=True, kw_only=True, tag="launch"):
+class Launch(Verb, frozen=True, kw_only=True, tag="launch"):
     """Start the domain's QEMU, its guest not running yet."""
 
     program: str
     arguments: tuple[str, ...]
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = msgspec.field(default_factory=dict)
 
     def undo(self) -> tuple[Step, ...]:
         """End it: the guest has not run one instruction."""
@@ -433,7 +443,7 @@ class Launch(_Step, frozen=True, kw_only=True, tag="launch"):
         return f"start {self.program}"
 
 
-class EndQemu(_Step, frozen=True, kw_only=True, tag="end-qemu"):
+class EndQemu(Verb, frozen=True, kw_only=True, tag="end-qemu"):
     """End the domain's QEMU, which closes its images; without mercy when it does not end."""
 
     @property
@@ -442,7 +452,7 @@ class EndQemu(_Step, frozen=True, kw_only=True, tag="end-qemu"):
         return "end QEMU"
 
 
-class SetLimits(_Step, frozen=True, kw_only=True, tag="set-limits"):
+class SetLimits(Verb, frozen=True, kw_only=True, tag="set-limits"):
     """block_set_io_throttle of a device, with these of its arguments: bytes or operations per second."""
 
     device: str
@@ -457,7 +467,7 @@ class SetLimits(_Step, frozen=True, kw_only=True, tag="set-limits"):
 # --- the guest ------------------------------------------------------------------------------------------------
 
 
-class Stop(_Step, frozen=True, kw_only=True, tag="stop"):
+class Stop(Verb, frozen=True, kw_only=True, tag="stop"):
     """Pause the guest, if it runs."""
 
     @property
@@ -466,7 +476,7 @@ class Stop(_Step, frozen=True, kw_only=True, tag="stop"):
         return "pause the guest"
 
 
-class Resume(_Step, frozen=True, kw_only=True, tag="cont"):
+class Resume(Verb, frozen=True, kw_only=True, tag="cont"):
     """Let the guest run again; only in plans for a guest that ran. `first`: also one that has never run."""
 
     first: bool = False
@@ -477,7 +487,7 @@ class Resume(_Step, frozen=True, kw_only=True, tag="cont"):
         return "let the guest run"
 
 
-class Freeze(_Step, frozen=True, kw_only=True, tag="freeze"):
+class Freeze(Verb, frozen=True, kw_only=True, tag="freeze"):
     """Have the guest's agent freeze its file systems.
 
     Thawing does not wait for its turn when an operation is undone, so it is none of what undoes this: it comes first
@@ -490,7 +500,7 @@ class Freeze(_Step, frozen=True, kw_only=True, tag="freeze"):
         return "freeze the guest's file systems"
 
 
-class Thaw(_Step, frozen=True, kw_only=True, tag="thaw"):
+class Thaw(Verb, frozen=True, kw_only=True, tag="thaw"):
     """Have the guest's agent thaw its file systems. `held`: fail if they were not frozen until then."""
 
     held: bool = False
@@ -501,7 +511,7 @@ class Thaw(_Step, frozen=True, kw_only=True, tag="thaw"):
         return "thaw the guest's file systems"
 
 
-class RequireRoots(_Step, frozen=True, kw_only=True, tag="require-roots"):
+class RequireRoots(Verb, frozen=True, kw_only=True, tag="require-roots"):
     """Fail unless each device (by backend) now stands on the node: success is what the graph says."""
 
     roots: dict[str, str]
@@ -512,7 +522,7 @@ class RequireRoots(_Step, frozen=True, kw_only=True, tag="require-roots"):
         return "the graph shows " + ", ".join(f"{backend} on {node}" for backend, node in self.roots.items())
 
 
-class CheckServers(_Step, frozen=True, kw_only=True, tag="check-servers"):
+class CheckServers(Verb, frozen=True, kw_only=True, tag="check-servers"):
     """Fail unless the server of each of these NBD URIs accepts a connection from us. target -> URI."""
 
     uris: dict[str, str]
@@ -523,7 +533,7 @@ class CheckServers(_Step, frozen=True, kw_only=True, tag="check-servers"):
         return "the servers of the destinations accept: " + ", ".join(self.uris)
 
 
-class ReadBack(_Step, frozen=True, kw_only=True, tag="read-back"):
+class ReadBack(Verb, frozen=True, kw_only=True, tag="read-back"):
     """Read a sector of each disk as the guest would, and fail unless what is behind it answers. target -> drive.
 
     A server that died after the drain leaves a switched disk on a dead destination, without a job's error.
@@ -571,4 +581,11 @@ Step = (
     | RequireRoots
     | CheckServers
     | ReadBack
+    | tracking.AddBitmap
+    | tracking.RemoveBitmap
+    | tracking.CountAsWritten
+    | tracking.RequireNothingWritten
+    | tracking.OpenAgain
+    | tracking.LeaveDestination
+    | StartBackup
 )

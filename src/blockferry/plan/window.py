@@ -18,7 +18,7 @@ from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk, Image
 from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
-from blockferry.plan.copy import close_job, is_uri
+from blockferry.plan.copy import close_job, forget_bitmap, is_uri
 from blockferry.plan.disks import READ_ONLY_FILE, close_images, source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
@@ -108,6 +108,7 @@ def plan_window(
         settle=(
             *([Resume()] if seen.running else []),
             DismissJobs(jobs=jobs),
+            *(step for mirror in mirrors for step in forget_bitmap(mirror)),
             *(_close_sources(seen, disks) if ends_on == "destination" else _close_destinations(mirrors)),
         ),
     )
@@ -235,7 +236,9 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
         job = seen.jobs.get(disk.mirror.job)
         error = dead.get(disk.target) or (job.error if job is not None else None)
         back, source = _bring_back(disk, seen)
-        kept = msgspec.structs.replace(disk.mirror, source_node=source)
+        # A source that was opened again has no bitmap: what was written before, nobody knows any more.
+        bitmap = disk.mirror.bitmap if source == disk.mirror.source_node else None
+        kept = msgspec.structs.replace(disk.mirror, source_node=source, bitmap=bitmap)
         if job is not None and job.caught_up and error is None:
             mirrors.append(kept)
             continue
@@ -244,7 +247,7 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
             error = "the guest was let run while the mirror was drained"
         if error is not None:
             lost[disk.target] = error
-            steps.append(RemoveNode(node=kept.node))
+            steps += close_job(kept)[1:]
         else:
             steps += [StartMirror.of(kept, "none"), AwaitReady(jobs=(kept.job,))]
             mirrors.append(kept)

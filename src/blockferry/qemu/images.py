@@ -20,6 +20,8 @@ from blockferry.qemu.qcow2 import empty_image
 
 # A chain longer than libvirt's own limit (virstoragefile, 200) is a loop or an attack.
 CHAIN_MAX = 200
+# The status with which `qemu-img check` ends for an image that takes up more than it needs, and is in order.
+_LEAKS = 3
 
 
 class ImageError(Exception):
@@ -34,7 +36,7 @@ class Images:
     """
 
     def __init__(self, qemu_img: str | None = None) -> None:
-        self._qemu_img = qemu_img or os.path.join(os.environ.get("BLOCKFERRY_QEMU_DIR", ""), "qemu-img")
+        self.program = qemu_img or os.path.join(os.environ.get("BLOCKFERRY_QEMU_DIR", ""), "qemu-img")
 
     async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
         """What each of these paths is; nothing is opened."""
@@ -95,6 +97,36 @@ class Images:
         out = await self._run("map", "-U", "--output=json", f"json:{json.dumps(alone)}")
         return any(extent.get("present", extent["data"]) for extent in json.loads(out))
 
+    async def data(self, path: str, image_format: str) -> tuple[tuple[int, int], ...]:
+        """The extents (offset, length) of a closed image that hold data of its own, neighbours joined, by its allocation.
+
+        Raises:
+            ImageError: in qemu-img's own words.
+        """
+        alone: dict[str, Any] = {"driver": image_format, "file": {"driver": "file", "filename": path}}
+        if image_format == "qcow2":
+            alone["backing"] = None
+        found: list[tuple[int, int]] = []
+        for each in json.loads(await self._run("map", "--output=json", f"json:{json.dumps(alone)}")):
+            start, length = each["start"], each["length"]
+            if not each["data"]:
+                continue
+            if found and sum(found[-1]) == start:
+                start, length = found[-1][0], found.pop()[1] + length
+            found.append((start, length))
+        return tuple(found)
+
+    async def unit(self, path: str, image_format: str) -> int:
+        """The bytes that a closed image allocates at once: of what is less, its allocation does not tell what was written.
+
+        Raises:
+            ImageError: it can't be read, or its tables are not in order.
+        """
+        if image_format != "qcow2":
+            return (await asyncio.to_thread(os.stat, path)).st_blksize
+        await self._run("check", "-q", "-f", "qcow2", path, good=(0, _LEAKS))
+        return int(json.loads(await self._run("info", "--output=json", "-f", "qcow2", path))["cluster-size"])
+
     async def claim(self, path: str, like: str | None) -> dict[str, Any]:
         """Create an empty file exclusively, with owner and mode of `like` (0600 without); what it is, to be kept.
 
@@ -105,18 +137,20 @@ class Images:
 
     async def create(
         self, path: str, image_format: str, size: int, backing: str | None, backing_format: str | None
-    ) -> None:
-        """Write an empty image of `size` bytes into a claimed file.
+    ) -> bool:
+        """Write an empty image of `size` bytes into a claimed file; whether one can see that it holds nothing.
 
         Raises:
             ImageError: in the system's or qemu-img's words.
         """
-        if await asyncio.to_thread(_create, path, image_format, size, backing, backing_format):
-            return
+        blank = await asyncio.to_thread(_create, path, image_format, size, backing, backing_format)
+        if blank is not None:
+            return blank
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
         onto = ["-u", "-b", backing, "-F", str(backing_format)] if backing else []
         await self._run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
         await asyncio.to_thread(_sync, (path,))
+        return False
 
     async def remove(self, path: str, identity: Mapping[str, Any] | None) -> bool:
         """Remove the file if it is the one that we claimed; whether it was.
@@ -148,19 +182,19 @@ class Images:
         """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
         await asyncio.to_thread(_sync, paths)
 
-    async def _run(self, *arguments: str) -> str:
+    async def _run(self, *arguments: str, good: tuple[int, ...] = (0,)) -> str:
         try:
             process = await asyncio.create_subprocess_exec(
-                self._qemu_img,
+                self.program,
                 *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
             )
         except OSError as error:
-            raise ImageError(f"{self._qemu_img} can't be run ({error.strerror}): install qemu-utils") from error
+            raise ImageError(f"{self.program} can't be run ({error.strerror}): install qemu-utils") from error
         out, words = await process.communicate()
-        if process.returncode != 0:
+        if process.returncode not in good:
             raise ImageError(words.decode(errors="replace").strip().removeprefix("qemu-img: "))
         return out.decode(errors="replace")
 
@@ -380,12 +414,15 @@ def _stat(path: str) -> os.stat_result | None:
         return None
 
 
-def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool:
-    """Write an image into an empty regular file, and onto disk; False where it is none, with nothing done."""
+def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool | None:
+    """Write an image into an empty regular file, and onto disk; None where it is none, with nothing done.
+
+    Whether one can see that it holds nothing: not on a file system that has no holes, or does not tell.
+    """
     try:
         # /dev/mapper/NAME is a link, so devices are followed; a file that we claimed is none.
         if stat.S_ISBLK(os.stat(path).st_mode):
-            return False
+            return None
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ImageError(f"{path} is not the file that was made there")
@@ -399,9 +436,18 @@ def _create(path: str, image_format: str, size: int, backing: str | None, backin
             else:
                 os.ftruncate(descriptor, size)
             os.fdatasync(descriptor)
+            return image_format == "qcow2" or _all_hole(descriptor)
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from error
-    return True
+
+
+def _all_hole(descriptor: int) -> bool:
+    """Whether a file has no data in it (lseek(2), SEEK_DATA); a file system that can't tell says that all is data."""
+    try:
+        os.lseek(descriptor, 0, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno == errno.ENXIO
+    return False
 
 
 def _remove(path: str, identity: Mapping[str, Any] | None) -> bool:

@@ -12,7 +12,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.model.domain import Capabilities, Observation, assign_targets, target_name
-from blockferry.model.graph import Disk, Edge, Graph, Node
+from blockferry.model.graph import Bitmap, Disk, Edge, Graph, Node
 from blockferry.model.job import Job
 from blockferry.qemu.internal import internal_snapshots
 from blockferry.qemu.session import CommandRefused, Session
@@ -255,6 +255,11 @@ def _node(answer: dict[str, Any], folder: Path | None) -> Node:
         detect_zeroes=answer.get("detect_zeroes", "off"),
         snapshots=internal_snapshots(answer.get("image", {})),
         encrypted=answer.get("encrypted", False),
+        bitmaps={
+            each["name"]: Bitmap(count=each["count"], recording=each["recording"], busy=each["busy"])
+            for each in bitmaps
+            if each.get("name")
+        },
     )
 
 

@@ -13,6 +13,7 @@ from blockferry.model import view
 from blockferry.qemu.images import Images
 from blockferry.service.chains import Chains
 from blockferry.service.desk import Desk, Witness
+from blockferry.service.doctor import Doctor
 from blockferry.service.domains import Domains
 from blockferry.service.graphs import Graphs
 from blockferry.service.history import History
@@ -92,6 +93,7 @@ class Service:
             ask.ListOperations: self._history.list_operations,
             ask.ShowOperation: self._history.show_operation,
             ask.Recover: self._history.recover,
+            ask.Doctor: Doctor(self._desk).examine,
         }
 
     async def close(self) -> None:

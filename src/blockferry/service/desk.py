@@ -42,7 +42,7 @@ class Desk:
 
     def __init__(self, journal: Journal, images: Images, witness: Witness, state_dir: Path) -> None:
         self.journal = journal
-        self._state_dir = state_dir
+        self.state_dir = state_dir
         self.images = images
         self.bus = Bus()
         self.keepers: dict[str, Keeper] = {}
@@ -50,7 +50,7 @@ class Desk:
 
     def new_keeper(self, name: str) -> Keeper:
         """A keeper for a domain; the caller decides whether it is kept."""
-        home = Home(self._state_dir / "run" / "domains", self._state_dir / "log" / "domains", name)
+        home = Home(self.state_dir / "run" / "domains", self.state_dir / "log" / "domains", name)
         return Keeper(name, self.journal, self.images, self.bus, self._witness, home=home)
 
     def keeper(self, name: str) -> Keeper:

@@ -86,7 +86,7 @@ class Domains:
                 raise errors.DomainInUse(domain=request.domain, what=f"a job works ({', '.join(working)})")
             for operation in self._desk.journal.open_operations(request.domain):
                 raise errors.DomainInUse(domain=request.domain, what=f"operation {operation.id} is not settled")
-            await keeper.close()
+            await keeper.let_go()
             self._desk.journal.forget_domain(request.domain)
             del self._desk.keepers[request.domain]
             self._desk.say("domain-detached", request.domain)

@@ -14,8 +14,10 @@ from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
 from blockferry.plan import copy as copying
+from blockferry.plan import resume as resumption
 from blockferry.plan.destinations import Files
 from blockferry.plan.disks import find_disk
+from blockferry.qemu.images import ImageError
 from blockferry.qemu.nbd import inspect
 from blockferry.service.desk import Desk, require_bandwidth, require_path
 from blockferry.service.usage import look_up
@@ -39,6 +41,8 @@ class Jobs:
             require_path(request.dest)
         async with self._desk.writing(request.domain) as (keeper, seen):
             wish = copying.understand(request.domain, seen, request)
+            if request.resume:
+                return await self._resume(keeper, seen, request, wish)
             operation, names = self._desk.names(dry_run=request.dry_run)
             plan = copying.plan_copy(
                 request.domain,
@@ -50,15 +54,66 @@ class Jobs:
             )
             return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
 
+    async def _resume(self, keeper: Keeper, seen: Observation, request: ask.StartCopy, wish: copying.Wish) -> view.View:
+        """Go on with a copy that was cancelled or lost; the caller holds the domain."""
+        journal, disk = self._desk.journal, wish.disk
+        job = next((each for each in journal.jobs(keeper.name) if each.target == disk.target), None)
+        copy = resumption.resumed(keeper.name, seen, disk, request, job)
+        wish = msgspec.structs.replace(wish, file=copy.file, format=copy.format)
+        chain = [image.file for image in disk.chain if image.file.startswith("/")]
+        operation, names = self._desk.names(dry_run=request.dry_run)
+        plan = resumption.plan_resume(
+            keeper.name,
+            seen,
+            request,
+            wish,
+            copy,
+            left=await self._left(copy),
+            names=names,
+            operation=operation,
+            files=await look_up(self._desk, keeper, seen, (*chain, copy.file), {copy.file: copy.format}),
+        )
+        return await self._desk.start_job(keeper, operation, plan, dry_run=request.dry_run)
+
+    async def _left(self, copy: Mirror) -> resumption.Left:
+        """What is there of a copy's destination, which nobody has open."""
+        images, journal = self._desk.images, self._desk.journal
+        stamp = (await images.stamps((copy.file,))).get(copy.file)
+        left = resumption.Left(stamp=stamp)
+        if copy.exact or stamp is None or stamp != copy.stamps.get(copy.file):
+            return left
+        try:
+            unit, data = await images.unit(copy.file, copy.format), await images.data(copy.file, copy.format)
+        except ImageError as error:
+            return msgspec.structs.replace(left, problem=str(error))
+        return msgspec.structs.replace(
+            left,
+            blank=journal.made_blank(copy.operation, copy.file),
+            claimed=journal.claim(copy.operation, copy.file),
+            data=data,
+            unit=unit,
+        )
+
     async def _files(self, keeper: Keeper, seen: Observation, wish: copying.Wish) -> Files:
         paths = [image.file for image in wish.disk.chain if image.file.startswith("/")]
         if not copying.is_uri(wish.file):
             headers = {wish.file: wish.format} if wish.reuse else {}
-            return await look_up(self._desk, keeper, seen, (*paths, wish.file), headers)
+            files = await look_up(self._desk, keeper, seen, (*paths, wish.file), headers)
+            blank = wish.reuse and await self._is_blank(files, wish)
+            return msgspec.structs.replace(files, blank=frozenset([wish.file] if blank else []))
         files = await look_up(self._desk, keeper, seen, tuple(paths), {})
         # One that another copy writes to may serve one client at a time, and is refused for that.
         exports = {wish.file: await inspect(wish.file)} if wish.file not in files.users else {}
         return msgspec.structs.replace(files, exports=exports)
+
+    async def _is_blank(self, files: Files, wish: copying.Wish) -> bool:
+        """Whether an image that is there holds nothing yet, and one can see that."""
+        if files.facts[wish.file].kind != "file" or files.facts[wish.file].used:
+            return False
+        try:
+            return not await self._desk.images.data(wish.file, wish.format)
+        except ImageError:
+            return False  # the plan says what is wrong with it
 
     def _jobs(self, keeper: Keeper, seen: Observation, disks: tuple[str, ...]) -> tuple[BlockJob, ...]:
         """The working jobs of these disks, each once."""
@@ -129,6 +184,12 @@ class Jobs:
             done = await keeper.run(operation, copying.plan_cancel(jobs, "cancel", "cancelled"))
         files = ", ".join(job.copy.file for job in jobs if job.copy is not None)
         left = [f"left behind, incomplete: {files}"] if files else []
+        ended = {each.target: each.copy for each in self._desk.journal.jobs(request.domain)}
+        left += [
+            f"to go on with it: blockferry copy {request.domain} {copy.target} {copy.file} --resume"
+            for copy in (ended[job.target] for job in jobs)
+            if copy is not None and copy.bitmap is not None and copy.stamps
+        ]
         chains = [job for job in jobs if isinstance(job, ChainJob) and job.copy is None]
         left += ["the chain is as it was"] if chains else []
         left += [f"written in part: {job.base.file}" for job in chains if job.type != "rebase" and job.base]

@@ -9,6 +9,7 @@ from blockferry.engine.keeper import Keeper
 from blockferry.formats.definition import parse_definition
 from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
+from blockferry.model.operation import ENDED
 from blockferry.plan.destinations import Files
 from blockferry.qemu.images import aliases
 from blockferry.service.desk import Desk
@@ -103,3 +104,39 @@ def _names(file: str) -> tuple[str, ...]:
 def _one_name(file: str) -> str:
     """The same for every name of a file."""
     return _names(file)[-1]
+
+
+async def mentioned(
+    desk: Desk, own: Keeper, own_seen: Observation | None, more: dict[str, str | None]
+) -> frozenset[str]:
+    """Real paths and identities of all files in a chain, snapshot, mirror or finished copy of any domain.
+
+    With what those back onto, as their headers say: a snapshot's image may be in no chain, and stand on another. `more`
+    are other files, with their formats where they are known.
+    """
+    found: dict[str, str] = {file: image_format for file, image_format in more.items() if image_format is not None}
+    files: set[str] = set()
+    for keeper, chains in await _all(desk, own, own_seen):
+        files |= {file for _target, chain in chains for file in chain}
+        for copy in _copies(desk, keeper):
+            found |= {copy.file: copy.format} | _backing(copy.backing, copy.backing_format)
+        for snapshot in desk.journal.snapshots(keeper.name):
+            for disk in snapshot.disks:
+                left = (disk.file, disk.mirror, *snapshot.reverted.get(disk.target, ()))
+                found |= dict.fromkeys((file for file in left if file is not None), "qcow2")
+                found |= {
+                    disk.backing: disk.backing_format,
+                    **_backing(disk.mirror_backing, disk.mirror_backing_format),
+                }
+        for operation in desk.journal.operations(keeper.name, states=ENDED):
+            window = operation.plan.window
+            if operation.plan.what == "finish" and window is not None:
+                found |= {disk.mirror.file: disk.mirror.format for disk in window.disks}
+    for file, image_format in found.items():
+        if file not in files and os.path.exists(file):
+            files |= {image.path for image in await desk.images.chain(file, image_format)}
+    return frozenset(name for file in files | set(found) | set(more) for name in _names(file))
+
+
+def _backing(file: str | None, image_format: str | None) -> dict[str, str]:
+    return {file: image_format} if file is not None and image_format is not None else {}

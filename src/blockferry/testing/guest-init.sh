@@ -3,7 +3,9 @@
 #
 # The kernel's command line arrives as environment: bf_disks (vda,vdb), bf_run, bf_first, bf_slots, bf_batch and
 # bf_block (the region's start in blocks of 4096 bytes). The second serial port carries the protocol: "ACK disk N"
-# (records up to N are flushed), "IOERROR disk N" (tried again until it works), and "stop", answered by "STOPPED".
+# (records up to N are flushed), "IOERROR disk N" (tried again until it works), "FOUND disk N" (with bf_resume: N is the
+# newest record that is on the disk, and the next is written next), "stop", answered by "STOPPED", and "off": it finishes
+# what it writes and powers off, as it does when its power button is pressed (ACPI).
 # Records are built by the shell itself: a batch costs one fork.
 #
 # With bf_agent=1 there is an ext4 on every disk, the records are in the file /DISK/records at the same offsets, and
@@ -45,6 +47,14 @@ write_records() {
     while [ ! -b "/dev/$disk" ]; do busybox usleep 10000; done
     place=/dev/$disk
     [ -z "$bf_agent" ] || { mount_disk "$disk" && place=/$disk/records; }
+    if [ -n "$bf_resume" ]; then
+        newest=$(dd if="$place" bs=4096 skip="$bf_block" count="$bf_slots" iflag=direct 2>/dev/null |
+            busybox grep -a -o "^blockferry $bf_run $disk [0-9]*" | busybox sort -n -k 4 | busybox tail -n 1)
+        if [ -n "$newest" ]; then
+            echo "FOUND $disk ${newest##* }" >&3
+            n=$((${newest##* } + 1))
+        fi
+    fi
     while [ ! -e /stop ]; do
         last=$((n + bf_batch - 1))
         i=$n
@@ -66,16 +76,51 @@ write_records() {
         echo "ACK $disk $last" >&3
         n=$((last + 1))
     done
+    : >"/done-$disk"
 }
 
-[ -z "$bf_agent" ] || (run_agent &) # not a child of ours, whose end would be waited for
+# Not `wait`: that would also wait for the power button.
+finish() {
+    : >/stop
+    IFS=,
+    for disk in $bf_disks; do
+        while [ ! -e "/done-$disk" ]; do busybox usleep 10000; done
+    done
+    unset IFS
+}
+
+power_off() {
+    finish
+    busybox poweroff -f
+}
+
+# The first input event of the power button, whichever device that is.
+await_button() {
+    button=
+    # Copied: the shell polls before it reads, and that file has nothing new to poll for.
+    busybox cat /proc/bus/input/devices >/inputs
+    while read -r kind words; do
+        case "$kind $words" in
+        N:*Power\ Button*) button=yes ;;
+        H:*) [ -z "$button" ] || break ;;
+        esac
+    done </inputs
+    for word in $words; do
+        case $word in event*) dd if="/dev/input/$word" of=/dev/null bs=24 count=1 2>/dev/null && power_off ;; esac
+    done
+}
+
+[ -z "$bf_agent" ] || run_agent &
+await_button &
 IFS=,
 for disk in $bf_disks; do write_records "$disk" & done
 unset IFS
 while read -r word <&3; do
-    [ "$word" = stop ] && break
+    case $word in
+    stop) break ;;
+    off) power_off ;;
+    esac
 done
-: >/stop
-wait
+finish
 echo STOPPED >&3
 while :; do busybox sleep 86400; done

@@ -17,7 +17,11 @@ from blockferry.testing.launcher import REPO_ROOT
 from blockferry.testing.missing import MissingComponentError
 
 # Drivers of every bus that `blockdev_disk` knows; those that a kernel has built in or lacks are passed over.
-MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "ata_piix", "ahci", "nvme", "xhci_pci", "usb_storage", "sd_mod")
+# And the power button.
+MODULES = (
+    *("virtio_pci", "virtio_blk", "virtio_scsi", "ata_piix", "ahci", "nvme", "xhci_pci", "usb_storage", "sd_mod"),
+    *("button", "evdev"),
+)
 
 # What the guest agent speaks through; a guest without it boots without this.
 AGENT_MODULES = ("virtio_console",)
@@ -49,7 +53,7 @@ def build_guest(cache_dir: Path | None = None, *, agent: bool = False) -> GuestI
     kernel, modules = _find_kernel()
     busybox = _find_busybox()
     programs = [_find_agent()] if agent else []
-    key = hashlib.sha256(INIT.read_bytes())
+    key = hashlib.sha256(INIT.read_bytes() + repr(MODULES).encode())
     for path in (kernel, busybox, *programs):
         status = path.stat()
         key.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())

@@ -32,6 +32,7 @@ from blockferry.model.states import CAUGHT_UP, CHAIN, LOST, NEWEST, lost
         "blockferry copy vm1 vda /dst/disk.img --format raw --pivot",
         "blockferry copy vm1 vdb /dst/b.qcow2 --wait --bandwidth 50M",
         "blockferry copy vm1 vda /dst/top.qcow2 --base /src/golden.qcow2 --pivot",
+        "blockferry copy vm1 vda /dst/disk.img --resume --pivot",
     ),
 )
 @domain_argument
@@ -44,6 +45,7 @@ from blockferry.model.states import CAUGHT_UP, CHAIN, LOST, NEWEST, lost
 @click.option(
     "--base", metavar="FILE", help="An image of the chain, which the copy is to back onto and which is not copied."
 )
+@click.option("--resume", is_flag=True, help="Go on with the copy to DEST that was cancelled or lost.")
 @click.option("--reuse-ext", is_flag=True, help="DEST is an image that is there already.")
 @bandwidth_option
 @click.option("--granularity", type=Size(), metavar="BYTES", help="Copied at once: a power of two, 512 to 64M.")
@@ -63,6 +65,7 @@ def copy(
     pivot: bool,
     finish: bool,
     base: str | None,
+    resume: bool,
     reuse_ext: bool,
     bandwidth: int | None,
     granularity: int | None,
@@ -88,6 +91,7 @@ def copy(
         "granularity": granularity,
         "buf_size": buf_size,
         "flags": int(flags),
+        "resume": resume,
     }
     if dry_run:
         session.answer(render.plan, "copy", dry_run=True, **wish)

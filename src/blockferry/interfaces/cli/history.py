@@ -1,4 +1,4 @@
-"""events, operations, recover."""
+"""events, operations, recover, doctor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import click
 from blockferry.interfaces.cli import render, wire
 from blockferry.interfaces.cli.names import domains
 from blockferry.interfaces.cli.session import Session, Stopped, examples, json_option
+
+PROBLEMS = 3  # doctor's own: it was done, and something is wrong
 
 
 @click.command("events", epilog=examples("blockferry events vm1", "blockferry events --since 41 --follow --json"))
@@ -81,4 +83,20 @@ def recover(session: Session) -> None:
     session.answer(render.recovery, "recover")
 
 
-COMMANDS = {"events": events, "operations": operations, "recover": recover}
+@click.command("doctor", epilog=examples("blockferry doctor", "blockferry doctor vm1 --json"))
+@click.argument("name", required=False, shell_complete=domains)
+@json_option
+@click.pass_obj
+def doctor(session: Session, name: str | None) -> None:
+    """What is wrong, and what to type.
+
+    Without NAME: the state directory, the programs, and each domain in a line. With NAME: whether QEMU, the journal and
+    the files agree on that domain. Nothing is changed. Ends with status 3 when there is a problem.
+    """
+    found = session.ask("doctor", domain=name)
+    session.show(found, render.findings)
+    if found["problems"]:
+        raise click.exceptions.Exit(PROBLEMS)
+
+
+COMMANDS = {"events": events, "operations": operations, "recover": recover, "doctor": doctor}

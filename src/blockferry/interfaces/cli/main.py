@@ -39,6 +39,7 @@ VERBS = {
     "events": ("history", "What happened, and what happens now."),
     "operations": ("history", "What was done, step by step, with times."),
     "recover": ("history", "Settle what a crash left open."),
+    "doctor": ("history", "What is wrong, and what to type."),
     "serve": ("serving", "Run the host process in the foreground."),
     "completion": ("completion", "Print the shell's completion script."),
 }

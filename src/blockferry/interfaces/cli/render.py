@@ -308,6 +308,19 @@ def recovery(view: Json) -> str:
     return "\n".join(lines) or "everything is settled"
 
 
+def findings(view: Json) -> str:
+    """`doctor`: each finding, and under it what to type."""
+    lines = []
+    for row in view["findings"]:
+        whose = row["domain"] if view["domain"] is None else None
+        about = " ".join(word for word in (whose, row["disk"]) if word)
+        padding = " " * (len("problem  ") - len(row["severity"]))
+        lines.append(f"{paint(row['severity'])}{padding}{f'{about}: ' if about else ''}{row['text']}  [{row['code']}]")
+        lines += [f"{' ' * 13}{command}" for command in row["next"]]
+    count = view["problems"]
+    return "\n".join([*lines, f"{count} problem{'s' if count != 1 else ''}" if count else "no problems"])
+
+
 def done(view: Json) -> str:
     """What was done."""
     pause = "" if view["pause_ms"] is None else f" The guest stood still for {view['pause_ms']:.1f} ms."

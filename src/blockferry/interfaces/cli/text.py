@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import click
 
-GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving"})
-BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error"})
-BUSY = frozenset({"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused"})
+GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving", "ok"})
+BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error", "problem"})
+BUSY = frozenset(
+    {"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused", "note"}
+)
 
 
 def paint(word: str) -> str:
