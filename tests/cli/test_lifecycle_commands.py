@@ -28,8 +28,8 @@ async def g1(command: Command, tmp_path: Path) -> AsyncIterator[Path]:
     file = tmp_path / "g1.xml"
     file.write_text(XML.format(folder=tmp_path))
     result = await command("define", str(file))
-    assert result.stderr == "blockferry: <devices/sound> is kept, and not carried out\n"
     assert result.stdout.startswith("g1  shut off\n")
+    assert result.stdout.endswith("\nnote: <devices/sound> is kept, and not carried out\n")
     yield file
     pid = (await command.json("show", "g1"))["pid"] if "g1" in (await command("list")).stdout else None
     if pid is not None:
