@@ -1,4 +1,4 @@
-"""Dying at a chosen moment: requests carried out by a process that is killed at its n-th boundary.
+"""Accidents at a chosen moment: requests carried out by a process that is killed at its n-th boundary, or has bad luck there.
 
 A boundary is the moment before or after a durable journal write or a QMP command. `Crasher` keeps one process with
 everything imported, which forks one child a case: a real `kill -9` of a real process, in a tenth of a second.
@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -19,13 +21,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
 import msgspec
 
 from blockferry import errors
+from blockferry.model import request as ask
+from blockferry.model import view
 from blockferry.model.request import Request
+from blockferry.qemu.session import Session
 from blockferry.service import Service
+from blockferry.testing.pen import Pen, PenPlan
+
+DEATH_SECONDS = 20.0  # a process that was killed has let go of its files within milliseconds
+
+
+class Accident(msgspec.Struct, frozen=True, kw_only=True):
+    """Something bad that happens at a boundary.
+
+    Attributes:
+        at: the boundary, from 0.
+        what: `die` (the process that carries out the requests is killed), `kill` (another is), `create` (a file that a
+            server's fault waits for), `fill` (a file grows until its file system is full), `cut` (connections end).
+        target: the process id to kill, the file to create or to fill, the socket whose connections end.
+    """
+
+    at: int
+    what: Literal["die", "kill", "create", "fill", "cut"]
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,29 +66,97 @@ class CrashResult:
     error: str | None = None
 
 
-class _Witness:
-    """Counts boundaries, and dies at one."""
+class _Case(msgspec.Struct, frozen=True, kw_only=True):
+    """A case, as a child is told."""
 
-    def __init__(self, at: int | None) -> None:
-        self.at = at
+    state_dir: str
+    requests: tuple[Request, ...]
+    accidents: tuple[Accident, ...]
+    from_open: bool = False
+    to_the_end: bool = False
+    pen: PenPlan | None = None
+    reply_seconds: float | None = None
+
+
+class _Witness:
+    """Counts boundaries; has the guest write, and accidents happen, at them."""
+
+    def __init__(self, accidents: tuple[Accident, ...], pen: PenPlan | None) -> None:
         self.counting = False
         self.passed: list[str] = []
+        self._accidents = accidents
+        self._every = pen.every if pen is not None else 1
+        self._pen = Pen(pen) if pen is not None else None
 
     def __call__(self, when: str, what: str) -> None:
         if not self.counting:
             return
-        if len(self.passed) == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        at = len(self.passed)
+        due = [each for each in self._accidents if each.at == at]
+        if self._pen is not None and (due or at % self._every == 0):
+            self._pen.write()
+        for accident in due:
+            if accident.what in ("create", "fill") and self._pen is not None:
+                self._pen.doubt()
+            _happen(accident)
         self.passed.append(f"{when} {what}")
 
 
-async def _carry_out(state_dir: Path, requests: list[Request], witness: _Witness, *, from_open: bool) -> str | None:
-    witness.counting = from_open
-    service = await Service.open(state_dir, witness=witness)
+def _happen(accident: Accident) -> None:
+    match accident.what:
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "kill":
+            _kill(int(accident.target))
+        case "create":
+            Path(accident.target).touch()
+        case "fill":
+            _fill(Path(accident.target))
+        case "cut":
+            _cut(accident.target)
+
+
+def _kill(pid: int) -> None:
+    """Kill a process, and wait until it has let go of what it held."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    signal.pidfd_send_signal(process, signal.SIGKILL)
+    select.select([process], [], [], DEATH_SECONDS)
+    os.close(process)
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while file.write(b"\xff" * size):
+                    pass
+            except OSError:
+                continue
+
+
+def _cut(path: str) -> None:
+    """End this process's connections to a socket, as the other side would."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.family == socket.AF_UNIX and connection.getpeername() == path:
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            continue
+
+
+async def _carry_out(case: _Case, witness: _Witness) -> str | None:
+    witness.counting = case.from_open
+    service = await Service.open(Path(case.state_dir), witness=witness)
     witness.counting = True
     try:
-        for request in requests:
+        for request in case.requests:
             await service.submit(request)
+            if case.to_the_end:
+                await _worked_out(service, str(getattr(request, "domain", "")))
     except errors.BlockferryError as error:
         return error.code
     finally:
@@ -74,23 +165,40 @@ async def _carry_out(state_dir: Path, requests: list[Request], witness: _Witness
     return None
 
 
-def _child(case: dict[str, object], answer: int) -> None:
+async def _worked_out(service: Service, domain: str) -> None:
+    """Wait until no job that ends by itself works any more: what follows its end is the operation's too."""
+    last = await service.submit(ask.ListEvents(since=2**62))
+    assert isinstance(last, view.EventList)
+    if not await _working(service, domain):
+        return
+    async for _event in service.watch(domain, last.last):
+        if not await _working(service, domain):
+            return
+
+
+async def _working(service: Service, domain: str) -> bool:
+    jobs = await service.submit(ask.ListJobs(domain=domain))
+    assert isinstance(jobs, view.JobList)
+    return any(job.state == "running" for job in jobs.jobs)
+
+
+def _child(case: _Case, answer: int) -> None:
     """Carry a case out and write what became of it; never returns."""
-    witness = _Witness(case["at"] if isinstance(case["at"], int) else None)
-    requests = msgspec.convert(case["requests"], list[Request])
+    if case.reply_seconds is not None:
+        Session.COMMAND_SECONDS = case.reply_seconds
     try:
-        error = asyncio.run(
-            _carry_out(Path(str(case["state_dir"])), requests, witness, from_open=bool(case["from_open"]))
-        )
+        witness = _Witness(case.accidents, case.pen)
+        error = asyncio.run(_carry_out(case, witness))
+        said = {"boundaries": witness.passed, "error": error}
     except BaseException:  # noqa: BLE001 - the top of a process: the parent is told, and nothing is unwound further
-        error = traceback.format_exc()
-    os.write(answer, json.dumps({"boundaries": witness.passed, "error": error}).encode())
+        said = {"boundaries": [], "error": traceback.format_exc()}
+    os.write(answer, json.dumps(said).encode())
     os._exit(0)
 
 
 def _serve() -> None:
     for line in sys.stdin:
-        case = json.loads(line)
+        case = msgspec.json.decode(line, type=_Case)
         ours, theirs = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -131,29 +239,46 @@ class Crasher:
                 self._process.stdout.close()
 
     def run(
-        self, state_dir: Path, requests: Sequence[Request], *, at: int | None, from_open: bool = False
+        self,
+        state_dir: Path,
+        requests: Sequence[Request],
+        *,
+        at: int | None = None,
+        from_open: bool = False,
+        accidents: Sequence[Accident] = (),
+        to_the_end: bool = False,
+        pen: PenPlan | None = None,
+        reply_seconds: float | None = None,
     ) -> CrashResult:
-        """Open the state directory in a new process, carry the requests out, and die at boundary `at`.
+        """Open the state directory in a new process, carry the requests out, and have accidents happen to it.
 
         Args:
             state_dir: whose journal is used; nobody else may have it open.
             requests: one after the other.
             at: the boundary to die at, from 0; None to live.
             from_open: count from the opening (recovery) on, rather than from the first request.
+            accidents: more that happens.
+            to_the_end: wait after each request until its jobs that end by themselves have ended.
+            pen: what the guest writes meanwhile.
+            reply_seconds: how long a reply of QEMU's is waited for, rather than as in earnest.
         """
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        case = {
-            "state_dir": str(state_dir),
-            "requests": msgspec.to_builtins(list(requests)),
-            "at": at,
-            "from_open": from_open,
-        }
-        process.stdin.write(json.dumps(case) + "\n")
+        die = (Accident(at=at, what="die"),) if at is not None else ()
+        case = _Case(
+            state_dir=str(state_dir),
+            requests=tuple(requests),
+            accidents=(*accidents, *die),
+            from_open=from_open,
+            to_the_end=to_the_end,
+            pen=pen,
+            reply_seconds=reply_seconds,
+        )
+        process.stdin.write(msgspec.json.encode(case).decode() + "\n")
         process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
         return CrashResult(killed=answer["killed"], boundaries=tuple(answer["boundaries"]), error=answer["error"])
 
 

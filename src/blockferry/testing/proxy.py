@@ -34,6 +34,7 @@ class FaultKind(enum.Enum):
     ERROR = "not executed, answered with an error"
     ERROR_AFTER = "executed, its answer replaced by an error: the answer lies"
     DROP_REPLY = "executed, never answered"
+    LATE = "executed, answered late, and so is what comes behind it"
     CUT_BEFORE = "not executed, the connection ends"
     CUT_AFTER = "executed, the connection ends instead of the answer"
     HIDE = "unknown to this QEMU: not in query-commands and query-qmp-schema, answered CommandNotFound"
@@ -50,6 +51,7 @@ class Fault:
             HIDE always means each.
         error_desc: the description in the error that is answered.
         when: a condition on the command's arguments; commands that do not meet it are not counted.
+        seconds: how late an answer is.
     """
 
     command: str
@@ -57,6 +59,7 @@ class Fault:
     nth: int | None = 1
     error_desc: str = "injected"
     when: Predicate | None = None
+    seconds: float = 1.0
 
 
 class Gate:
@@ -365,6 +368,8 @@ class _Session:
                 return
             case Fault(kind=FaultKind.CUT_AFTER):
                 raise _CutError
+            case Fault(kind=FaultKind.LATE, seconds=seconds):
+                await asyncio.sleep(seconds)
             case Fault(kind=FaultKind.ERROR_AFTER, error_desc=text):
                 line = _error("GenericError", text, message)
             case _ if verdict.rewrite is not None and "return" in message:

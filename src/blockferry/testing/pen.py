@@ -1,0 +1,145 @@
+"""A guest that writes at chosen moments: numbered records through its own disks, and a log of what was acknowledged.
+
+The log outlives whoever writes it, `kill -9` included: a record is announced, written and flushed, then acknowledged, each
+with a line of its own. What was acknowledged has to be there afterwards; what was announced only may be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RECORD_BYTES = 4096
+RECORDS_AT = 1 << 21  # where they begin on each disk
+SLOTS = 128  # of a disk; the record after the last is written over the first
+ANSWER_SECONDS = 5.0  # QEMU answers within milliseconds; it may have been killed, or hang
+
+
+@dataclass(frozen=True)
+class PenPlan:
+    """Where to write.
+
+    Attributes:
+        monitor: a QMP socket of the guest's, which nobody else uses.
+        disks: by target, the device as QEMU's test command names it: a qdev path.
+        log: where records are announced and acknowledged.
+        every: write at each so manieth moment.
+    """
+
+    monitor: str
+    disks: Mapping[str, str]
+    log: str
+    every: int = 4
+
+
+class Pen:
+    """Writes records as long as the guest runs; nothing in it waits for the code under test."""
+
+    def __init__(self, plan: PenPlan) -> None:
+        self._plan = plan
+        self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._number = sum(line.startswith("write") for line in Path(plan.log).read_text().splitlines())
+        self._doubtful = False
+        self._socket: socket.socket | None = None
+        with contextlib.suppress(OSError):
+            self._connect()
+
+    def doubt(self) -> None:
+        """What is written from now on need not last: its storage has been made to fail."""
+        self._doubtful = True
+
+    def write(self) -> None:
+        """Write the next record, if the guest runs and its disks are not being switched at this moment."""
+        if self._socket is None:
+            return
+        try:
+            self._write()
+        except (OSError, ValueError):
+            # QEMU is gone, or hangs: nothing is acknowledged any more.
+            self._socket.close()
+            self._socket = None
+
+    def _write(self) -> None:
+        if self._ask("query-status")["status"] != "running":
+            return
+        # A job that waits for its finalize may hold its disk drained: the guest's writes wait then, and so would we.
+        if any(job["status"] in ("waiting", "pending") for job in self._ask("query-jobs")):
+            return
+        targets = sorted(self._plan.disks)
+        target = targets[self._number % len(targets)]
+        qdev = self._plan.disks[target]
+        slot, byte = self._number // len(targets) % SLOTS, 1 + self._number % 255
+        self._say(f"write {self._number} {target} {slot} {byte}")
+        self._number += 1
+        before = self._counts(qdev)
+        self._qemu_io(qdev, f"aio_write -q -P {byte} {RECORDS_AT + slot * RECORD_BYTES} {RECORD_BYTES}")
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while (now := self._counts(qdev)) == before:
+            if time.monotonic() > deadline:
+                raise OSError("the write does not end")
+        if now[1] == before[1]:
+            self._qemu_io(qdev, "flush")
+            if not self._doubtful:
+                self._say(f"acknowledged {self._number - 1}")
+
+    def _counts(self, qdev: str) -> tuple[int, int]:
+        for each in self._ask("query-blockstats"):
+            if each.get("qdev") == qdev:
+                return each["stats"]["wr_operations"], each["stats"]["failed_wr_operations"]
+        raise ValueError(qdev)
+
+    def _qemu_io(self, qdev: str, command: str) -> None:
+        self._ask("human-monitor-command", {"command-line": f'qemu-io -d {qdev} "{command}"'})
+
+    def _connect(self) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(ANSWER_SECONDS)
+        self._socket.connect(self._plan.monitor)
+        self._lines = self._socket.makefile("rb")
+        self._lines.readline()
+        self._ask("qmp_capabilities")
+
+    def _ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        if self._socket is None:
+            raise OSError("not connected")
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n")
+        while True:
+            answer = json.loads(self._lines.readline())
+            if "error" in answer:
+                raise OSError(answer["error"]["desc"])
+            if "return" in answer:
+                return answer["return"]
+
+    def _say(self, line: str) -> None:
+        os.write(self._log, f"{line}\n".encode())
+
+
+@dataclass
+class Records:
+    """What the log says of one disk: by slot, the byte that has to be there, and those that may be there instead."""
+
+    must: dict[int, int]
+    may: dict[int, set[int]]
+
+
+def read_log(path: Path, targets: tuple[str, ...]) -> dict[str, Records]:
+    """By target, what its disk holds of the records of a log."""
+    found = {target: Records(must={}, may={}) for target in targets}
+    written: dict[int, tuple[str, int, int]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        match line.split():
+            case ["write", number, target, slot, byte]:
+                written[int(number)] = (target, int(slot), int(byte))
+                found[target].may.setdefault(int(slot), set()).add(int(byte))
+            case ["acknowledged", number]:
+                target, at, value = written[int(number)]
+                found[target].must[at] = value
+                found[target].may[at] = set()
+    return found

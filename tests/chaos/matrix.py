@@ -1,0 +1,287 @@
+"""Cases: an operation and what goes wrong in it, chosen by a seed; and playing one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from operations import OPERATIONS, REMOVE, REOPEN, Operation
+from verdict import (
+    WORKING,
+    Standing,
+    images_of,
+    jobs,
+    named,
+    require_agreement,
+    require_contents,
+    require_nothing_left,
+    require_settled,
+    standing,
+)
+from worlds import Stage, World, carry_out, open_world, serving, worked_out
+
+from blockferry.model import request as ask
+from blockferry.service import Service
+from blockferry.testing import Fault, FaultKind
+from blockferry.testing.crash import Accident
+
+# At a boundary: the host process dies, QEMU is killed, the connection ends.
+AtBoundary = Literal["die", "kill", "cut"]
+# Of a command: it is refused, its reply is lost or late, the connection ends before or after it.
+OfCommand = Literal["error", "drop", "late", "before", "after"]
+KINDS = {
+    "error": FaultKind.ERROR,
+    "drop": FaultKind.DROP_REPLY,
+    "late": FaultKind.LATE,
+    "before": FaultKind.CUT_BEFORE,
+    "after": FaultKind.CUT_AFTER,
+}
+REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
+LATE_SECONDS = 0.7
+RECOVERY_BOUNDARIES = 30  # a recovery has some tens of them; one that has less is not hit
+
+
+@dataclass(frozen=True)
+class Mishap:
+    """One thing that goes wrong: `die@17`, `kill@3`, `error@blockdev-add#2`; `again:die@4` in the recovery after it."""
+
+    kind: str
+    at: int = 0
+    command: str = ""
+    again: bool = False
+
+    def __str__(self) -> str:
+        where = f"{self.command}#{self.at}" if self.command else str(self.at)
+        return f"{'again:' if self.again else ''}{self.kind}@{where}"
+
+    @classmethod
+    def parse(cls, text: str) -> Mishap:
+        """What `str` makes of one."""
+        found = re.fullmatch(r"(again:)?(\w+)@(?:([\w-]+)#)?(\d+)", text)
+        if found is None or found[2] not in (*get_args(AtBoundary), *get_args(OfCommand)):
+            raise ValueError(f"{text!r} is no mishap: die@17, kill@3, cut@5, error@blockdev-add#2, again:die@4")
+        return cls(found[2], int(found[4]), found[3] or "", again=found[1] is not None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, and what goes wrong in it: `pivot-3 die@17+again:kill@2`."""
+
+    operation: str
+    mishaps: tuple[Mishap, ...]
+
+    @property
+    def proxied(self) -> bool:
+        """Whether a proxy is needed between the service and QEMU."""
+        return any(mishap.command for mishap in self.mishaps)
+
+    @property
+    def playable(self) -> bool:
+        """Behind the proxy the service can't see which process QEMU is, so it can't know that it was killed."""
+        return not (self.proxied and any(mishap.kind == "kill" for mishap in self.mishaps))
+
+    def __str__(self) -> str:
+        return f"{self.operation} {'+'.join(map(str, self.mishaps)) or 'nothing'}"
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """What `str` makes of one."""
+        operation, _, rest = text.partition(" ")
+        parts = () if rest in ("", "nothing") else rest.split("+")
+        return cls(operation, tuple(Mishap.parse(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class Course:
+    """How an operation goes when nothing goes wrong: its boundaries, its commands, and how things stand then."""
+
+    boundaries: tuple[str, ...]
+    commands: tuple[str, ...]
+    before: Standing
+    after: Standing
+
+
+@dataclass
+class Tally:
+    """The figures."""
+
+    cases: int = 0
+    kills: int = 0
+    faults: int = 0
+    records: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.cases:,} cases, {self.kills:,} kills, {self.faults:,} faults, 0 lost, 0 left over"
+
+
+def every_mishap(course: Course) -> list[Mishap]:
+    """All single things that can go wrong in an operation."""
+    count: Counter[str] = Counter()
+    found = [Mishap(kind, at) for at in range(len(course.boundaries)) for kind in get_args(AtBoundary)]
+    for command in course.commands:
+        count[command] += 1
+        found += [Mishap(kind, count[command], command) for kind in get_args(OfCommand)]
+    return found
+
+
+def choose(operation: str, course: Course, number: int, chance: random.Random) -> list[Case]:
+    """So many cases: three of four with one mishap, spread over all of them; the others with two."""
+    singles = every_mishap(course)
+    chance.shuffle(singles)
+    found = []
+    for index in range(number):
+        first = singles[index % len(singles)]
+        if index % 4 < 3:
+            found.append(Case(operation, (first,)))
+            continue
+        second = chance.choice(singles)
+        if chance.random() < 0.5:
+            kind = chance.choice(get_args(AtBoundary))
+            second = Mishap(kind, chance.randrange(RECOVERY_BOUNDARIES), again=True)
+        case = Case(operation, (first, second))
+        found.append(case if case.playable else Case(operation, (first,)))
+    return found
+
+
+async def whole(stage: Stage, folder: Path, name: str) -> Course:
+    """An operation without a mishap, which has to be done then."""
+    operation = OPERATIONS[name]
+    async with open_world(stage, folder) as world:
+        before, _images, _files = await set_up(world, operation)
+        world.proxy.log.clear()
+        result = await asyncio.to_thread(
+            stage.crasher.run, world.state_dir, operation.itself(world), to_the_end=True, pen=world.pen()
+        )
+        assert result.error is None, result.error
+        commands = tuple(world.proxy.commands())
+        async with serving(world) as service:
+            states = await require_settled(service)
+            assert "undone" not in states
+            after = await standing(service)
+        assert world.log.exists(), "the guest has written nothing meanwhile"
+        return Course(boundaries=result.boundaries, commands=commands, before=before, after=after)
+
+
+async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str, tuple[str, str]], set[str]]:
+    """What leads up to the operation; how things stand then."""
+    await carry_out(world, [ask.Attach(domain="vm", qmp=str(world.qmp)), *operation.before(world)])
+    async with serving(world) as service:
+        return await standing(service), await images_of(service), world.files()
+
+
+async def play(stage: Stage, folder: Path, case: Case, course: Course, tally: Tally) -> None:
+    """Play a case, and look at what is left; whatever is not as it has to be is an AssertionError."""
+    operation = OPERATIONS[case.operation]
+    async with open_world(stage, folder, proxied=case.proxied) as world:
+        _before, images, files = await set_up(world, operation)
+        for mishap in case.mishaps:
+            if mishap.command:
+                fault = Fault(mishap.command, KINDS[mishap.kind], nth=mishap.at, seconds=LATE_SECONDS)
+                world.proxy.inject(fault)
+        for again in (False, True):
+            accidents = accidents_of(world, [m for m in case.mishaps if m.again is again and not m.command])
+            if again and not accidents:
+                break
+            result = await asyncio.to_thread(
+                stage.crasher.run,
+                world.state_dir,
+                () if again else operation.itself(world),
+                accidents=accidents,
+                from_open=again,
+                to_the_end=True,
+                pen=world.pen(),
+                reply_seconds=REPLY_SECONDS,
+            )
+            assert result.error is None or "Traceback" not in result.error, result.error
+            tally.kills += result.killed
+        world.proxy.clear()
+        tally.cases += 1
+        tally.faults += len(world.proxy.fired) + sum(m.kind == "cut" for m in case.mishaps)
+        if world.qemu.alive:
+            final = await lives(world, operation, course, files, continuing=len(str(case)) % 2 == 0)
+        else:
+            tally.kills += 1
+            final = await is_gone(world, operation, course, images)
+        await world.qemu.stop()
+        tally.records += require_contents(world, final)
+
+
+def accidents_of(world: World, mishaps: Sequence[Mishap]) -> tuple[Accident, ...]:
+    found = []
+    for mishap in mishaps:
+        target = {"kill": str(world.qemu.pid), "cut": str(world.qmp)}.get(mishap.kind, "")
+        found.append(Accident(at=mishap.at, what=mishap.kind, target=target))  # type: ignore[arg-type]  # one of AtBoundary
+    # Whoever dies sees nothing more: what happens at the same moment comes first.
+    return tuple(sorted(found, key=lambda accident: accident.what == "die"))
+
+
+async def lives(
+    world: World, operation: Operation, course: Course, files: set[str], *, continuing: bool
+) -> dict[str, tuple[str, str]]:
+    """The guest runs: it was done, undone or is in progress, and what is in progress can be gone on with or cancelled."""
+    async with serving(world) as service:
+        await worked_out(service)
+        assert (await world.command("query-status"))["status"] == "running"
+        states = await require_settled(service)
+        require_one_of(await standing(service), course, operation)
+        if "undone" in states and not operation.alone:
+            assert world.files() - files == set(), "files are left of what was undone"
+        await require_agreement(service, world)
+        await require_nothing_left(service, world)
+        await go_on_or_back(service, continuing=continuing)
+        assert await world.command("query-jobs") == []
+        await require_nothing_left(service, world)
+        return await images_of(service)
+
+
+def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
+    if not operation.alone:
+        assert now in (course.before, course.after), f"neither before nor after: {now}"
+        return
+    for target, chain in now.chains.items():
+        assert chain in (course.before.chains[target], course.after.chains[target]), f"{target}: {chain}"
+
+
+async def go_on_or_back(service: Service, *, continuing: bool) -> None:
+    """Do what is offered for what is in progress: go on with it, or cancel it."""
+    working = [job for job in (await jobs(service)).values() if job.state in WORKING]
+    copies = tuple(job.disk for job in working if job.snapshot is None)
+    if copies:
+        verb = ask.PivotJobs if continuing else ask.CancelJobs
+        await service.submit(verb(domain="vm", disks=copies))
+    if any(job.snapshot for job in working):
+        (request,) = (REOPEN if continuing else REMOVE)(None)  # type: ignore[arg-type]  # they need nothing of a world
+        await service.submit(request)
+
+
+async def is_gone(
+    world: World, operation: Operation, course: Course, images: dict[str, tuple[str, str]]
+) -> dict[str, tuple[str, str]]:
+    """QEMU was killed: the images that doctor names hold everything, and the guest runs on them as if nothing had been."""
+    async with serving(world) as service:
+        await require_settled(service)
+        now = named(await service.submit(ask.Doctor(domain="vm")), images)
+    require_contents(world, now)
+    await world.start_again(now)
+    async with serving(world) as service:
+        await service.submit(ask.Attach(domain="vm", qmp=str(world.qmp)))
+        assert await images_of(service) == now
+        await require_settled(service)
+        require_one_of_chains(await standing(service), course, operation)
+        await require_agreement(service, world)
+        await require_nothing_left(service, world)
+    return now
+
+
+def require_one_of_chains(now: Standing, course: Course, operation: Operation) -> None:
+    """As before or as after; all disks alike, unless each is done for itself."""
+    if operation.alone:
+        require_one_of(now, course, operation)
+    else:
+        assert now.chains in (course.before.chains, course.after.chains), f"neither before nor after: {now.chains}"

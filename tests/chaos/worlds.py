@@ -1,0 +1,196 @@
+"""A guest with three disks, a state directory, and whatever can go wrong with them: what a case is tried on."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.service import Service
+from blockferry.testing import (
+    QemuBinaries,
+    QmpFaultProxy,
+    TestQemu,
+    blockdev_disk,
+    legacy_drive,
+    make_image,
+    write_pattern,
+)
+from blockferry.testing.crash import Crasher
+from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, PenPlan, Records, read_log
+
+MIB = 1 << 20
+SIZE = RECORDS_AT + SLOTS * RECORD_BYTES
+TARGETS = ("vda", "vdb", "sda")
+FORMATS = {"vda": "qcow2", "vdb": "raw", "sda": "qcow2"}
+QDEVS = {
+    "vda": "/machine/peripheral/da-dev/virtio-backend",
+    "vdb": "/machine/peripheral-anon/device[0]/virtio-backend",
+    "sda": "da2-dev",
+}
+OURS = "bf"  # how the names of our nodes begin
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all cases of a QEMU version share: its programs, a process that has accidents, the images to begin with."""
+
+    binaries: QemuBinaries
+    crasher: Crasher
+    template: Path
+
+    @classmethod
+    def build(cls, binaries: QemuBinaries, crasher: Crasher, folder: Path) -> Stage:
+        """Make the images, with a pattern of its own in each."""
+        for target, byte in zip(TARGETS, (0x61, 0x62, 0x63), strict=True):
+            image = make_image(binaries, folder / f"{target}.img", FORMATS[target], SIZE)
+            write_pattern(binaries, image, FORMATS[target], 0, MIB, byte)
+        return cls(binaries, crasher, folder)
+
+
+@dataclass(eq=False)
+class World:
+    """Where a case plays.
+
+    Attributes:
+        stage: its QEMU's.
+        folder: with `src/` (the disks), `dst/` and `state/`.
+        qemu: the guest; another one once it was killed and started again.
+        proxy: between the service and it, when that is wanted.
+        qmp: the socket that the service is given.
+        contents: what the disks hold beside records, by target.
+    """
+
+    stage: Stage
+    folder: Path
+    qemu: TestQemu
+    proxy: QmpFaultProxy
+    qmp: Path
+    contents: dict[str, bytearray] = field(default_factory=dict)
+
+    @property
+    def state_dir(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "records"
+
+    def pen(self) -> PenPlan:
+        """What the guest is to write meanwhile."""
+        return PenPlan(monitor=str(self.qemu.sockets["pen"]), disks=QDEVS, log=str(self.log))
+
+    def records(self) -> dict[str, Records]:
+        return read_log(self.log, TARGETS)
+
+    def source(self, target: str) -> Path:
+        return self.folder / "src" / f"{target}.img"
+
+    def dest(self, name: str) -> str:
+        return str(self.folder / "dst" / name)
+
+    def files(self) -> set[str]:
+        """All images there are."""
+        return {str(path) for part in ("src", "dst") for path in (self.folder / part).iterdir()}
+
+    async def start_again(self, images: dict[str, tuple[str, str]]) -> None:
+        """Start the guest anew, after it was killed, on these images: its sockets are where they were."""
+        await self.qemu.kill()
+        self.qemu = guest(self.stage, self.folder, {target: (Path(file), fmt) for target, (file, fmt) in images.items()})
+        await self.qemu.start()
+
+    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Ask QEMU, beside the code under test."""
+        return await self.qemu.command(name, arguments)
+
+
+def disk_arguments(files: dict[str, tuple[Path, str]]) -> list[str]:
+    """Virtio with an iothread, a drive that nobody named, scsi with an iothread."""
+    return [
+        *blockdev_disk("da", *files["vda"], iothread="io0"),
+        *legacy_drive(*files["vdb"]),
+        *blockdev_disk("da2", *files["sda"], bus="scsi", iothread="io1"),
+    ]
+
+
+def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]], *, paused: bool = False) -> TestQemu:
+    """A QEMU on these images, with a socket for the service and one for the pen."""
+    return TestQemu(
+        stage.binaries, folder, args=disk_arguments(files), paused=paused, memory_mib=16, sockets=("qmp", "pen")
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_world(stage: Stage, folder: Path, *, proxied: bool = True, paused: bool = False) -> AsyncIterator[World]:
+    """A guest that runs (or has never run), on fresh images, that nobody is attached to."""
+    for part in ("src", "dst"):
+        (folder / part).mkdir(parents=True)
+    (folder / "state").mkdir(mode=0o700)
+    contents = {}
+    for target in TARGETS:
+        shutil.copy(stage.template / f"{target}.img", folder / "src")
+        contents[target] = bytearray(SIZE)
+        contents[target][:MIB] = bytes([0x61 + TARGETS.index(target)]) * MIB
+    files = {target: (folder / "src" / f"{target}.img", FORMATS[target]) for target in TARGETS}
+    qemu = guest(stage, folder, files, paused=paused)
+    await qemu.start()
+    proxy = QmpFaultProxy(qemu.qmp, folder / "proxy.sock")
+    qmp = proxy.path if proxied else qemu.qmp
+    world = World(stage=stage, folder=folder, qemu=qemu, proxy=proxy, qmp=qmp, contents=contents)
+    try:
+        async with proxy:
+            yield world
+    finally:
+        await world.qemu.stop()
+
+
+@contextlib.asynccontextmanager
+async def serving(world: World) -> AsyncIterator[Service]:
+    """The state directory, opened: what was interrupted is settled by that."""
+    service = await Service.open(world.state_dir)
+    try:
+        yield service
+    finally:
+        await service.close()
+
+
+async def carry_out(world: World, requests: list[ask.Request]) -> None:
+    """What leads up to a case: without accidents."""
+    async with serving(world) as service:
+        for request in requests:
+            await service.submit(request)
+            await worked_out(service)
+
+
+async def worked_out(service: Service) -> None:
+    """Until no job works that ends by itself."""
+    last = await service.submit(ask.ListEvents(since=2**62))
+    assert isinstance(last, view.EventList)
+    if not await running(service):
+        return
+    async for _event in service.watch("vm", last.last):
+        if not await running(service):
+            return
+
+
+async def running(service: Service) -> bool:
+    jobs = await service.submit(ask.ListJobs(domain="vm"))
+    assert isinstance(jobs, view.JobList)
+    return any(job.state == "running" for job in jobs.jobs)
+
+
+def read_image(stage: Stage, path: Path, fmt: str, to: Path) -> bytes:
+    """What a guest would read of an image, chain and all, that nobody has open."""
+    subprocess.run(
+        [stage.binaries.img, "convert", "-f", fmt, "-O", "raw", path, to], check=True, capture_output=True, timeout=60
+    )
+    try:
+        return to.read_bytes()
+    finally:
+        to.unlink()
