@@ -313,6 +313,8 @@ def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...], *, unsett
     chains = " ".join(job.target for job in own if job.copy is None)
     if chains:
         commands += [f"blockferry job list {record.domain}", f"blockferry job cancel {record.domain} {chains}"]
+    if any(job.state == "resting" and job.operation == record.id for job in jobs):
+        commands.append(f"blockferry start {record.domain}")
     return tuple(commands)
 
 

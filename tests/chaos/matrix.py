@@ -22,14 +22,16 @@ from verdict import (
     require_contents,
     require_nothing_left,
     require_settled,
+    show,
     standing,
 )
-from worlds import Stage, World, carry_out, open_world, serving, worked_out
+from worlds import TARGETS, OwnQemu, Stage, World, carry_out, definition, open_world, serving, worked_out
 
 from blockferry.model import request as ask
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind
 from blockferry.testing.crash import Accident
+from blockferry.testing.pen import Pen, Records
 
 # At a boundary: the host process dies, QEMU is killed, the connection ends.
 AtBoundary = Literal["die", "kill", "cut"]
@@ -121,7 +123,7 @@ class Tally:
 
 
 def every_mishap(course: Course) -> list[Mishap]:
-    """All single things that can go wrong in an operation."""
+    """All single things that can go wrong in an operation; no proxy stands before a QEMU that blockferry starts."""
     count: Counter[str] = Counter()
     found = [Mishap(kind, at) for at in range(len(course.boundaries)) for kind in get_args(AtBoundary)]
     for command in course.commands:
@@ -152,25 +154,35 @@ def choose(operation: str, course: Course, number: int, chance: random.Random) -
 async def whole(stage: Stage, folder: Path, name: str) -> Course:
     """An operation without a mishap, which has to be done then."""
     operation = OPERATIONS[name]
-    async with open_world(stage, folder) as world:
+    async with open_world(stage, folder, defined=operation.defined) as world:
         before, _images, _files = await set_up(world, operation)
         world.proxy.log.clear()
         result = await asyncio.to_thread(
             stage.crasher.run, world.state_dir, operation.itself(world), to_the_end=True, pen=world.pen()
         )
         assert result.error is None, result.error
-        commands = tuple(world.proxy.commands())
         async with serving(world) as service:
             states = await require_settled(service)
             assert "undone" not in states
             after = await standing(service)
-        assert world.log.exists(), "the guest has written nothing meanwhile"
+        assert world.records() != nothing_written(), "the guest has written nothing meanwhile"
+        commands = tuple(world.proxy.commands()) if not operation.defined else ()
         return Course(boundaries=result.boundaries, commands=commands, before=before, after=after)
 
 
 async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str, tuple[str, str]], set[str]]:
     """What leads up to the operation; how things stand then."""
-    await carry_out(world, [ask.Attach(domain="vm", qmp=str(world.qmp)), *operation.before(world)])
+    known: ask.Request = ask.Attach(domain="vm", qmp=str(world.qmp))
+    if isinstance(world.qemu, OwnQemu):
+        known = ask.Define(xml=definition(world.folder, world.qemu.sockets))
+    await carry_out(world, [known, *operation.before(world)])
+    if operation.crashed:
+        await world.qemu.stop()
+    if operation.forgets:
+        pen = Pen(world.pen())
+        for _each in range(6):
+            pen.write()
+        pen.close()
     async with serving(world) as service:
         return await standing(service), await images_of(service), world.files()
 
@@ -178,44 +190,55 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
 async def play(stage: Stage, folder: Path, case: Case, course: Course, tally: Tally) -> None:
     """Play a case, and look at what is left; whatever is not as it has to be is an AssertionError."""
     operation = OPERATIONS[case.operation]
-    async with open_world(stage, folder, proxied=case.proxied) as world:
+    async with open_world(stage, folder, proxied=case.proxied, defined=operation.defined) as world:
         _before, images, files = await set_up(world, operation)
         for mishap in case.mishaps:
             if mishap.command:
                 fault = Fault(mishap.command, KINDS[mishap.kind], nth=mishap.at, seconds=LATE_SECONDS)
                 world.proxy.inject(fault)
-        for again in (False, True):
-            accidents = accidents_of(world, [m for m in case.mishaps if m.again is again and not m.command])
-            if again and not accidents:
-                break
-            result = await asyncio.to_thread(
-                stage.crasher.run,
-                world.state_dir,
-                () if again else operation.itself(world),
-                accidents=accidents,
-                from_open=again,
-                to_the_end=True,
-                pen=world.pen(),
-                reply_seconds=REPLY_SECONDS,
-            )
-            assert result.error is None or "Traceback" not in result.error, result.error
-            tally.kills += result.killed
+        await have_accidents(world, operation, case, tally)
         world.proxy.clear()
         tally.cases += 1
-        tally.faults += len(world.proxy.fired) + sum(m.kind == "cut" for m in case.mishaps)
-        if world.qemu.alive:
-            final = await lives(world, operation, course, files, continuing=len(str(case)) % 2 == 0)
+        tally.faults += len(world.proxy.fired) + sum(mishap.kind == "cut" for mishap in case.mishaps)
+        continuing = len(str(case)) % 2 == 0
+        if operation.defined:
+            final = await stays_defined(world, operation, course, continuing=continuing)
+        elif world.qemu.alive:
+            final = await lives(world, operation, course, files, continuing=continuing)
         else:
-            tally.kills += 1
             final = await is_gone(world, operation, course, images)
         await world.qemu.stop()
         tally.records += require_contents(world, final)
 
 
+async def have_accidents(world: World, operation: Operation, case: Case, tally: Tally) -> None:
+    """The operation, and the recovery after it if something goes wrong in that too, each in a process of its own."""
+    for again in (False, True):
+        accidents = accidents_of(world, [m for m in case.mishaps if m.again is again and not m.command])
+        if again and not accidents:
+            break
+        result = await asyncio.to_thread(
+            world.stage.crasher.run,
+            world.state_dir,
+            () if again else operation.itself(world),
+            accidents=accidents,
+            from_open=again,
+            to_the_end=True,
+            pen=None if operation.forgets else world.pen(),
+            reply_seconds=REPLY_SECONDS,
+        )
+        assert result.error is None or "Traceback" not in result.error, result.error
+        tally.kills += result.killed + sum(a.what == "kill" and a.at < len(result.boundaries) for a in accidents)
+
+
+def nothing_written() -> dict[str, Records]:
+    return {target: Records(must={}, may={}) for target in TARGETS}
+
+
 def accidents_of(world: World, mishaps: Sequence[Mishap]) -> tuple[Accident, ...]:
     found = []
     for mishap in mishaps:
-        target = {"kill": str(world.qemu.pid), "cut": str(world.qmp)}.get(mishap.kind, "")
+        target = {"kill": str(world.qemu.sockets["pen"]), "cut": str(world.qmp)}.get(mishap.kind, "")
         found.append(Accident(at=mishap.at, what=mishap.kind, target=target))  # type: ignore[arg-type]  # one of AtBoundary
     # Whoever dies sees nothing more: what happens at the same moment comes first.
     return tuple(sorted(found, key=lambda accident: accident.what == "die"))
@@ -258,6 +281,32 @@ async def go_on_or_back(service: Service, *, continuing: bool) -> None:
     if any(job.snapshot for job in working):
         (request,) = (REOPEN if continuing else REMOVE)(None)  # type: ignore[arg-type]  # they need nothing of a world
         await service.submit(request)
+
+
+async def stays_defined(
+    world: World, operation: Operation, course: Course, *, continuing: bool
+) -> dict[str, tuple[str, str]]:
+    """The guest runs or is shut off; it can be started, and what it has is gone on with."""
+    async with serving(world) as service:
+        await worked_out(service)
+        await require_settled(service)
+        shown = await show(service)
+        assert shown.state in ("running", "shut off"), shown.state
+        assert (shown.state == "running") == world.qemu.alive, "a QEMU that nobody lets run"
+        now = await standing(service)
+        require_one_of_chains(now, course, operation)
+        if operation.forgets and now.chains == course.after.chains != course.before.chains:
+            world.log.unlink()
+        if shown.state == "shut off":
+            await service.submit(ask.Start(domain="vm"))
+        assert (await world.command("query-status"))["status"] == "running"
+        await require_agreement(service, world)
+        await require_nothing_left(service, world)
+        await go_on_or_back(service, continuing=continuing)
+        await require_nothing_left(service, world)
+        await service.submit(ask.Stop(domain="vm", force=True))
+        assert not world.qemu.alive
+        return await images_of(service)
 
 
 async def is_gone(

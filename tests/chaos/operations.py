@@ -22,15 +22,17 @@ class Operation:
         before: what leads up to it.
         itself: the operation, in one request or two.
         alone: whether each of its disks is done for itself, rather than all at one instant or none.
-        defined: whether its guest is one that blockferry starts.
-        shut_off: whether that guest is shut off before; and whether it may be afterwards, done or undone.
+        defined: whether its guest is one that blockferry starts. It may be shut off before, and afterwards.
+        crashed: whether its QEMU was killed before.
+        forgets: whether what was written before it is not to be there after it.
     """
 
     before: Requests
     itself: Requests
     alone: bool = False
     defined: bool = False
-    shut_off: bool = False
+    crashed: bool = False
+    forgets: bool = False
 
 
 def snapshot(name: str, *, mirrors: tuple[str, ...] = (), disks: tuple[str, ...] = TARGETS) -> Requests:
@@ -51,7 +53,9 @@ def snapshot(name: str, *, mirrors: tuple[str, ...] = (), disks: tuple[str, ...]
 
 def copies(*targets: str) -> Requests:
     def requests(world: World) -> list[ask.Request]:
-        return [ask.StartCopy(domain="vm", disk=each, dest=world.dest(f"{each}.copy"), format="raw") for each in targets]
+        return [
+            ask.StartCopy(domain="vm", disk=each, dest=world.dest(f"{each}.copy"), format="raw") for each in targets
+        ]
 
     return requests
 
@@ -111,13 +115,13 @@ OPERATIONS = {
     "commit-middle": Operation(TWO_LAYERS, middle),
     "delete": Operation(TWO_LAYERS, DELETE, alone=True),
     "resume": Operation(each(copies("vda"), on(ask.CancelJobs, disks=("vda",))), resume),
-    "start": Operation(each(START, MIRRORED, STOP), START, defined=True, shut_off=True),
-    "start-after-a-crash": Operation(each(START, MIRRORED), START, defined=True, shut_off=True),
-    "stop": Operation(each(START, MIRRORED), STOP, defined=True, shut_off=True),
+    "start": Operation(each(START, MIRRORED, STOP), START, defined=True),
+    "start-after-a-crash": Operation(each(START, MIRRORED), START, defined=True, crashed=True),
+    "stop": Operation(each(START, MIRRORED), STOP, defined=True),
     "revert": Operation(
         each(START, snapshot("s1"), copies("vdb")),
         on(ask.RevertSnapshot, snapshot="s1", start=True),
         defined=True,
-        shut_off=True,
+        forgets=True,
     ),
 }

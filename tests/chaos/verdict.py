@@ -119,7 +119,8 @@ def require_contents(world: World, images: Mapping[str, tuple[str, str]]) -> int
                 continue
             # Announced and not acknowledged: each sector of it may be either.
             may = {must, *records[target].may.get(slot, ())}
-            assert set(piece) <= may and len(may) > 1, f"{target}: record {must} in slot {slot} is lost: {set(piece)}"
+            assert len(may) > 1, f"{target}: record {must} in slot {slot} is lost: {set(piece)}"
+            assert set(piece) <= may, f"{target}: slot {slot} holds {set(piece)}, not one of {may}"
     return found
 
 

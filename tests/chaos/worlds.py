@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
+import select
 import shutil
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -23,7 +27,8 @@ from blockferry.testing import (
     write_pattern,
 )
 from blockferry.testing.crash import Crasher
-from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, PenPlan, Records, read_log
+from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
+from blockferry.testing.process import socket_path
 
 MIB = 1 << 20
 SIZE = RECORDS_AT + SLOTS * RECORD_BYTES
@@ -33,6 +38,9 @@ QDEVS = {
     "vda": "/machine/peripheral/da-dev/virtio-backend",
     "vdb": "/machine/peripheral-anon/device[0]/virtio-backend",
     "sda": "da2-dev",
+}
+OWN_QDEVS = {target: f"/machine/peripheral/disk-{target}/virtio-backend" for target in ("vda", "vdb")} | {
+    "sda": "disk-sda"
 }
 OURS = "bf"  # how the names of our nodes begin
 
@@ -61,7 +69,7 @@ class World:
     Attributes:
         stage: its QEMU's.
         folder: with `src/` (the disks), `dst/` and `state/`.
-        qemu: the guest; another one once it was killed and started again.
+        qemu: the guest; another one once it was killed and started again. One that blockferry starts is an OwnQemu.
         proxy: between the service and it, when that is wanted.
         qmp: the socket that the service is given.
         contents: what the disks hold beside records, by target.
@@ -69,7 +77,7 @@ class World:
 
     stage: Stage
     folder: Path
-    qemu: TestQemu
+    qemu: TestQemu | OwnQemu
     proxy: QmpFaultProxy
     qmp: Path
     contents: dict[str, bytearray] = field(default_factory=dict)
@@ -84,7 +92,8 @@ class World:
 
     def pen(self) -> PenPlan:
         """What the guest is to write meanwhile."""
-        return PenPlan(monitor=str(self.qemu.sockets["pen"]), disks=QDEVS, log=str(self.log))
+        disks = OWN_QDEVS if isinstance(self.qemu, OwnQemu) else QDEVS
+        return PenPlan(monitor=str(self.qemu.sockets["pen"]), disks=disks, log=str(self.log))
 
     def records(self) -> dict[str, Records]:
         return read_log(self.log, TARGETS)
@@ -101,13 +110,61 @@ class World:
 
     async def start_again(self, images: dict[str, tuple[str, str]]) -> None:
         """Start the guest anew, after it was killed, on these images: its sockets are where they were."""
-        await self.qemu.kill()
-        self.qemu = guest(self.stage, self.folder, {target: (Path(file), fmt) for target, (file, fmt) in images.items()})
+        await self.qemu.stop()
+        self.qemu = guest(
+            self.stage, self.folder, {target: (Path(file), fmt) for target, (file, fmt) in images.items()}
+        )
         await self.qemu.start()
 
     async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         """Ask QEMU, beside the code under test."""
         return await self.qemu.command(name, arguments)
+
+
+@dataclass(frozen=True)
+class OwnQemu:
+    """The QEMU of a guest that blockferry starts, as far as a case deals with it; `sockets` are named in its definition."""
+
+    sockets: dict[str, Path]
+
+    @property
+    def alive(self) -> bool:
+        return listener(str(self.sockets["control"])) is not None
+
+    async def command(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        monitor = Monitor(str(self.sockets["control"]))
+        try:
+            return monitor.ask(name, arguments)
+        finally:
+            monitor.close()
+
+    async def stop(self) -> None:
+        """Kill it, if it runs, and wait until it is gone."""
+        pid = listener(str(self.sockets["control"]))
+        if pid is not None:
+            process = os.pidfd_open(pid)
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            await asyncio.to_thread(select.select, [process], [], [])
+            os.close(process)
+
+
+def definition(folder: Path, sockets: dict[str, Path]) -> str:
+    """The three disks as libvirt's XML, with the sockets of the case's own."""
+    bus = {"vda": "virtio", "vdb": "virtio", "sda": "scsi"}
+    disks = "".join(
+        f"<disk type='file'><driver name='qemu' type='{FORMATS[target]}'/><source file='{folder}/src/{target}.img'/>"
+        f"<target dev='{target}' bus='{bus[target]}'/></disk>"
+        for target in TARGETS
+    )
+    more = "".join(
+        f"<qemu:arg value='-qmp'/><qemu:arg value='unix:{path},server=on,wait=off'/>" for path in sockets.values()
+    )
+    return (
+        "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>vm</name>"
+        "<memory unit='MiB'>16</memory><os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>"
+        f"<devices><controller type='scsi' index='0' model='virtio-scsi'/>{disks}</devices>"
+        f"<qemu:commandline>{more}</qemu:commandline></domain>"
+    )
 
 
 def disk_arguments(files: dict[str, tuple[Path, str]]) -> list[str]:
@@ -119,16 +176,18 @@ def disk_arguments(files: dict[str, tuple[Path, str]]) -> list[str]:
     ]
 
 
-def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]], *, paused: bool = False) -> TestQemu:
-    """A QEMU on these images, with a socket for the service and one for the pen."""
+def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]]) -> TestQemu:
+    """A QEMU on these images that runs, with a socket for the service and one for the pen."""
     return TestQemu(
-        stage.binaries, folder, args=disk_arguments(files), paused=paused, memory_mib=16, sockets=("qmp", "pen")
+        stage.binaries, folder, args=disk_arguments(files), paused=False, memory_mib=16, sockets=("qmp", "pen")
     )
 
 
 @contextlib.asynccontextmanager
-async def open_world(stage: Stage, folder: Path, *, proxied: bool = True, paused: bool = False) -> AsyncIterator[World]:
-    """A guest that runs (or has never run), on fresh images, that nobody is attached to."""
+async def open_world(
+    stage: Stage, folder: Path, *, proxied: bool = True, defined: bool = False
+) -> AsyncIterator[World]:
+    """Fresh images; and a guest on them that runs and nobody is attached to, unless blockferry is to start it."""
     for part in ("src", "dst"):
         (folder / part).mkdir(parents=True)
     (folder / "state").mkdir(mode=0o700)
@@ -137,12 +196,17 @@ async def open_world(stage: Stage, folder: Path, *, proxied: bool = True, paused
         shutil.copy(stage.template / f"{target}.img", folder / "src")
         contents[target] = bytearray(SIZE)
         contents[target][:MIB] = bytes([0x61 + TARGETS.index(target)]) * MIB
-    files = {target: (folder / "src" / f"{target}.img", FORMATS[target]) for target in TARGETS}
-    qemu = guest(stage, folder, files, paused=paused)
-    await qemu.start()
-    proxy = QmpFaultProxy(qemu.qmp, folder / "proxy.sock")
-    qmp = proxy.path if proxied else qemu.qmp
-    world = World(stage=stage, folder=folder, qemu=qemu, proxy=proxy, qmp=qmp, contents=contents)
+    qemu: TestQemu | OwnQemu
+    if defined:
+        qemu = OwnQemu({name: socket_path(folder / f"{name}.sock") for name in ("pen", "control")})
+        qmp = folder / "state/run/domains/vm/qmp.sock"
+    else:
+        qemu = guest(stage, folder, {target: (folder / "src" / f"{target}.img", FORMATS[target]) for target in TARGETS})
+        await qemu.start()
+        qmp = qemu.qmp
+    proxy = QmpFaultProxy(qmp, folder / "proxy.sock")
+    where = proxy.path if proxied and not defined else qmp
+    world = World(stage=stage, folder=folder, qemu=qemu, proxy=proxy, qmp=where, contents=contents)
     try:
         async with proxy:
             yield world

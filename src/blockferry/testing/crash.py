@@ -31,7 +31,7 @@ from blockferry.model import view
 from blockferry.model.request import Request
 from blockferry.qemu.session import Session
 from blockferry.service import Service
-from blockferry.testing.pen import Pen, PenPlan
+from blockferry.testing.pen import Pen, PenPlan, listener
 
 DEATH_SECONDS = 20.0  # a process that was killed has let go of its files within milliseconds
 
@@ -43,7 +43,8 @@ class Accident(msgspec.Struct, frozen=True, kw_only=True):
         at: the boundary, from 0.
         what: `die` (the process that carries out the requests is killed), `kill` (another is), `create` (a file that a
             server's fault waits for), `fill` (a file grows until its file system is full), `cut` (connections end).
-        target: the process id to kill, the file to create or to fill, the socket whose connections end.
+        target: the process to kill, as its number or a socket that it listens on; the file to create or to fill; the socket
+            whose connections end.
     """
 
     at: int
@@ -107,7 +108,7 @@ def _happen(accident: Accident) -> None:
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "kill":
-            _kill(int(accident.target))
+            _kill(int(accident.target) if accident.target.isdigit() else listener(accident.target))
         case "create":
             Path(accident.target).touch()
         case "fill":
@@ -116,8 +117,10 @@ def _happen(accident: Accident) -> None:
             _cut(accident.target)
 
 
-def _kill(pid: int) -> None:
-    """Kill a process, and wait until it has let go of what it held."""
+def _kill(pid: int | None) -> None:
+    """Kill a process, if there is one, and wait until it has let go of what it held."""
+    if pid is None:
+        return
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:

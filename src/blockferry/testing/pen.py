@@ -6,10 +6,10 @@ with a line of its own. What was acknowledged has to be there afterwards; what w
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +39,52 @@ class PenPlan:
     every: int = 4
 
 
+def listener(path: str) -> int | None:
+    """The process that listens on a Unix socket; None when nobody does."""
+    with socket.socket(socket.AF_UNIX) as peer:
+        try:
+            peer.connect(path)
+        except OSError:
+            return None
+        pid, _uid, _gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return int(pid)
+
+
+class Monitor:
+    """A connection to a QMP socket, one command after the other.
+
+    Raises:
+        OSError: nobody answers there, or not in time; so do all methods, and for an error that QEMU answers.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(ANSWER_SECONDS)
+            self._socket.connect(path)
+            self._lines = self._socket.makefile("rb")
+            self._lines.readline()
+            self.ask("qmp_capabilities")
+        except OSError:
+            self.close()
+            raise
+
+    def ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Execute a command and return its answer."""
+        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n")
+        while line := self._lines.readline():
+            answer = json.loads(line)
+            if "error" in answer:
+                raise OSError(answer["error"]["desc"])
+            if "return" in answer:
+                return answer["return"]
+        raise ConnectionResetError(command)
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.close()
+
+
 class Pen:
     """Writes records as long as the guest runs; nothing in it waits for the code under test."""
 
@@ -47,9 +93,8 @@ class Pen:
         self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._number = sum(line.startswith("write") for line in Path(plan.log).read_text().splitlines())
         self._doubtful = False
-        self._socket: socket.socket | None = None
-        with contextlib.suppress(OSError):
-            self._connect()
+        self._monitor: Monitor | None = None
+        self._hangs = False
 
     def doubt(self) -> None:
         """What is written from now on need not last: its storage has been made to fail."""
@@ -57,20 +102,28 @@ class Pen:
 
     def write(self) -> None:
         """Write the next record, if the guest runs and its disks are not being switched at this moment."""
-        if self._socket is None:
+        if self._hangs:
             return
         try:
-            self._write()
-        except (OSError, ValueError):
-            # QEMU is gone, or hangs: nothing is acknowledged any more.
-            self._socket.close()
-            self._socket = None
+            # The guest may be started only now.
+            self._monitor = self._monitor or Monitor(self._plan.monitor)
+            self._write(self._monitor)
+        except OSError as error:
+            # QEMU is gone, or it hangs: nothing is acknowledged then.
+            self.close()
+            self._hangs = isinstance(error, TimeoutError)
 
-    def _write(self) -> None:
-        if self._ask("query-status")["status"] != "running":
+    def close(self) -> None:
+        """End the connection; the next record makes another."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def _write(self, monitor: Monitor) -> None:
+        if monitor.ask("query-status")["status"] != "running":
             return
         # A job that waits for its finalize may hold its disk drained: the guest's writes wait then, and so would we.
-        if any(job["status"] in ("waiting", "pending") for job in self._ask("query-jobs")):
+        if any(job["status"] in ("waiting", "pending") for job in monitor.ask("query-jobs")):
             return
         targets = sorted(self._plan.disks)
         target = targets[self._number % len(targets)]
@@ -78,47 +131,31 @@ class Pen:
         slot, byte = self._number // len(targets) % SLOTS, 1 + self._number % 255
         self._say(f"write {self._number} {target} {slot} {byte}")
         self._number += 1
-        before = self._counts(qdev)
-        self._qemu_io(qdev, f"aio_write -q -P {byte} {RECORDS_AT + slot * RECORD_BYTES} {RECORD_BYTES}")
+        before = _counts(monitor, qdev)
+        _qemu_io(monitor, qdev, f"aio_write -q -P {byte} {RECORDS_AT + slot * RECORD_BYTES} {RECORD_BYTES}")
         deadline = time.monotonic() + ANSWER_SECONDS
-        while (now := self._counts(qdev)) == before:
+        while (now := _counts(monitor, qdev)) == before:
             if time.monotonic() > deadline:
-                raise OSError("the write does not end")
+                raise TimeoutError("the write does not end")
         if now[1] == before[1]:
-            self._qemu_io(qdev, "flush")
+            _qemu_io(monitor, qdev, "flush")
             if not self._doubtful:
                 self._say(f"acknowledged {self._number - 1}")
 
-    def _counts(self, qdev: str) -> tuple[int, int]:
-        for each in self._ask("query-blockstats"):
-            if each.get("qdev") == qdev:
-                return each["stats"]["wr_operations"], each["stats"]["failed_wr_operations"]
-        raise ValueError(qdev)
-
-    def _qemu_io(self, qdev: str, command: str) -> None:
-        self._ask("human-monitor-command", {"command-line": f'qemu-io -d {qdev} "{command}"'})
-
-    def _connect(self) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(ANSWER_SECONDS)
-        self._socket.connect(self._plan.monitor)
-        self._lines = self._socket.makefile("rb")
-        self._lines.readline()
-        self._ask("qmp_capabilities")
-
-    def _ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        if self._socket is None:
-            raise OSError("not connected")
-        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n")
-        while True:
-            answer = json.loads(self._lines.readline())
-            if "error" in answer:
-                raise OSError(answer["error"]["desc"])
-            if "return" in answer:
-                return answer["return"]
-
     def _say(self, line: str) -> None:
         os.write(self._log, f"{line}\n".encode())
+
+
+def _counts(monitor: Monitor, qdev: str) -> tuple[int, int]:
+    """How many writes to a disk are done, and how many failed."""
+    for each in monitor.ask("query-blockstats"):
+        if each.get("qdev") == qdev:
+            return each["stats"]["wr_operations"], each["stats"]["failed_wr_operations"]
+    raise OSError(f"there is no {qdev}")
+
+
+def _qemu_io(monitor: Monitor, qdev: str, command: str) -> None:
+    monitor.ask("human-monitor-command", {"command-line": f'qemu-io -d {qdev} "{command}"'})
 
 
 @dataclass
