@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,7 +26,7 @@ from verdict import (
     show,
     standing,
 )
-from worlds import TARGETS, OwnQemu, Stage, World, carry_out, definition, open_world, serving, worked_out
+from worlds import TARGETS, OwnQemu, Stage, World, definition, open_world, serving, worked_out
 
 from blockferry.model import request as ask
 from blockferry.service import Service
@@ -44,6 +45,8 @@ KINDS = {
     "before": FaultKind.CUT_BEFORE,
     "after": FaultKind.CUT_AFTER,
 }
+# How often each is chosen.
+WEIGHTS = {"die": 40, "kill": 16, "cut": 10, "error": 10, "drop": 3, "late": 3, "before": 5, "after": 6}
 REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
 LATE_SECONDS = 0.7
 RECOVERY_BOUNDARIES = 30  # a recovery has some tens of them; one that has less is not hit
@@ -122,33 +125,37 @@ class Tally:
         return f"{self.cases:,} cases, {self.kills:,} kills, {self.faults:,} faults, 0 lost, 0 left over"
 
 
-def every_mishap(course: Course) -> list[Mishap]:
-    """All single things that can go wrong in an operation; no proxy stands before a QEMU that blockferry starts."""
+def every_mishap(course: Course) -> dict[str, list[Mishap]]:
+    """By kind, all single things that can go wrong; no proxy stands before a QEMU that blockferry starts."""
     count: Counter[str] = Counter()
-    found = [Mishap(kind, at) for at in range(len(course.boundaries)) for kind in get_args(AtBoundary)]
+    found = {kind: [Mishap(kind, at) for at in range(len(course.boundaries))] for kind in get_args(AtBoundary)}
     for command in course.commands:
         count[command] += 1
-        found += [Mishap(kind, count[command], command) for kind in get_args(OfCommand)]
+        for kind in get_args(OfCommand):
+            found.setdefault(kind, []).append(Mishap(kind, count[command], command))
     return found
 
 
-def choose(operation: str, course: Course, number: int, chance: random.Random) -> list[Case]:
-    """So many cases: three of four with one mishap, spread over all of them; the others with two."""
+def choose(operation: str, course: Course, chance: random.Random) -> Iterator[Case]:
+    """Cases without end, each single one but once: by the weights of the kinds, every sixth with a second mishap."""
     singles = every_mishap(course)
-    chance.shuffle(singles)
-    found = []
-    for index in range(number):
-        first = singles[index % len(singles)]
-        if index % 4 < 3:
-            found.append(Case(operation, (first,)))
+    for mishaps in singles.values():
+        chance.shuffle(mishaps)
+    kinds = sorted(singles)
+    for number in itertools.count(1):
+        kinds = [kind for kind in kinds if singles[kind]]
+        if not kinds:
+            return
+        (kind,) = chance.choices(kinds, [WEIGHTS[kind] for kind in kinds])
+        first = singles[kind].pop()
+        if number % 6:
+            yield Case(operation, (first,))
             continue
-        second = chance.choice(singles)
+        second = Mishap(chance.choice(get_args(AtBoundary)), chance.randrange(RECOVERY_BOUNDARIES), again=True)
         if chance.random() < 0.5:
-            kind = chance.choice(get_args(AtBoundary))
-            second = Mishap(kind, chance.randrange(RECOVERY_BOUNDARIES), again=True)
+            second = Mishap(chance.choice(get_args(AtBoundary)), chance.randrange(len(course.boundaries)))
         case = Case(operation, (first, second))
-        found.append(case if case.playable else Case(operation, (first,)))
-    return found
+        yield case if case.playable else Case(operation, (first,))
 
 
 async def whole(stage: Stage, folder: Path, name: str) -> Course:
@@ -175,7 +182,11 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
     known: ask.Request = ask.Attach(domain="vm", qmp=str(world.qmp))
     if isinstance(world.qemu, OwnQemu):
         known = ask.Define(xml=definition(world.folder, world.qemu.sockets))
-    await carry_out(world, [known, *operation.before(world)])
+    async with serving(world) as service:
+        for request in (known, *operation.before(world)):
+            await service.submit(request)
+            await worked_out(service)
+        found = await standing(service), await images_of(service), world.files()
     if operation.crashed:
         await world.qemu.stop()
     if operation.forgets:
@@ -183,8 +194,7 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
         for _each in range(6):
             pen.write()
         pen.close()
-    async with serving(world) as service:
-        return await standing(service), await images_of(service), world.files()
+    return found
 
 
 async def play(stage: Stage, folder: Path, case: Case, course: Course, tally: Tally) -> None:

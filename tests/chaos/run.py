@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import shutil
@@ -17,9 +18,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from matrix import Case, Tally, choose, play, whole
+from matrix import Case, Course, Tally, choose, play, whole
 from operations import OPERATIONS
-from worlds import Stage
+from worlds import Stage, playground
 
 from blockferry.testing import find_qemu
 from blockferry.testing.crash import Crasher
@@ -34,23 +35,23 @@ async def named(stage: Stage, folder: Path, cases: list[str], tally: Tally) -> N
         await one(stage, folder / str(number), case, course, tally)
 
 
-async def one(stage: Stage, folder: Path, case: Case, course, tally: Tally) -> None:  # type: ignore[no-untyped-def]
+async def one(stage: Stage, folder: Path, case: Case, course: Course, tally: Tally) -> None:
     try:
         await play(stage, folder, case, course, tally)
-    except BaseException:
-        print(f"{case}: kept in {folder}", file=sys.stderr)
+    except BaseException as error:
+        error.add_note(f"the case: {case}")
         raise
     shutil.rmtree(folder)
 
 
 async def until(stage: Stage, folder: Path, seconds: float, chance: random.Random, tally: Tally) -> None:
     deadline = time.monotonic() + seconds
-    courses = {}
+    courses: dict[str, Course] = {}
     while time.monotonic() < deadline:
         for name in chance.sample(sorted(OPERATIONS), len(OPERATIONS)):
             if name not in courses:
                 courses[name] = await whole(stage, folder / f"whole-{name}", name)
-            for case in choose(name, courses[name], AT_ONCE, chance):
+            for case in itertools.islice(choose(name, courses[name], chance), AT_ONCE):
                 if time.monotonic() > deadline:
                     return
                 await one(stage, folder / str(tally.cases), case, courses[name], tally)
@@ -64,20 +65,18 @@ def main() -> None:
     parser.add_argument("--qemu", choices=("distribution", "qemu10"), default="distribution")
     arguments = parser.parse_args()
     tally = Tally()
-    folder = Path(tempfile.mkdtemp(prefix="chaos", dir=os.environ.get("TMPDIR", "/var/tmp")))
-    (folder / "template").mkdir()
     binaries = find_qemu(arguments.qemu)
     os.environ["BLOCKFERRY_QEMU_DIR"] = str(binaries.system.parent)
-    with Crasher() as crasher:
+    with playground(Path(tempfile.gettempdir())) as folder, Crasher() as crasher:
+        (folder / "template").mkdir()
         stage = Stage.build(binaries, crasher, folder / "template")
         if arguments.cases:
             asyncio.run(named(stage, folder, arguments.cases, tally))
         else:
-            print(f"seed {arguments.seed}")
+            sys.stdout.write(f"seed {arguments.seed}\n")
             chance = random.Random(arguments.seed)  # noqa: S311 - a case has to be found again, not to be a secret
             asyncio.run(until(stage, folder, arguments.seconds, chance, tally))
-    shutil.rmtree(folder)
-    print(tally)
+    sys.stdout.write(f"{tally}\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def require_contents(world: World, images: Mapping[str, tuple[str, str]]) -> int
     found = 0
     for target in TARGETS:
         file, fmt = images[target]
-        check_image(world.stage.binaries, Path(file), fmt)
+        if fmt == "qcow2":
+            check_image(world.stage.binaries, Path(file), fmt)
         data = read_image(world.stage, Path(file), fmt, world.folder / f"{target}.raw")
         expected = world.contents[target]
         assert data[:RECORDS_AT] == expected[:RECORDS_AT], f"{target}: {file} is not what the disk held"

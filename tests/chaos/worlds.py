@@ -9,7 +9,8 @@ import select
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,14 +225,6 @@ async def serving(world: World) -> AsyncIterator[Service]:
         await service.close()
 
 
-async def carry_out(world: World, requests: list[ask.Request]) -> None:
-    """What leads up to a case: without accidents."""
-    async with serving(world) as service:
-        for request in requests:
-            await service.submit(request)
-            await worked_out(service)
-
-
 async def worked_out(service: Service) -> None:
     """Until no job works that ends by itself."""
     last = await service.submit(ask.ListEvents(since=2**62))
@@ -249,8 +242,25 @@ async def running(service: Service) -> bool:
     return any(job.state == "running" for job in jobs.jobs)
 
 
+@contextlib.contextmanager
+def playground(otherwise: Path) -> Iterator[Path]:
+    """A folder to play in: in memory where there is enough of it, since a sync costs nothing there. Kept after an error."""
+    memory = Path("/dev/shm")
+    fits = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 30
+    folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=memory if fits else otherwise))
+    try:
+        yield folder
+    except BaseException as error:
+        kept = shutil.move(folder, otherwise) if fits else folder
+        error.add_note(f"what it left is in {kept}")
+        raise
+    shutil.rmtree(folder)
+
+
 def read_image(stage: Stage, path: Path, fmt: str, to: Path) -> bytes:
     """What a guest would read of an image, chain and all, that nobody has open."""
+    if fmt == "raw":
+        return path.read_bytes()
     subprocess.run(
         [stage.binaries.img, "convert", "-f", fmt, "-O", "raw", path, to], check=True, capture_output=True, timeout=60
     )
