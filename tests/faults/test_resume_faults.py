@@ -1,110 +1,13 @@
-"""Going on with a copy, killed before and after every journal write and every QMP command, and with commands refused."""
-
-from __future__ import annotations
+"""Going on with a copy while commands are refused, or the connection breaks, or the guest writes. Kills: tests/chaos."""
 
 import asyncio
-import shutil
-from pathlib import Path
 
 import pytest
 from rig import KIB, MIB, Rig
-from test_crash import Bench, World, attach, bench, carry_out, copy, nothing_left_over, roots, world
 
 from blockferry import errors
 from blockferry.model import request as ask
-from blockferry.model import view
-from blockferry.service import Service
-from blockferry.testing import Fault, FaultKind, image_sha256
-
-__all__ = ["bench"]  # the fixture
-
-# Killed after the destination was opened, or closed, and before it was written down what it looks like.
-UNPROVED = ("it was touched since it was closed", "what it looked like when it was closed is not known")
-PIVOT = ask.PivotJobs(domain="vm", disks=("vda",))
-
-
-def again(place: World) -> ask.Request:
-    dest = str(place.folder / "images/vda.copy")
-    return ask.StartCopy(domain="vm", disk="vda", dest=dest, resume=True)
-
-
-@pytest.mark.timeout(900)
-def test_killed_at_every_boundary(bench: Bench, tmp_path: Path) -> None:
-    """The resumed copy and its pivot: the rounds and the window between them are the host process's own doing."""
-    contents = image_sha256(bench.binaries, bench.template / "a.img", "qcow2")
-    boundaries = asyncio.run(one_case(bench, tmp_path / "whole", contents, at=None))
-    assert boundaries.count("before operation window") == 2, boundaries
-    for at in range(len(boundaries)):
-        folder = tmp_path / str(at)
-        try:
-            asyncio.run(one_case(bench, folder, contents, at=at))
-        except BaseException as error:
-            error.add_note(f"killed at boundary {at}: {boundaries[at]}")
-            raise
-        shutil.rmtree(folder)
-
-
-async def one_case(bench: Bench, folder: Path, contents: str, *, at: int | None) -> tuple[str, ...]:
-    folder.mkdir()
-    async with world(folder, bench.binaries, bench.template) as place:
-        cancelled = ask.CancelJobs(domain="vm", disks=("vda",))
-        await carry_out(place, [attach(place), copy(place), cancelled])
-        result = await asyncio.to_thread(bench.crasher.run, place.state_dir, [again(place), PIVOT], at=at)
-        assert result.error is None
-        service = await Service.open(place.state_dir)
-        try:
-            await check_settled(service, place)
-            await go_on(service, place)
-            assert (await roots(service))["vda"] == "vda.copy"
-        finally:
-            await service.close()
-        await no_bitmaps(place)
-        await place.qemu.stop()
-        assert image_sha256(bench.binaries, folder / "images/vda.copy", "raw") == contents
-        return result.boundaries
-
-
-async def check_settled(service: Service, place: World) -> None:
-    assert (await place.qemu.command("query-status"))["status"] == "running"
-    report = await service.submit(ask.Recover())
-    assert isinstance(report, view.RecoveryReport)
-    assert all(each.row == "-" for each in report.operations), "a second recovery found something to do"
-    listed = await service.submit(ask.ListOperations())
-    assert isinstance(listed, view.OperationList)
-    assert {each.state for each in listed.operations} <= {"done", "undone", "in-progress"}
-    await nothing_left_over(service, place)
-
-
-async def go_on(service: Service, place: World) -> None:
-    """Resume what was interrupted, or begin anew where it is not known what the destination lacks; then pivot."""
-    jobs = await service.submit(ask.ListJobs(domain="vm"))
-    assert isinstance(jobs, view.JobList)
-    (job,) = jobs.jobs
-    if job.state in ("cancelled", "lost"):
-        why = await refusal(service, again(place))
-        assert why in (None, *UNPROVED)
-        if why is not None:
-            (place.folder / "images/vda.copy").unlink()
-            await service.submit(copy(place))
-    if job.state != "pivoted":
-        await service.submit(PIVOT)
-
-
-async def refusal(service: Service, request: ask.Request) -> str | None:
-    """Why it can't be resumed; None when it is."""
-    try:
-        await service.submit(request)
-    except errors.NotResumable as refused:
-        return refused.reason
-    return None
-
-
-async def no_bitmaps(place: World) -> None:
-    for node in await place.qemu.command("query-named-block-nodes", {"flat": True}):
-        assert not [each for each in node.get("dirty-bitmaps", ()) if each.get("name")], node["node-name"]
-
-
-# --- a QEMU that refuses --------------------------------------------------------------------------------------
+from blockferry.testing import Fault, FaultKind
 
 
 async def interrupted(faulty: Rig) -> None:
