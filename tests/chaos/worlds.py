@@ -28,6 +28,7 @@ from blockferry.testing import (
     write_pattern,
 )
 from blockferry.testing.crash import Crasher
+from blockferry.testing.firmware import idle_firmware
 from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
 from blockferry.testing.process import socket_path
 
@@ -162,7 +163,8 @@ def definition(folder: Path, sockets: dict[str, Path]) -> str:
     )
     return (
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>vm</name>"
-        "<memory unit='MiB'>16</memory><os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>"
+        "<memory unit='MiB'>16</memory><os><type arch='x86_64' machine='pc'>hvm</type>"
+        f"<loader type='rom'>{idle_firmware(folder)}</loader></os><features><acpi/></features>"
         f"<devices><controller type='scsi' index='0' model='virtio-scsi'/>{disks}</devices>"
         f"<qemu:commandline>{more}</qemu:commandline></domain>"
     )
@@ -179,9 +181,8 @@ def disk_arguments(files: dict[str, tuple[Path, str]]) -> list[str]:
 
 def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]]) -> TestQemu:
     """A QEMU on these images that runs, with a socket for the service and one for the pen."""
-    return TestQemu(
-        stage.binaries, folder, args=disk_arguments(files), paused=False, memory_mib=16, sockets=("qmp", "pen")
-    )
+    args = ["-bios", str(idle_firmware(folder)), *disk_arguments(files)]
+    return TestQemu(stage.binaries, folder, args=args, paused=False, memory_mib=16, sockets=("qmp", "pen"))
 
 
 @contextlib.asynccontextmanager
