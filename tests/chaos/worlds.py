@@ -181,8 +181,9 @@ def disk_arguments(files: dict[str, tuple[Path, str]]) -> list[str]:
 
 def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]]) -> TestQemu:
     """A QEMU on these images that runs, with a socket for the service and one for the pen."""
-    args = ["-bios", str(idle_firmware(folder)), *disk_arguments(files)]
-    return TestQemu(stage.binaries, folder, args=args, paused=False, memory_mib=16, sockets=("qmp", "pen"))
+    return TestQemu(
+        stage.binaries, folder, args=disk_arguments(files), paused=False, memory_mib=16, sockets=("qmp", "pen")
+    )
 
 
 @contextlib.asynccontextmanager

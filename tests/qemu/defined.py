@@ -14,6 +14,7 @@ from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.qemu.session import Session
 from blockferry.service import Service
 from blockferry.testing import QemuBinaries, image_sha256, make_image, write_pattern
+from blockferry.testing.firmware import idle_firmware
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 8 * MIB
@@ -148,7 +149,8 @@ async def open_defined(qemu: QemuBinaries, path: Path) -> AsyncIterator[Defined]
     disks = "".join(DISK.format(target=target, format=fmt, file=path / target) for target, fmt in FORMATS.items())
     guest = Defined(qemu, path, await Service.open(path / "state"), written)
     try:
-        await guest.ask(ask.Define(xml=XML.format(disks=disks)))
+        loader = f"<loader type='rom'>{idle_firmware(path)}</loader></os>"
+        await guest.ask(ask.Define(xml=XML.format(disks=disks).replace("</os>", loader)))
         yield guest
     finally:
         if (await guest.show()).state != "shut off":

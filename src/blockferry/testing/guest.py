@@ -184,6 +184,7 @@ class WritingGuest:
             paused=False,
             sockets=sockets,
             pass_fds=[self._qemu_port.fileno()],
+            boots=True,
         )
         self._run_states = EventListener(("STOP", "RESUME"))
         self.qemu.control.register_listener(self._run_states)

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from qemu.qmp import Message, QMPClient, QMPError
 
+from blockferry.testing.firmware import idle_firmware
 from blockferry.testing.missing import MissingComponentError
 from blockferry.testing.process import ChildProcess, socket_path
 
@@ -185,6 +186,7 @@ class TestQemu:
         paused: start with ``-S``; False lets the guest run into its firmware.
         sockets: names of the QMP sockets beside the test's own; the first is `qmp`.
         pass_fds: descriptors that QEMU inherits, for chardevs that name them.
+        boots: run QEMU's firmware, and what it finds; otherwise a guest that runs halts at its first instruction.
     """
 
     __test__ = False  # pytest: not a test class
@@ -200,6 +202,7 @@ class TestQemu:
         paused: bool = True,
         sockets: Sequence[str] = ("qmp",),
         pass_fds: Sequence[int] = (),
+        boots: bool = False,
     ) -> None:
         self.binaries = binaries
         self.directory = directory
@@ -209,6 +212,8 @@ class TestQemu:
         self._base = ["-machine", f"{machine},accel=tcg", "-m", str(memory_mib), "-nodefaults", "-display", "none"]
         if paused:
             self._base.append("-S")
+        if not boots:
+            self._base += ["-bios", str(idle_firmware(directory))]
         self._pass_fds = tuple(pass_fds)
         self._process: ChildProcess | None = None
 
