@@ -127,7 +127,7 @@ RUNNING = {"running": True}
 
 def row(state: str, plan: Plan, evidence: Evidence, steps: Mapping[int, str] | None = None) -> tuple[str, str]:
     decision = decide(Interrupted(state=state, plan=plan, steps=steps or {}), evidence)
-    assert decision.why == ROWS[decision.row]
+    assert decision.why == ROWS[decision.row].why
     return decision.row, decision.action
 
 

@@ -1,6 +1,6 @@
 """The decision table: what an operation that was interrupted becomes, from its journal and what is there now.
 
-One row a case, a letter and a sentence of why; ARCHITECTURE.md has the table, made from ROWS. Recovery never goes on
+One row a case: a letter, what is done, and a sentence of why; docs/recovery.md is made from ROWS. Recovery never goes on
 with a copy or a window that had not begun; it never guesses: a domain that can't be asked is left open (row W).
 """
 
@@ -40,37 +40,102 @@ Action = Literal[
     "nothing", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
 ]
 
-ROWS: dict[str, str] = {
-    "A": "The point of no return is recorded: settle forwards; every step of settling finds what it did before.",
-    "B": "Nothing was sent to QEMU and no file was made: it is undone as it stands.",
-    "C": "Every prepared step shows in the graph and nothing was left to do but the record: write it.",
-    "D": "It was interrupted while preparing: undo what shows, in reverse order; the guest never noticed.",
-    "E": "The window had not begun: undo its preparation; the mirrors go on, nothing is pivoted.",
-    "F": "The guest stands still with every disk switched and every job concluded without an error: record, go on.",
-    "G": "The guest may stand still with some disks switched or none: bring all back to their sources, let it run.",
-    "H": "QEMU is gone and nothing had been switched: remove the files that we made.",
-    "I": "QEMU is gone and the overlays hold data: the switch had happened, so the overlays are authoritative: record.",
-    "J": "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
-    "K": "QEMU is gone after the record: nothing is left to settle in it.",
-    "L": "The guest runs with a disk switched and no record: its source is stale; record every disk as it is.",
-    "M": "The window of a commit, rebase or resumed copy, and the graph shows its end, which holds everything: record, go on.",
-    "N": "The window of a commit, rebase or resumed copy, and the chain is the old one, which is whole: cancel, let it run.",
-    "P": "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
-    "T": "The guest's file systems may be frozen and its agent does not thaw them: the operation stays open until it does.",
-    "W": "QEMU can't be asked now: the operation stays open until it can.",
+# What is done, and how the operation ends by it.
+ACTIONS: dict[Action, str] = {
+    "nothing": "Nothing has to be done. It ends undone.",
+    "undo": "What shows of it is undone, the last step first: nodes, jobs and bitmaps go, and the files that we made and"
+    " that hold nothing of the guest's. It ends undone.",
+    "leave-window": "Every disk is brought back to its source, a mirror that was drained is started again, and the guest"
+    " runs if it ran before. It ends undone; if QEMU refuses even that, as row L.",
+    "leave-chain": "The job is cancelled, and the guest runs if it ran before. It ends undone.",
+    "record": "The point of no return is written, then it is settled: the guest runs if it ran before, jobs are dismissed,"
+    " images that were left are closed. It ends done.",
+    "record-as-is": "Each disk is recorded where it was found, and the guest runs. It ends done, with the error"
+    " `operation-as-it-is`, and `doctor` says which disk is where.",
+    "record-part": "The disks that have switched are recorded, the others' preparation is undone. It ends done, and names"
+    " both.",
+    "settle": "The steps that follow the record are tried again. It ends done.",
+    "wait": "Nothing: it stays unsettled, nothing new is begun on its domain, and it is tried again.",
 }
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What to do: a row of the table and its action."""
+class Row(msgspec.Struct, frozen=True):
+    """A row of the table.
+
+    Attributes:
+        action: what is done.
+        why: what was found, and why that is right.
+    """
+
+    action: Action
+    why: str
+
+
+ROWS: dict[str, Row] = {
+    "A": Row(
+        "settle",
+        "The point of no return is recorded: settle forwards; every step of settling finds what it did before.",
+    ),
+    "B": Row("nothing", "Nothing was sent to QEMU and no file was made: it is undone as it stands."),
+    "C": Row("record", "Every prepared step shows in the graph and nothing was left to do but the record: write it."),
+    "D": Row("undo", "It was interrupted while preparing: undo what shows, in reverse order; the guest never noticed."),
+    "E": Row("undo", "The window had not begun: undo its preparation; the mirrors go on, nothing is pivoted."),
+    "F": Row(
+        "record",
+        "The guest stands still with every disk switched and every job concluded without an error: record, go on.",
+    ),
+    "G": Row(
+        "leave-window",
+        "The guest may stand still with some disks switched or none: bring all back to their sources, let it run.",
+    ),
+    "H": Row("undo", "QEMU is gone and nothing had been switched: remove the files that we made."),
+    "I": Row(
+        "record",
+        "QEMU is gone and the overlays hold data: the switch had happened, so the overlays are authoritative: record.",
+    ),
+    "J": Row(
+        "nothing",
+        "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
+    ),
+    "K": Row("settle", "QEMU is gone after the record: nothing is left to settle in it."),
+    "L": Row(
+        "record-as-is",
+        "The guest runs with a disk switched and no record: its source is stale; record every disk as it is.",
+    ),
+    "M": Row(
+        "record",
+        "The window of a commit, rebase or resumed copy, and the graph shows its end, which holds everything: record, go on.",
+    ),
+    "N": Row(
+        "leave-chain",
+        "The window of a commit, rebase or resumed copy, and the chain is the old one, which is whole: cancel, let it run.",
+    ),
+    "P": Row(
+        "record-part",
+        "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
+    ),
+    "T": Row(
+        "wait",
+        "The guest's file systems may be frozen and its agent does not thaw them: the operation stays open until it does.",
+    ),
+    "W": Row("wait", "QEMU can't be asked now: the operation stays open until it can."),
+}
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What to do: a row of the table."""
 
     row: str
-    action: Action
+
+    @property
+    def action(self) -> Action:
+        """What is done."""
+        return ROWS[self.row].action
 
     @property
     def why(self) -> str:
         """The row's sentence."""
-        return ROWS[self.row]
+        return ROWS[self.row].why
 
 
 class Interrupted(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,37 +229,37 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     # A guest that has ended holds nothing frozen.
     ended = evidence.gone or (evidence.seen is not None and evidence.seen.status == "shutdown")
     if evidence.frozen and not ended:
-        return Decision(row="T", action="wait")
+        return Decision("T")
     if evidence.seen is None:
-        return _decide_gone(operation, evidence) if evidence.gone else Decision(row="W", action="wait")
+        return _decide_gone(operation, evidence) if evidence.gone else Decision("W")
     seen, plan = evidence.seen, operation.plan
     if operation.state == "recorded":
-        return Decision(row="A", action="settle")
+        return Decision("A")
     if operation.state == "window" and plan.window is not None:
         if plan.window.chain is not None:
             return _decide_chain(plan.window.chain, seen)
         if not evidence.dead and switched(plan.window, seen):
-            return Decision(row="F", action="record")
+            return Decision("F")
         if seen.running and any(stands_on(disk, seen) == disk.mirror.node for disk in plan.window.disks):
-            return Decision(row="L", action="record-as-is")
-        return Decision(row="G", action="leave-window")
+            return Decision("L")
+        return Decision("G")
     if not operation.steps:
-        return Decision(row="B", action="nothing")
+        return Decision("B")
     if plan.window is not None:
-        return Decision(row="E", action="undo")
+        return Decision("E")
     begun = len(operation.steps) == len(plan.prepare)
     files_made = all(
         operation.steps.get(index) == "done" for index, step in enumerate(plan.prepare) if isinstance(step, CreateImage)
     )
     if begun and files_made and all(shows(step, seen) for step in plan.prepare) and _healthy_state(operation):
-        return Decision(row="C", action="record")
+        return Decision("C")
     if plan.in_part and any(isinstance(step, TakeSnapshots) and shows(step, seen) for step in plan.prepare):
-        return Decision(row="P", action="record-part")
-    return Decision(row="D", action="undo")
+        return Decision("P")
+    return Decision("D")
 
 
 def _decide_chain(job: ChainJob, seen: Observation) -> Decision:
-    return Decision(row="M", action="record") if has_ended(job, seen) else Decision(row="N", action="leave-chain")
+    return Decision("M") if has_ended(job, seen) else Decision("N")
 
 
 def _healthy_state(operation: Interrupted) -> bool:
@@ -205,12 +270,12 @@ def _healthy_state(operation: Interrupted) -> bool:
 def _decide_gone(operation: Interrupted, evidence: Evidence) -> Decision:
     plan = operation.plan
     if operation.state == "recorded":
-        return Decision(row="K", action="settle")
+        return Decision("K")
     if operation.state == "window":
-        return Decision(row="J", action="nothing")
+        return Decision("J")
     if not operation.steps:
-        return Decision(row="B", action="nothing")
+        return Decision("B")
     overlays = {path for path in plan.record.authoritative.values() if path in evidence.written}
     if any(isinstance(step, TakeSnapshots) for step in plan.prepare) and overlays:
-        return Decision(row="I", action="record")
-    return Decision(row="H", action="undo")
+        return Decision("I")
+    return Decision("H")
