@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -33,11 +33,16 @@ from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind
 from blockferry.testing.crash import Accident
 from blockferry.testing.pen import Pen, Records
+from blockferry.testing.sick import order
 
 # At a boundary: the host process dies, QEMU is killed, the connection ends.
 AtBoundary = Literal["die", "kill", "cut"]
+# From a boundary on until the operation has ended: accesses to the disks' folder (src) or the destinations' (dst) fail.
+Sick = Literal["read-src", "write-src", "flush-src", "full-src", "read-dst", "write-dst", "flush-dst", "full-dst"]
 # Of a command: it is refused, its reply is lost or late, the connection ends before or after it.
 OfCommand = Literal["error", "drop", "late", "before", "after"]
+FAULTS_AT_BOUNDARIES = ("cut", *get_args(Sick))
+AT_BOUNDARIES = (*get_args(AtBoundary), *get_args(Sick))
 KINDS = {
     "error": FaultKind.ERROR,
     "drop": FaultKind.DROP_REPLY,
@@ -46,7 +51,8 @@ KINDS = {
     "after": FaultKind.CUT_AFTER,
 }
 # How often each is chosen.
-WEIGHTS = {"die": 40, "kill": 16, "cut": 10, "error": 10, "drop": 3, "late": 3, "before": 5, "after": 6}
+WEIGHTS = {"die": 40, "kill": 16, "cut": 8, "error": 10, "drop": 3, "late": 3, "before": 4, "after": 6}
+WEIGHTS |= dict.fromkeys(get_args(Sick), 4)
 REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
 LATE_SECONDS = 0.7
 RECOVERY_BOUNDARIES = 30  # a recovery has some tens of them; one that has less is not hit
@@ -68,9 +74,11 @@ class Mishap:
     @classmethod
     def parse(cls, text: str) -> Mishap:
         """What `str` makes of one."""
-        found = re.fullmatch(r"(again:)?(\w+)@(?:([\w-]+)#)?(\d+)", text)
-        if found is None or found[2] not in (*get_args(AtBoundary), *get_args(OfCommand)):
-            raise ValueError(f"{text!r} is no mishap: die@17, kill@3, cut@5, error@blockdev-add#2, again:die@4")
+        found = re.fullmatch(r"(again:)?([\w-]+)@(?:([\w-]+)#)?(\d+)", text)
+        if found is None or found[2] not in WEIGHTS:
+            raise ValueError(
+                f"{text!r} is no mishap: die@17, kill@3, cut@5, write-dst@4, error@blockdev-add#2, again:die@4"
+            )
         return cls(found[2], int(found[4]), found[3] or "", again=found[1] is not None)
 
 
@@ -91,6 +99,11 @@ class Case:
         """Behind the proxy the service can't see which process QEMU is, so it can't know that it was killed."""
         return not (self.proxied and any(mishap.kind == "kill" for mishap in self.mishaps))
 
+    @property
+    def sick(self) -> bool:
+        """Whether storage fails in it."""
+        return any(mishap.kind in get_args(Sick) for mishap in self.mishaps)
+
     def __str__(self) -> str:
         return f"{self.operation} {'+'.join(map(str, self.mishaps)) or 'nothing'}"
 
@@ -104,10 +117,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Course:
-    """How an operation goes when nothing goes wrong: its boundaries, its commands, and how things stand then."""
+    """How an operation goes when nothing goes wrong: its boundaries, its commands, and how things stand then.
+
+    Attributes:
+        copies: whether anything lies in the destinations' folder.
+    """
 
     boundaries: tuple[str, ...]
     commands: tuple[str, ...]
+    copies: bool
     before: Standing
     after: Standing
 
@@ -120,6 +138,7 @@ class Tally:
     kills: int = 0
     faults: int = 0
     records: int = 0
+    ends: Counter[str] = field(default_factory=Counter)  # how requests ended: `well`, `died` or an error's code
 
     def __str__(self) -> str:
         return f"{self.cases:,} cases, {self.kills:,} kills, {self.faults:,} faults, 0 lost, 0 left over"
@@ -128,7 +147,8 @@ class Tally:
 def every_mishap(course: Course) -> dict[str, list[Mishap]]:
     """By kind, all single things that can go wrong; no proxy stands before a QEMU that blockferry starts."""
     count: Counter[str] = Counter()
-    found = {kind: [Mishap(kind, at) for at in range(len(course.boundaries))] for kind in get_args(AtBoundary)}
+    kinds = [kind for kind in AT_BOUNDARIES if course.copies or not kind.endswith("-dst")]
+    found = {kind: [Mishap(kind, at) for at in range(len(course.boundaries))] for kind in kinds}
     for command in course.commands:
         count[command] += 1
         for kind in get_args(OfCommand):
@@ -151,9 +171,9 @@ def choose(operation: str, course: Course, chance: random.Random) -> Iterator[Ca
         if number % 6:
             yield Case(operation, (first,))
             continue
-        second = Mishap(chance.choice(get_args(AtBoundary)), chance.randrange(RECOVERY_BOUNDARIES), again=True)
+        second = Mishap(chance.choice(AT_BOUNDARIES), chance.randrange(RECOVERY_BOUNDARIES), again=True)
         if chance.random() < 0.5:
-            second = Mishap(chance.choice(get_args(AtBoundary)), chance.randrange(len(course.boundaries)))
+            second = Mishap(chance.choice(AT_BOUNDARIES), chance.randrange(len(course.boundaries)))
         case = Case(operation, (first, second))
         yield case if case.playable else Case(operation, (first,))
 
@@ -174,7 +194,8 @@ async def whole(stage: Stage, folder: Path, name: str) -> Course:
             after = await standing(service)
         assert world.records() != nothing_written(), "the guest has written nothing meanwhile"
         commands = tuple(world.proxy.commands()) if not operation.defined else ()
-        return Course(boundaries=result.boundaries, commands=commands, before=before, after=after)
+        copies = any((world.folder / "dst").iterdir())
+        return Course(boundaries=result.boundaries, commands=commands, copies=copies, before=before, after=after)
 
 
 async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str, tuple[str, str]], set[str]]:
@@ -208,17 +229,25 @@ async def play(stage: Stage, folder: Path, case: Case, course: Course, tally: Ta
                 world.proxy.inject(fault)
         await have_accidents(world, operation, case, tally)
         world.proxy.clear()
+        stage.heal()
+        await let_go_on(world, case)
         tally.cases += 1
-        tally.faults += len(world.proxy.fired) + sum(mishap.kind == "cut" for mishap in case.mishaps)
+        tally.faults += len(world.proxy.fired) + sum(m.kind in FAULTS_AT_BOUNDARIES for m in case.mishaps)
         continuing = len(str(case)) % 2 == 0
         if operation.defined:
             final = await stays_defined(world, operation, course, continuing=continuing)
         elif world.qemu.alive:
             final = await lives(world, operation, course, files, continuing=continuing)
         else:
-            final = await is_gone(world, operation, course, images)
+            final = await is_gone(world, operation, course, images, leaks=case.sick)
         await world.qemu.stop()
-        tally.records += require_contents(world, final)
+        tally.records += require_contents(world, final, leaks=case.sick)
+
+
+async def let_go_on(world: World, case: Case) -> None:
+    """A guest whose disk is full is stopped by QEMU (werror=enospc); whoever made room lets it go on."""
+    if case.sick and world.qemu.alive and (await world.command("query-status"))["status"] == "io-error":
+        await world.command("cont")
 
 
 async def have_accidents(world: World, operation: Operation, case: Case, tally: Tally) -> None:
@@ -238,6 +267,7 @@ async def have_accidents(world: World, operation: Operation, case: Case, tally: 
             reply_seconds=REPLY_SECONDS,
         )
         assert result.error is None or "Traceback" not in result.error, result.error
+        tally.ends["died" if result.killed else result.error or "well"] += 1
         tally.kills += result.killed + sum(a.what == "kill" and a.at < len(result.boundaries) for a in accidents)
 
 
@@ -248,8 +278,16 @@ def nothing_written() -> dict[str, Records]:
 def accidents_of(world: World, mishaps: Sequence[Mishap]) -> tuple[Accident, ...]:
     found = []
     for mishap in mishaps:
-        target = {"kill": str(world.qemu.sockets["pen"]), "cut": str(world.qmp)}.get(mishap.kind, "")
-        found.append(Accident(at=mishap.at, what=mishap.kind, target=target))  # type: ignore[arg-type]  # one of AtBoundary
+        match mishap.kind.split("-"):
+            case [ailment, part]:
+                what = order(ailment, world.folder / part)  # type: ignore[arg-type]  # one of Sick
+                found.append(Accident(at=mishap.at, what="fail", target=what))
+            case ["kill"]:
+                found.append(Accident(at=mishap.at, what="kill", target=str(world.qemu.sockets["pen"])))
+            case ["cut"]:
+                found.append(Accident(at=mishap.at, what="cut", target=str(world.qmp)))
+            case _:
+                found.append(Accident(at=mishap.at, what="die"))
     # Whoever dies sees nothing more: what happens at the same moment comes first.
     return tuple(sorted(found, key=lambda accident: accident.what == "die"))
 
@@ -320,13 +358,13 @@ async def stays_defined(
 
 
 async def is_gone(
-    world: World, operation: Operation, course: Course, images: dict[str, tuple[str, str]]
+    world: World, operation: Operation, course: Course, images: dict[str, tuple[str, str]], *, leaks: bool
 ) -> dict[str, tuple[str, str]]:
     """QEMU was killed: the images that doctor names hold everything, and the guest runs on them as if nothing had been."""
     async with serving(world) as service:
         await require_settled(service)
         now = named(await service.submit(ask.Doctor(domain="vm")), images)
-    require_contents(world, now)
+    require_contents(world, now, leaks=leaks)
     await world.start_again(now)
     async with serving(world) as service:
         await service.submit(ask.Attach(domain="vm", qmp=str(world.qmp)))

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
-import os
 import random
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 from matrix import Case, Course, Tally, choose, play, whole
 from operations import OPERATIONS
 from worlds import Stage, playground
 
-from blockferry.testing import find_qemu
-from blockferry.testing.crash import Crasher
+from blockferry.testing import QemuVersion
 
 AT_ONCE = 12  # cases of an operation, before it is the next one's turn
 
@@ -62,20 +62,21 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help="cases by name: «pivot-3 die@17»")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--qemu", choices=("distribution", "qemu10"), default="distribution")
+    parser.add_argument("--qemu", choices=get_args(QemuVersion), default="distribution")
     arguments = parser.parse_args()
     tally = Tally()
-    binaries = find_qemu(arguments.qemu)
-    os.environ["BLOCKFERRY_QEMU_DIR"] = str(binaries.system.parent)
-    with playground(Path(tempfile.gettempdir())) as folder, Crasher() as crasher:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(playground(Path(tempfile.gettempdir())))
         (folder / "template").mkdir()
-        stage = Stage.build(binaries, crasher, folder / "template")
+        stage = stack.enter_context(Stage.open(arguments.qemu, folder / "template"))
         if arguments.cases:
             asyncio.run(named(stage, folder, arguments.cases, tally))
         else:
             sys.stdout.write(f"seed {arguments.seed}\n")
             chance = random.Random(arguments.seed)  # noqa: S311 - a case has to be found again, not to be a secret
             asyncio.run(until(stage, folder, arguments.seconds, chance, tally))
+    for end, count in tally.ends.most_common():
+        sys.stdout.write(f"{count:7,} ended {end}\n")
     sys.stdout.write(f"{tally}\n")
 
 

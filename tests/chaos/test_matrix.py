@@ -13,37 +13,43 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from matrix import Case, Mishap, Tally, choose, play, whole
 from operations import OPERATIONS
 from worlds import Stage, playground
 
-from blockferry.testing import find_qemu
-from blockferry.testing.crash import Crasher
+from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 CASES = 44  # of each operation on each QEMU
 
 
-@pytest.fixture(scope="module", params=["distribution", "qemu10"])
-def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    binaries = find_qemu(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BLOCKFERRY_QEMU_DIR", str(binaries.system.parent))
-        with Crasher() as crasher:
-            yield Stage.build(binaries, crasher, tmp_path_factory.mktemp("template"))
+VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> QemuVersion:
+    found: QemuVersion = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def stage(version: QemuVersion, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with Stage.open(version, tmp_path_factory.mktemp("template")) as stage:
+        yield stage
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_whatever_goes_wrong(
-    operation: str, stage: Stage, tmp_path: Path, record_property: Callable[[str, object], None]
+    operation: str, version: QemuVersion, stage: Stage, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     tally = Tally()
     with playground(tmp_path) as folder:
         course = asyncio.run(whole(stage, folder / "whole", operation))
-        chance = random.Random(f"{SEED} {operation} {stage.binaries.system.parent.parent.name}")  # noqa: S311 - no secret
+        chance = random.Random(f"{SEED} {operation} {version}")  # noqa: S311 - no secret
         for case in itertools.islice(choose(operation, course, chance), CASES):
             here = folder / str(tally.cases)
             try:

@@ -100,14 +100,14 @@ async def require_agreement(service: Service, world: World) -> None:
             assert Path(kept.backing).exists(), f"{each.name} keeps {kept.backing}, which is not there"
 
 
-def require_contents(world: World, images: Mapping[str, tuple[str, str]]) -> int:
+def require_contents(world: World, images: Mapping[str, tuple[str, str]], *, leaks: bool = False) -> int:
     """Every image is clean and holds what the guest was told is written; how many records there are."""
     records = world.records()
     found = 0
     for target in TARGETS:
         file, fmt = images[target]
         if fmt == "qcow2":
-            check_image(world.stage.binaries, Path(file), fmt)
+            check_image(world.stage.binaries, Path(file), fmt, leaks=leaks)
         data = read_image(world.stage, Path(file), fmt, world.folder / f"{target}.raw")
         expected = world.contents[target]
         assert data[:RECORDS_AT] == expected[:RECORDS_AT], f"{target}: {file} is not what the disk held"

@@ -14,15 +14,18 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.service import Service
 from blockferry.testing import (
     QemuBinaries,
+    QemuVersion,
     QmpFaultProxy,
     TestQemu,
     blockdev_disk,
+    find_qemu,
     legacy_drive,
     make_image,
     write_pattern,
@@ -31,6 +34,7 @@ from blockferry.testing.crash import Crasher
 from blockferry.testing.firmware import idle_firmware
 from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
 from blockferry.testing.process import socket_path
+from blockferry.testing.sick import heal, sick_storage
 
 MIB = 1 << 20
 SIZE = RECORDS_AT + SLOTS * RECORD_BYTES
@@ -44,6 +48,7 @@ QDEVS = {
 OWN_QDEVS = {target: f"/machine/peripheral/disk-{target}/virtio-backend" for target in ("vda", "vdb")} | {
     "sda": "disk-sda"
 }
+SICK = "sick"  # the page that says what fails
 OURS = "bf"  # how the names of our nodes begin
 
 
@@ -56,8 +61,20 @@ class Stage:
     template: Path
 
     @classmethod
-    def build(cls, binaries: QemuBinaries, crasher: Crasher, folder: Path) -> Stage:
-        """Make the images, with a pattern of its own in each."""
+    @contextlib.contextmanager
+    def open(cls, version: QemuVersion, folder: Path) -> Iterator[Stage]:
+        """Make the images, with a pattern of its own in each; what is started from here on has storage that can fail."""
+        binaries = find_qemu(version)
+        environment = sick_storage(folder / SICK) | {"BLOCKFERRY_QEMU_DIR": str(binaries.system.parent)}
+        with mock.patch.dict(os.environ, environment), Crasher() as crasher:
+            yield cls._build(binaries, crasher, folder)
+
+    def heal(self) -> None:
+        """Let storage fail no more."""
+        heal(self.template / SICK)
+
+    @classmethod
+    def _build(cls, binaries: QemuBinaries, crasher: Crasher, folder: Path) -> Stage:
         for target, byte in zip(TARGETS, (0x61, 0x62, 0x63), strict=True):
             image = make_image(binaries, folder / f"{target}.img", FORMATS[target], SIZE)
             write_pattern(binaries, image, FORMATS[target], 0, MIB, byte)

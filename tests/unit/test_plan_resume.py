@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_recover import GONE, observed
 
-from blockferry.model.blockjob import ChainJob, JobEnd, Layer, Mirror
+from blockferry.model.blockjob import ChainJob, Layer, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileStamp
 from blockferry.model.graph import Bitmap, Graph
@@ -23,10 +23,9 @@ from blockferry.plan.resume import (
     doubt,
     lacking,
     plan_round,
-    unused_bitmaps,
 )
 from blockferry.plan.steps import CancelJob, RemoveNode, Resume, StartBackup, StartMirror, Stop
-from blockferry.plan.tracking import CHUNK, AddBitmap, LeaveDestination, OpenAgain, RemoveBitmap
+from blockferry.plan.tracking import CHUNK, AddBitmap, LeaveDestination, OpenAgain
 
 COPY = Mirror(
     domain="vm",
@@ -231,26 +230,6 @@ def test_a_plan_survives_the_journal() -> None:
     for left in (0, 1 << 29):
         plan = plan_round(counting(left), ROUND)
         assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
-
-
-# --- bitmaps --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("state", "kept"), [("active", True), ("cancelled", True), ("lost", True), ("pivoted", False), ("finished", False)]
-)
-def test_a_bitmap_that_may_be_used(state: JobEnd, *, kept: bool) -> None:
-    ours = RemoveBitmap(node="n", bitmap="bfabcd-3-vda-k")
-    for job in (msgspec.structs.replace(COPY, state=state), msgspec.structs.replace(ROUND, state=state)):
-        assert unused_bitmaps(counting(1), "abcd", (job,)) == (() if kept else (ours,))
-        assert unused_bitmaps(counting(1, name="bfabcd-2-vda-k"), "abcd", (job,)) != ()
-    elsewhere = msgspec.structs.replace(COPY, state=state, source_node="another")
-    assert unused_bitmaps(counting(1), "abcd", (elsewhere,)) == (() if state == "active" else (ours,))
-
-
-def test_bitmaps_of_others_are_left() -> None:
-    for name in ("backup", "bf1234-3-vda-k"):
-        assert unused_bitmaps(counting(1, name=name), "abcd", ()) == ()
 
 
 def test_what_is_seen_of_the_steps() -> None:

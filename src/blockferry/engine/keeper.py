@@ -22,11 +22,12 @@ from blockferry.model.job import CAUGHT_UP
 from blockferry.model.view import Event
 from blockferry.plan.chain import has_ended, plan_end
 from blockferry.plan.copy import close_job
+from blockferry.plan.leftovers import unused_bitmaps, unused_jobs, unused_nodes
 from blockferry.plan.lifecycle import plan_stop
-from blockferry.plan.plan import Names, Plan
+from blockferry.plan.plan import Plan, is_ours
 from blockferry.plan.recover import Decision
 from blockferry.plan.resting import stamped_files, to_rest
-from blockferry.plan.resume import unused_bitmaps
+from blockferry.plan.steps import Step
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.process import ends, status_of
@@ -263,37 +264,43 @@ class Keeper(Link):
             await self._lose(lost, seen)
         for job in ended:
             await self._follow(job)
-        await self._forget_bitmaps(seen, self._journal.jobs(self.name))
+        await self._clear(seen, self._journal.jobs(self.name))
         return bool(lost or ended)
 
     async def let_go(self) -> None:
         """Leave nothing of ours in a guest without jobs; the caller holds the lock."""
         with contextlib.suppress(errors.BlockferryError):
-            await self._forget_bitmaps(await self.observe(), ())
+            await self._clear(await self.observe(), ())
         await self.close()
 
-    async def _forget_bitmaps(self, seen: Observation, jobs: tuple[BlockJob, ...]) -> None:
-        """Remove the bitmaps of ours that none of these jobs will be resumed with."""
-        unused = unused_bitmaps(seen, self._journal.tag, jobs)
-        executor = await self.executor() if unused else self.nobody()
+    async def _clear(self, seen: Observation, jobs: tuple[BlockJob, ...]) -> None:
+        """End the jobs and close the nodes of ours that nothing uses, remove bitmaps that none of these is resumed with."""
+        tag = self._journal.tag
+        stale = unused_jobs(seen, tag, jobs)
+        if stale:
+            await self._try_all(stale)
+            seen = await self.observe()  # what they used is free
+        await self._try_all((*unused_nodes(seen, tag, jobs), *unused_bitmaps(seen, tag, jobs)))
+
+    async def _try_all(self, unused: tuple[Step, ...]) -> None:
+        if not unused:
+            return
+        executor = await self.executor()
         for step in unused:
-            # One that is busy or can't be asked about is looked at again with the next request.
+            # What is busy or can't be asked about is looked at again with the next request.
             with contextlib.suppress(CommandRefused, StepFailed, LostReply):
-                await executor.do(step, {})
+                self.runner.remember_left(step, await executor.do(step, {}))
 
     async def _lose(self, lost: dict[str, str], seen: Observation) -> None:
         gone = [job for job in self.active() if job.target in lost]
         self._bus.publish(self._journal.lose_jobs(self.name, lost))
-        executor = await self.executor()
         images = {image.node for disk in seen.disks for image in disk.chain}
         for job in gone:
             # Somebody who ended the job by a pivot has put the guest onto the destination: don't close that.
             if isinstance(job, Mirror) and job.node in images:
                 continue
-            for step in close_job(job):
-                # What is left open stays ours by name; the next look finds nothing lost and leaves it.
-                with contextlib.suppress(CommandRefused, StepFailed, LostReply):
-                    self.runner.remember_left(step, await executor.do(step, {}))
+            # What stays open is ours by name: the next look closes it (`_clear`).
+            await self._try_all(close_job(job))
 
     async def _follow(self, job: ChainJob) -> None:
         """Do what follows a commit or stream that has ended; one whose end can't be carried out is lost."""
@@ -318,15 +325,20 @@ class Keeper(Link):
     async def run(self, operation: int, plan: Plan) -> OperationRecord:
         """Run a plan that was just made; the caller holds the lock. See `Runner.run`."""
         self.in_flight.add(operation)
+        undone = False
         try:
             return await self.runner.run(operation, plan)
+        except errors.OperationFailed:
+            undone = True
+            raise
         finally:
             self.in_flight.discard(operation)
             self.sample()
             self._see_to_thawing()
-            # A job may have caught up before it was recorded, when its event said nothing to us yet.
+            # A job may have caught up before it was recorded, when its event said nothing to us yet. What was undone
+            # recorded none: to look then, after the end of a job that can't be carried out, would be to try it for ever.
             with contextlib.suppress(errors.BlockferryError):
-                if plan.record.jobs and not self._journal.open_operations(self.name):
+                if plan.record.jobs and not undone and not self._journal.open_operations(self.name):
                     await self.check_jobs(await self.observe())
 
     def _see_to_thawing(self) -> None:
@@ -429,7 +441,7 @@ class Keeper(Link):
                 self._last_words[data["device"]] = data["error"]
             case "BLOCK_JOB_CANCELLED":
                 self._last_words[data["device"]] = "somebody else cancelled its job"
-            case "JOB_STATUS_CHANGE" if str(data.get("id", "")).startswith(f"{Names.PREFIX}{self._journal.tag}-"):
+            case "JOB_STATUS_CHANGE" if is_ours(str(data.get("id", "")), self._journal.tag):
                 job = next((each for each in self.active() if each.job == data["id"]), None)
                 if isinstance(job, Mirror) and data["status"] == "ready":
                     self._say_ready(job)

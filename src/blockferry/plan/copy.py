@@ -403,10 +403,11 @@ def _open_file(mirror: Mirror, wish: Wish, files: Files, like: Node) -> list[Ste
 
 def close_job(job: BlockJob) -> tuple[Step, ...]:
     """Forget a job that is over without having switched anything: the job, and a destination's nodes. Files stay."""
-    return (CancelJob(job=job.job), *([_close(job.copy)] if job.copy is not None else []))
+    return (CancelJob(job=job.job), *([close(job.copy)] if job.copy is not None else []))
 
 
-def _close(copy: Mirror) -> Step:
+def close(copy: Mirror) -> Step:
+    """Close a copy's destination; what it looks like then is kept, if it may be gone on with."""
     if copy.bitmap is None:
         return RemoveNode(node=copy.node)
     return LeaveDestination(node=copy.node, file=copy.file)

@@ -19,7 +19,7 @@ from blockferry.model.graph import Disk, Image
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Finding
 from blockferry.plan.installed import can_do
-from blockferry.plan.plan import Names
+from blockferry.plan.plan import Names, is_ours
 from blockferry.plan.resting import Ground, flaw
 
 # Under this an overlay that grows is soon out of room.
@@ -400,7 +400,7 @@ def _foreign(case: Case, names: Mapping[str, object]) -> set[str]:
     for copy in (job.copy for job in case.jobs if job.state == "active"):
         known |= {copy.node, copy.file_node, copy.filter_node, copy.job} if copy is not None else set()
     stems = tuple(f"{Names(case.tag, number).stem}-" for number in numbers)
-    ours = {name for name in names if name.startswith(f"{Names.PREFIX}{case.tag}-")}
+    ours = {name for name in names if is_ours(name, case.tag)}
     return {name for name in ours - known if not (stems and name.startswith(stems))}
 
 

@@ -132,3 +132,8 @@ class Names:
     def of(self, target: str, role: str) -> str:
         """The name for this disk's `role`: s, sf (overlay), x, xf (destination), t (filter), m (job), y0... (bases)."""
         return f"{self.stem}-{target[-10:]}-{role}"
+
+
+def is_ours(name: str, tag: str) -> bool:
+    """Whether a node, job or bitmap has a name that the state directory of this tag gives."""
+    return name.startswith(f"{Names.PREFIX}{tag}-")

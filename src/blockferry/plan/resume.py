@@ -36,7 +36,7 @@ from blockferry.plan.steps import (
     Stop,
     SyncFiles,
 )
-from blockferry.plan.tracking import CHUNK, CountAsWritten, OpenAgain, RemoveBitmap, RequireNothingWritten
+from blockferry.plan.tracking import CHUNK, CountAsWritten, OpenAgain, RequireNothingWritten
 
 # So much is moved while the guest stands still: some milliseconds.
 LAST_ROUND_BYTES = 4 * 1024 * 1024
@@ -272,30 +272,6 @@ def _joined(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found[-1] = (found[-1][0], stop)
     return found
-
-
-def unused_bitmaps(seen: Observation, tag: str, jobs: tuple[BlockJob, ...]) -> tuple[RemoveBitmap, ...]:
-    """What removes the bitmaps of ours, of that state directory's tag, that no copy is or will be resumed with.
-
-    Args:
-        seen: the domain as observed; no operation is under way.
-        tag: the state directory's.
-        jobs: the domain's newest of each disk.
-    """
-    wanted = {copy.bitmap for job in jobs if (copy := job.copy) is not None and _may_be_resumed(seen, job, copy)}
-    return tuple(
-        RemoveBitmap(node=node.name, bitmap=name)
-        for node in seen.graph.nodes.values()
-        for name in node.bitmaps
-        if name.startswith(f"{Names.PREFIX}{tag}-") and name not in wanted
-    )
-
-
-def _may_be_resumed(seen: Observation, job: BlockJob, copy: Mirror) -> bool:
-    disk = seen.disk(copy.target)
-    if job.state not in ("cancelled", "lost"):
-        return job.state == "active"
-    return disk is not None and bool(disk.chain) and disk.active.node == copy.source_node
 
 
 # --- rounds ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from blockferry.testing.images import (
 from blockferry.testing.initramfs import GuestImages, build_guest
 from blockferry.testing.launcher import (
     QemuBinaries,
+    QemuVersion,
     TestQemu,
     blockdev_disk,
     blockdev_node,
@@ -41,6 +42,7 @@ __all__ = [
     "MissingComponentError",
     "NbdServer",
     "QemuBinaries",
+    "QemuVersion",
     "QmpFaultProxy",
     "Records",
     "StartError",

@@ -32,6 +32,7 @@ from blockferry.model.request import Request
 from blockferry.qemu.session import Session
 from blockferry.service import Service
 from blockferry.testing.pen import Pen, PenPlan, listener
+from blockferry.testing.sick import fail
 
 DEATH_SECONDS = 20.0  # a process that was killed has let go of its files within milliseconds
 
@@ -42,13 +43,14 @@ class Accident(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         at: the boundary, from 0.
         what: `die` (the process that carries out the requests is killed), `kill` (another is), `create` (a file that a
-            server's fault waits for), `fill` (a file grows until its file system is full), `cut` (connections end).
+            server's fault waits for), `fill` (a file grows until its file system is full), `cut` (connections end), `fail`
+            (storage fails from now on).
         target: the process to kill, as its number or a socket that it listens on; the file to create or to fill; the socket
-            whose connections end.
+            whose connections end; what fails, as `sick.order` says it.
     """
 
     at: int
-    what: Literal["die", "kill", "create", "fill", "cut"]
+    what: Literal["die", "kill", "create", "fill", "cut", "fail"]
     target: str = ""
 
 
@@ -97,7 +99,7 @@ class _Witness:
         if self._pen is not None and (due or at % self._every == 0):
             self._pen.write()
         for accident in due:
-            if accident.what in ("create", "fill") and self._pen is not None:
+            if accident.what in ("create", "fill", "fail") and self._pen is not None:
                 self._pen.doubt()
             _happen(accident)
         self.passed.append(f"{when} {what}")
@@ -115,6 +117,8 @@ def _happen(accident: Accident) -> None:
             _fill(Path(accident.target))
         case "cut":
             _cut(accident.target)
+        case "fail":
+            fail(accident.target)
 
 
 def _kill(pid: int | None) -> None:
