@@ -2,13 +2,14 @@
 # make test     everything, on real QEMU 7.2 and 10
 # make check    ruff, mypy --strict, import-linter, the house tests
 # make setup    .venv and the system's packages
+# make chaos    crashes and faults chosen by a seed, for as long as asked: make chaos SECONDS=3600 [SEED=7]
 # make bench    benchmarks/, with a libvirtd of its own beside it (BENCH="--docs" writes docs/performance.*)
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.blockferry-stamp
 WORKERS ?= 2
 
-.PHONY: demo test check setup bench packages test-tools clean
+.PHONY: demo test check setup bench chaos packages test-tools clean
 
 setup: packages $(STAMP)
 
@@ -43,6 +44,10 @@ check: setup
 
 test: test-tools
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 15
+
+SECONDS ?= 60
+chaos: test-tools
+	@$(BIN)/python tests/chaos/run.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 # libvirt takes part where it can be had; without it, or its binding, the benchmark says so.
 BENCH ?=

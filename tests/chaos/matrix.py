@@ -140,6 +140,14 @@ class Tally:
     records: int = 0
     ends: Counter[str] = field(default_factory=Counter)  # how requests ended: `well`, `died` or an error's code
 
+    def add(self, other: Tally) -> None:
+        """Those of another session too."""
+        self.cases += other.cases
+        self.kills += other.kills
+        self.faults += other.faults
+        self.records += other.records
+        self.ends += other.ends
+
     def __str__(self) -> str:
         return f"{self.cases:,} cases, {self.kills:,} kills, {self.faults:,} faults, 0 lost, 0 left over"
 

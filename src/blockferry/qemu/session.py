@@ -86,6 +86,7 @@ class Session:
 
     def __init__(self, client: QMPClient, pid: int | None, version: str, witness: Witness) -> None:
         self._client = client
+        self._ending: asyncio.Task[str] | None = None
         self.pid = pid
         self.version = version
         self._witness = witness
@@ -132,13 +133,22 @@ class Session:
 
     async def close(self) -> None:
         """End the connection; the guest and its jobs go on."""
-        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.CancelledError):
-            await self._client.disconnect()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._disconnected()
 
     async def ended(self) -> str:
         """Wait until the connection ends, and say why, in the system's words."""
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
+        return await self._disconnected()
+
+    def _disconnected(self) -> asyncio.Future[str]:
+        """The one disconnect, whoever asks for it and is cancelled meanwhile: the library's own can't be abandoned."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._disconnect())
+        return asyncio.shield(self._ending)
+
+    async def _disconnect(self) -> str:
         try:
             await self._client.disconnect()
         except (QMPError, OSError, EOFError) as error:
