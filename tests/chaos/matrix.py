@@ -328,14 +328,19 @@ def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
 
 
 async def go_on_or_back(service: Service, *, continuing: bool) -> None:
-    """Do what is offered for what is in progress: go on with it, or cancel it."""
-    working = [job for job in (await jobs(service)).values() if job.state in WORKING]
+    """Do what is offered for what is in progress: go on with it, or cancel it.
+
+    A snapshot goes over to its mirrors, all or none: not when one was lost.
+    """
+    listed = (await jobs(service)).values()
+    working = [job for job in listed if job.state in WORKING]
     copies = tuple(job.disk for job in working if job.snapshot is None)
     if copies:
         verb = ask.PivotJobs if continuing else ask.CancelJobs
         await service.submit(verb(domain="vm", disks=copies))
     if any(job.snapshot for job in working):
-        (request,) = (REOPEN if continuing else REMOVE)(None)  # type: ignore[arg-type]  # they need nothing of a world
+        whole = not any(job.snapshot and job.state == "lost" for job in listed)
+        (request,) = (REOPEN if continuing and whole else REMOVE)(None)  # type: ignore[arg-type]  # they need nothing of a world
         await service.submit(request)
 
 
