@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import re
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from operations import OPERATIONS, REMOVE, REOPEN, Operation
 from verdict import (
@@ -104,6 +105,11 @@ class Case:
         """Whether storage fails in it."""
         return any(mishap.kind in get_args(Sick) for mishap in self.mishaps)
 
+    @property
+    def flushless(self) -> bool:
+        """Whether an image may be left that QEMU flushes no more: it believes no page cache that a flush failed of."""
+        return any(mishap.kind.startswith("flush-") for mishap in self.mishaps)
+
     def __str__(self) -> str:
         return f"{self.operation} {'+'.join(map(str, self.mishaps)) or 'nothing'}"
 
@@ -186,6 +192,14 @@ def choose(operation: str, course: Course, chance: random.Random) -> Iterator[Ca
         yield case if case.playable else Case(operation, (first,))
 
 
+class Opens(Protocol):
+    """Makes the world of a case: `open_world`, or another guest's."""
+
+    def __call__(
+        self, stage: Stage, folder: Path, *, proxied: bool, defined: bool
+    ) -> contextlib.AbstractAsyncContextManager[World]: ...
+
+
 async def whole(stage: Stage, folder: Path, name: str) -> Course:
     """An operation without a mishap, which has to be done then."""
     operation = OPERATIONS[name]
@@ -218,18 +232,20 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
         found = await standing(service), await images_of(service), world.files()
     if operation.crashed:
         await world.qemu.stop()
-    if operation.forgets:
-        pen = Pen(world.pen())
+    if operation.forgets and (plan := world.pen()) is not None:
+        pen = Pen(plan)
         for _each in range(6):
             pen.write()
         pen.close()
     return found
 
 
-async def play(stage: Stage, folder: Path, case: Case, course: Course, tally: Tally) -> None:
+async def play(
+    stage: Stage, folder: Path, case: Case, course: Course, tally: Tally, *, opens: Opens = open_world
+) -> None:
     """Play a case, and look at what is left; whatever is not as it has to be is an AssertionError."""
     operation = OPERATIONS[case.operation]
-    async with open_world(stage, folder, proxied=case.proxied, defined=operation.defined) as world:
+    async with opens(stage, folder, proxied=case.proxied, defined=operation.defined) as world:
         _before, images, files = await set_up(world, operation)
         for mishap in case.mishaps:
             if mishap.command:
@@ -248,7 +264,11 @@ async def play(stage: Stage, folder: Path, case: Case, course: Course, tally: Ta
             final = await lives(world, operation, course, files, continuing=continuing)
         else:
             final = await is_gone(world, operation, course, images, leaks=case.sick)
+        if world.guest is not None and world.guest.qemu.alive and not case.flushless:
+            await world.guest.progress()
         await world.qemu.stop()
+        if world.guest is not None:
+            await world.guest.stop()
         tally.records += require_contents(world, final, leaks=case.sick)
 
 

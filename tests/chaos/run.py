@@ -35,10 +35,10 @@ VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)
 class Session:
     """Cases on one QEMU; one that fails is said, and kept for whoever looks, and the next is played."""
 
-    def __init__(self, stage: Stage, folder: Path, version: QemuVersion) -> None:
+    def __init__(self, stage: Stage, folder: Path) -> None:
         self.tally = Tally()
         self.failed: list[str] = []
-        self._stage, self._folder, self._version = stage, folder, version
+        self._stage, self._folder = stage, folder
         self._courses: dict[str, Course] = {}
         self._numbers = itertools.count()
 
@@ -57,7 +57,7 @@ class Session:
         except (AssertionError, OSError, ValueError, RuntimeError) as error:
             self._stage.heal()
             kept = shutil.move(folder, tempfile.mkdtemp(prefix="chaos-failed-"))
-            self.failed.append(f'--qemu {self._version} "{case}"')
+            self.failed.append(f'--qemu {self._stage.version} "{case}"')
             traceback.print_exception(error)
             sys.stdout.write(f"FAILED {self.failed[-1]}: what it left is in {kept}\n")
         else:
@@ -84,7 +84,7 @@ def session(version: QemuVersion) -> Iterator[Session]:
     with playground(Path(tempfile.gettempdir())) as folder:
         (folder / "template").mkdir()
         with Stage.open(version, folder / "template") as stage:
-            yield Session(stage, folder, version)
+            yield Session(stage, folder)
 
 
 def for_some_time(version: QemuVersion, seconds: float, seed: int) -> tuple[Tally, list[str]]:

@@ -7,58 +7,90 @@ BLOCKFERRY_SEED chooses other cases. What fails is named so that it can be playe
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from matrix import Case, Mishap, Tally, choose, play, whole
+from linux import Saved, open_linux, save
+from matrix import Case, Course, Mishap, Opens, Tally, choose, play, whole
 from operations import OPERATIONS
-from worlds import Stage, playground
+from worlds import Stage, open_world, playground
 
 from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 CASES = 44  # of each operation on each QEMU
+LINUX_CASES = 4
 
 
 VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def version(request: pytest.FixtureRequest) -> QemuVersion:
-    found: QemuVersion = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def stage(version: QemuVersion, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with Stage.open(version, tmp_path_factory.mktemp("template")) as stage:
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with Stage.open(request.param, tmp_path_factory.mktemp("template")) as stage:
         yield stage
+
+
+def chosen(operation: str, version: str, course: Course, count: int, which: str = "") -> Iterator[Case]:
+    chance = random.Random(f"{SEED} {operation} {version}{which}")  # noqa: S311 - it has to be found again, not secret
+    return itertools.islice(choose(operation, course, chance), count)
+
+
+async def play_all(stage: Stage, folder: Path, cases: Iterable[Case], course: Course, *, opens: Opens) -> Tally:
+    tally = Tally()
+    for case in cases:
+        here = folder / str(tally.cases)
+        try:
+            await play(stage, here, case, course, tally, opens=opens)
+        except BaseException as error:
+            error.add_note(f"seed {SEED}, case: {case}")
+            raise
+        shutil.rmtree(here)
+    assert tally.records > 0
+    return tally
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_whatever_goes_wrong(
-    operation: str, version: QemuVersion, stage: Stage, tmp_path: Path, record_property: Callable[[str, object], None]
+    operation: str,
+    stage: Stage,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    tally = Tally()
     with playground(tmp_path) as folder:
         course = asyncio.run(whole(stage, folder / "whole", operation))
-        chance = random.Random(f"{SEED} {operation} {version}")  # noqa: S311 - no secret
-        for case in itertools.islice(choose(operation, course, chance), CASES):
-            here = folder / str(tally.cases)
-            try:
-                asyncio.run(play(stage, here, case, course, tally))
-            except BaseException as error:
-                error.add_note(f"seed {SEED}, case: {case}")
-                raise
-            shutil.rmtree(here)
-    assert tally.records > 0
+        cases = chosen(operation, stage.version, course, CASES)
+        tally = asyncio.run(play_all(stage, folder, cases, course, opens=open_world))
+    record_property("chaos", [tally.cases, tally.kills, tally.faults])
+
+
+@pytest.fixture(scope="module")
+def saved(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    with playground(tmp_path_factory.mktemp("saved")) as folder:
+        yield asyncio.run(save(stage, folder / "linux"))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("operation", [name for name, each in OPERATIONS.items() if not each.defined])
+def test_whatever_goes_wrong_under_a_linux_that_writes(
+    operation: str,
+    stage: Stage,
+    saved: Saved,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    with playground(tmp_path) as folder:
+        course = asyncio.run(whole(stage, folder / "whole", operation))
+        cases = chosen(operation, stage.version, course, LINUX_CASES, " linux")
+        tally = asyncio.run(play_all(stage, folder, cases, course, opens=functools.partial(open_linux, saved)))
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
 
 

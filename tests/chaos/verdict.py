@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worlds import OURS, TARGETS, World, read_image
+from worlds import MIB, OURS, TARGETS, World, read_image
 
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.service import Service
 from blockferry.testing import check_image
-from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT
+from blockferry.testing.guest import WritingGuest
+from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, Records
 
 SETTLED = {"done", "undone", "in-progress"}
 WORKING = {"copying", "ready", "catching up", "running"}
@@ -109,19 +110,38 @@ def require_contents(world: World, images: Mapping[str, tuple[str, str]], *, lea
         if fmt == "qcow2":
             check_image(world.stage.binaries, Path(file), fmt, leaks=leaks)
         data = read_image(world.stage, Path(file), fmt, world.folder / f"{target}.raw")
-        expected = world.contents[target]
-        assert data[:RECORDS_AT] == expected[:RECORDS_AT], f"{target}: {file} is not what the disk held"
-        for slot in range((len(expected) - RECORDS_AT) // RECORD_BYTES):
-            at = RECORDS_AT + slot * RECORD_BYTES
-            piece = data[at : at + RECORD_BYTES]
-            must = records[target].must.get(slot, 0)
-            if piece == bytes([must]) * RECORD_BYTES:
-                found += must != 0
-                continue
-            # Announced and not acknowledged: each sector of it may be either.
-            may = {must, *records[target].may.get(slot, ())}
-            assert len(may) > 1, f"{target}: record {must} in slot {slot} is lost: {set(piece)}"
-            assert set(piece) <= may, f"{target}: slot {slot} holds {set(piece)}, not one of {may}"
+        if world.guest is not None:
+            found += require_writings(world.guest, target, data, world)
+        else:
+            found += require_records(target, data, bytes(world.contents[target]), records[target])
+    return found
+
+
+def require_writings(guest: WritingGuest, target: str, data: bytes, world: World) -> int:
+    """What a Linux that writes by itself was told is written is there, and so is what it never wrote to."""
+    assert data[:MIB] == world.contents[target][:MIB], f"{target} is not what the disk held"
+    contents = world.folder / f"{target}.raw"
+    contents.write_bytes(data)
+    assert guest.records.missing(contents, target, guest.acked[target]) == []
+    contents.unlink()
+    return guest.acked[target] - guest.records.first + 1
+
+
+def require_records(target: str, data: bytes, expected: bytes, records: Records) -> int:
+    """What a pen wrote is there, and so is what was there before it."""
+    found = 0
+    assert data[:RECORDS_AT] == expected[:RECORDS_AT], f"{target} is not what the disk held"
+    for slot in range((len(expected) - RECORDS_AT) // RECORD_BYTES):
+        at = RECORDS_AT + slot * RECORD_BYTES
+        piece = data[at : at + RECORD_BYTES]
+        must = records.must.get(slot, 0)
+        if piece == bytes([must]) * RECORD_BYTES:
+            found += must != 0
+            continue
+        # Announced and not acknowledged: each sector of it may be either.
+        may = {must, *records.may.get(slot, ())}
+        assert len(may) > 1, f"{target}: record {must} in slot {slot} is lost: {set(piece)}"
+        assert set(piece) <= may, f"{target}: slot {slot} holds {set(piece)}, not one of {may}"
     return found
 
 

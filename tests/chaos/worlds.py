@@ -32,6 +32,7 @@ from blockferry.testing import (
 )
 from blockferry.testing.crash import Crasher
 from blockferry.testing.firmware import idle_firmware
+from blockferry.testing.guest import WritingGuest
 from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
 from blockferry.testing.process import socket_path
 from blockferry.testing.sick import heal, sick_storage
@@ -56,6 +57,7 @@ OURS = "bf"  # how the names of our nodes begin
 class Stage:
     """What all cases of a QEMU version share: its programs, a process that has accidents, the images to begin with."""
 
+    version: QemuVersion
     binaries: QemuBinaries
     crasher: Crasher
     template: Path
@@ -67,18 +69,14 @@ class Stage:
         binaries = find_qemu(version)
         environment = sick_storage(folder / SICK) | {"BLOCKFERRY_QEMU_DIR": str(binaries.system.parent)}
         with mock.patch.dict(os.environ, environment), Crasher() as crasher:
-            yield cls._build(binaries, crasher, folder)
+            for target, byte in zip(TARGETS, (0x61, 0x62, 0x63), strict=True):
+                image = make_image(binaries, folder / f"{target}.img", FORMATS[target], SIZE)
+                write_pattern(binaries, image, FORMATS[target], 0, MIB, byte)
+            yield cls(version, binaries, crasher, folder)
 
     def heal(self) -> None:
         """Let storage fail no more."""
         heal(self.template / SICK)
-
-    @classmethod
-    def _build(cls, binaries: QemuBinaries, crasher: Crasher, folder: Path) -> Stage:
-        for target, byte in zip(TARGETS, (0x61, 0x62, 0x63), strict=True):
-            image = make_image(binaries, folder / f"{target}.img", FORMATS[target], SIZE)
-            write_pattern(binaries, image, FORMATS[target], 0, MIB, byte)
-        return cls(binaries, crasher, folder)
 
 
 @dataclass(eq=False)
@@ -92,6 +90,7 @@ class World:
         proxy: between the service and it, when that is wanted.
         qmp: the socket that the service is given.
         contents: what the disks hold beside records, by target.
+        guest: the Linux that writes by itself; without one a pen writes.
     """
 
     stage: Stage
@@ -100,6 +99,7 @@ class World:
     proxy: QmpFaultProxy
     qmp: Path
     contents: dict[str, bytearray] = field(default_factory=dict)
+    guest: WritingGuest | None = None
 
     @property
     def state_dir(self) -> Path:
@@ -109,8 +109,10 @@ class World:
     def log(self) -> Path:
         return self.folder / "records"
 
-    def pen(self) -> PenPlan:
-        """What the guest is to write meanwhile."""
+    def pen(self) -> PenPlan | None:
+        """What the guest is to write meanwhile, unless it does by itself."""
+        if self.guest is not None:
+            return None
         disks = OWN_QDEVS if isinstance(self.qemu, OwnQemu) else QDEVS
         return PenPlan(monitor=str(self.qemu.sockets["pen"]), disks=disks, log=str(self.log))
 
