@@ -326,7 +326,7 @@ async def lives(
     """The guest runs: it was done, undone or is in progress, and what is in progress can be gone on with or cancelled."""
     async with serving(world) as service:
         await worked_out(service)
-        assert (await world.command("query-status"))["status"] == "running"
+        await require_running(world)
         states = await require_settled(service)
         require_one_of(await standing(service), course, operation)
         if "undone" in states and not operation.alone:
@@ -337,6 +337,11 @@ async def lives(
         assert await world.command("query-jobs") == []
         await require_nothing_left(service, world)
         return await images_of(service)
+
+
+async def require_running(world: World) -> None:
+    status = (await world.command("query-status"))["status"]
+    assert status == "running", f"the guest is {status}"
 
 
 def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
@@ -380,7 +385,7 @@ async def stays_defined(
             world.log.unlink()
         if shown.state == "shut off":
             await service.submit(ask.Start(domain="vm"))
-        assert (await world.command("query-status"))["status"] == "running"
+        await require_running(world)
         await require_agreement(service, world)
         await require_nothing_left(service, world)
         await go_on_or_back(service, continuing=continuing)
