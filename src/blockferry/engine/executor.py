@@ -276,7 +276,11 @@ class Executor:
             "cache": {"direct": node.direct, "no-flush": node.no_flush},
             "discard": "unmap",
         }
-        await self._session.execute("blockdev-reopen", options=[options])
+        try:
+            await self._session.execute("blockdev-reopen", options=[options])
+        except CommandRefused:
+            if not step.if_possible:
+                raise
 
     async def _add_bitmap(self, node: str, name: str) -> None:
         try:

@@ -129,16 +129,24 @@ class RequireSize(Verb, frozen=True, kw_only=True, tag="require-size"):
 
 
 class SetBacking(Verb, frozen=True, kw_only=True, tag="set-backing"):
-    """Give an open image its backing node, or take it away (None), by blockdev-reopen."""
+    """Give an open image its backing node, or take it away (None), by blockdev-reopen.
+
+    `if_possible`: one that QEMU can't reopen stays as it is.
+    """
 
     node: str
     format: str
     file_node: str
     backing: str | None
+    if_possible: bool = False
 
     def undo(self) -> tuple[Step, ...]:
-        """Take the backing away again: our destinations are opened without one."""
-        return (msgspec.structs.replace(self, backing=None),)
+        """Take the backing away again: our destinations are opened without one.
+
+        Not one whose storage can't be flushed, which QEMU never forgets: it can't be reopened then, and the operation would stay
+        open for ever. Nobody reads a mirror's destination, so that its backing does no harm until it is closed.
+        """
+        return (msgspec.structs.replace(self, backing=None, if_possible=True),)
 
     @property
     def text(self) -> str:
