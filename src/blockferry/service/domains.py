@@ -86,11 +86,12 @@ class Domains:
                 raise errors.DomainInUse(domain=request.domain, what=f"a job works ({', '.join(working)})")
             for operation in self._desk.journal.open_operations(request.domain):
                 raise errors.DomainInUse(domain=request.domain, what=f"operation {operation.id} is not settled")
+            gone = await keeper.is_gone()
             await keeper.let_go()
             self._desk.journal.forget_domain(request.domain)
             del self._desk.keepers[request.domain]
             self._desk.say("domain-detached", request.domain)
-        return view.Done(text=f"{request.domain} is detached; the guest runs on")
+        return view.Done(text=f"{request.domain} is detached" + ("" if gone else "; the guest runs on"))
 
     async def list(self, _request: ask.ListDomains) -> view.DomainList:
         """All domains."""

@@ -9,6 +9,7 @@ everything imported, which forks one child a case: a real `kill -9` of a real pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -34,6 +35,7 @@ from blockferry.service import Service
 from blockferry.testing.pen import Pen, PenPlan, listener
 from blockferry.testing.sick import fail
 
+WORK_SECONDS = 20.0  # a job of some mebibytes ends within a second
 DEATH_SECONDS = 20.0  # a process that was killed has let go of its files within milliseconds
 
 
@@ -173,14 +175,19 @@ async def _carry_out(case: _Case, witness: _Witness) -> str | None:
 
 
 async def _worked_out(service: Service, domain: str) -> None:
-    """Wait until no job that ends by itself works any more: what follows its end is the operation's too."""
+    """Wait until no job that ends by itself works any more: what follows its end is the operation's too.
+
+    Not for ever: behind a proxy nobody can see that QEMU is gone, and its jobs with it.
+    """
     last = await service.submit(ask.ListEvents(since=2**62))
     assert isinstance(last, view.EventList)
     if not await _working(service, domain):
         return
-    async for _event in service.watch(domain, last.last):
-        if not await _working(service, domain):
-            return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(WORK_SECONDS):
+            async for _event in service.watch(domain, last.last):
+                if not await _working(service, domain):
+                    return
 
 
 async def _working(service: Service, domain: str) -> bool:
