@@ -101,7 +101,9 @@ class _Witness:
         if self._pen is not None and (due or at % self._every == 0):
             self._pen.write()
         for accident in due:
-            if accident.what in ("create", "fill", "fail") and self._pen is not None:
+            # Of what fails otherwise a write says so itself.
+            flushless = accident.what == "fail" and accident.target.startswith("f")
+            if (flushless or accident.what in ("create", "fill")) and self._pen is not None:
                 self._pen.doubt()
             _happen(accident)
         self.passed.append(f"{when} {what}")

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockferry.testing.sick import failing
+
 RECORD_BYTES = 4096
 RECORDS_AT = 1 << 21  # where they begin on each disk
+DOUBT = "doubt"
 SLOTS = 128  # of a disk; the record after the last is written over the first
 ANSWER_SECONDS = 5.0  # QEMU answers within milliseconds; it may have been killed, or hang
 
@@ -91,14 +94,19 @@ class Pen:
     def __init__(self, plan: PenPlan) -> None:
         self._plan = plan
         self._log = os.open(plan.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._number = sum(line.startswith("write") for line in Path(plan.log).read_text().splitlines())
-        self._doubtful = False
+        said = Path(plan.log).read_text().splitlines()
+        self._number = sum(line.startswith("write") for line in said)
+        self._doubtful = DOUBT in said
         self._monitor: Monitor | None = None
         self._hangs = False
 
     def doubt(self) -> None:
-        """What is written from now on need not last: its storage has been made to fail."""
+        """What is written from now on need not last, whoever writes it: a flush may fail, and nobody would say so here.
+
+        QEMU believes no page cache that a flush once failed of, until it opens the image anew.
+        """
         self._doubtful = True
+        self._say(DOUBT)
 
     def write(self) -> None:
         """Write the next record, if the guest runs and its disks are not being switched at this moment."""
@@ -139,7 +147,7 @@ class Pen:
                 raise TimeoutError("the write does not end")
         if now[1] == before[1]:
             _qemu_io(monitor, qdev, "flush")
-            if not self._doubtful:
+            if not self._doubtful and not failing():
                 self._say(f"acknowledged {self._number - 1}")
 
     def _say(self, line: str) -> None:
