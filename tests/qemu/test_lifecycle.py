@@ -248,9 +248,15 @@ async def test_a_crash_is_noticed_at_once(guest: Defined, number: signal.Signals
         if event.type == "domain-crashed":
             break
     assert number.name in event.data["reason"]
-    assert (await guest.show()).state == "shut off"
+    shown = await guest.show()
+    assert shown.state == "shut off"
+    assert shown.reason is not None
+    assert number.name in shown.reason
     assert not guest.service.has_work()
-    assert (await guest.start()).state == "running"
+    started = await guest.start()
+    assert (started.state, started.reason) == ("running", None)
+    await guest.stop()
+    assert (await guest.show()).reason is None, "somebody ended it"
 
 
 async def test_a_qemu_that_somebody_ends(guest: Defined) -> None:

@@ -27,6 +27,9 @@ from blockferry.plan.plan import Names, Plan
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
 
+# What became of a guest that we start, as far as it ended: the newest of these events says it.
+ENDS = frozenset({"domain-defined", "domain-started", "domain-stopped", "domain-crashed"})
+
 Witness = Callable[[str, str], None]
 
 
@@ -173,6 +176,13 @@ class Desk:
             return await self.chains_now(keeper)
         except errors.BlockferryError:
             return None
+
+    def crash(self, keeper: Keeper) -> str | None:
+        """How a guest that we start ended, when it is shut off and nobody ended it: its exit status and last words."""
+        newest = self.journal.newest_event(keeper.name, ENDS)
+        if newest is None or newest.type != "domain-crashed":
+            return None
+        return f"{newest.data.get('reason')} (its log is {keeper.home.log})"
 
     # --- mirrors that rest ------------------------------------------------------------------------------------
 

@@ -34,8 +34,6 @@ SCHEMAS = "/usr/share/libvirt/schemas"
 LOCK_SECONDS = 10.0
 # After one of these rows of the recovery table disks are where they were found, not where the plan says.
 AS_FOUND = frozenset({"L", "P"})
-# What became of a guest that we start, as far as it ended: the newest of these events says it.
-ENDS = frozenset({"domain-defined", "domain-started", "domain-stopped", "domain-crashed"})
 
 
 class Doctor:
@@ -126,21 +124,14 @@ class Doctor:
         try:
             return await keeper.observe(), about
         except errors.NotRunning:
-            return None, msgspec.structs.replace(about, gone=self._crash(keeper))
+            return None, msgspec.structs.replace(about, gone=self._desk.crash(keeper))
         except errors.BlockferryError as found:
             gone = f"its QEMU has ended ({self._end(keeper.name)})" if await keeper.is_gone() else None
             return None, msgspec.structs.replace(about, gone=gone, problem=found.message)
 
-    def _crash(self, keeper: Keeper) -> str | None:
-        """How a guest that we start ended, when nobody ended it."""
-        ends = [event for event in self._desk.journal.events(keeper.name, 0) if event.type in ENDS]
-        if not ends or ends[-1].type != "domain-crashed":
-            return None
-        return f"{ends[-1].data.get('reason')} (its log is {keeper.home.log})"
-
     def _end(self, name: str) -> str:
-        ends = [event for event in self._desk.journal.events(name, 0) if event.type == "domain-gone"]
-        return str(ends[-1].data.get("reason")) if ends else "its process is not there any more"
+        newest = self._desk.journal.newest_event(name, frozenset({"domain-gone"}))
+        return str(newest.data.get("reason")) if newest is not None else "its process is not there any more"
 
     async def _shut_off(self, keeper: Keeper, case: Case) -> Case:
         definition = parse_definition(self._desk.inactive(keeper.name))
@@ -148,8 +139,8 @@ class Doctor:
         return msgspec.structs.replace(case, definition=definition, closed=chains, refusal=_refusal(definition, chains))
 
     def _beliefs(self, name: str) -> dict[str, Belief]:
-        attached = [event.time for event in self._desk.journal.events(name, 0) if event.type == "domain-attached"]
-        since = attached[-1] if attached else 0.0
+        attached = self._desk.journal.newest_event(name, frozenset({"domain-attached"}))
+        since = attached.time if attached is not None else 0.0
         found: dict[str, Belief] = {}
         for record in self._desk.journal.operations(name, states=frozenset({"done", "in-progress"})):
             for target, file in record.plan.record.authoritative.items():
