@@ -141,7 +141,8 @@ def _defined_disk(disk: DiskDef, chain: tuple[ImageFact, ...], mirror: MirrorVie
         read_only=disk.read_only,
         source=disk.source.where if disk.source is not None else None,
         format=disk.source.format if disk.source is not None else None,
-        virtual_size=chain[0].virtual_size if chain else None,
+        # Of an export it is not known before it is opened.
+        virtual_size=(chain[0].virtual_size or None) if chain else None,
         chain=tuple(
             ImageView(file=each.path, format=each.format, virtual_size=each.virtual_size or 0) for each in chain
         ),

@@ -396,12 +396,20 @@ async def test_a_disk_on_an_export(guest: Defined) -> None:
             "<disk type='network'><driver name='qemu' type='raw'/><source protocol='nbd' name='{}'>"
             "<host transport='unix' socket='{}'/></source><target dev='vdc'/></disk>"
         ).format("e p", server.socket)
-        await guest.ask(ask.Define(xml=xml_of(guest, disk, disks=())))
+        defined = await guest.ask(ask.Define(xml=xml_of(guest, disk, disks=())))
+        assert defined.disks[0].virtual_size is None, "not known before it is opened"
         guest.written = {"vdc": bytearray(image.read_bytes())}
         await guest.start()
         await guest.write("vdc", 0x12, MIB)
         await guest.stop()
     assert image.read_bytes() == bytes(guest.written["vdc"])
+    found = {finding.code: finding for finding in (await guest.ask(ask.Doctor(domain="g1"))).findings}
+    assert "startable" not in found
+    assert "its server can't be reached" in found["image-unusable"].text
+    before = len((await guest.ask(ask.ListOperations(domain="g1"))).operations)
+    with pytest.raises(errors.ImageUnsuitable, match="its server can't be reached"):
+        await guest.start()
+    assert len((await guest.ask(ask.ListOperations(domain="g1"))).operations) == before
 
 
 # --- everything starts ----------------------------------------------------------------------------------------

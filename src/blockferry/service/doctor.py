@@ -135,7 +135,7 @@ class Doctor:
 
     async def _shut_off(self, keeper: Keeper, case: Case) -> Case:
         definition = parse_definition(self._desk.inactive(keeper.name))
-        chains = await self._desk.chains(definition)
+        chains = await self._desk.chains_to_start(definition)
         return msgspec.structs.replace(case, definition=definition, closed=chains, refusal=_refusal(definition, chains))
 
     def _beliefs(self, name: str) -> dict[str, Belief]:

@@ -135,7 +135,7 @@ class Lifecycle:
             program = find_program(definition.emulator, definition.arch)
         except LaunchFailed as failure:
             raise errors.BadRequest(reason=str(failure)) from failure
-        chains = await self._desk.chains(definition)
+        chains = await self._desk.chains_to_start(definition)
         disks = {disk.target: disk for disk in definition.disks}
         while True:
             resting: list[tuple[Mirror, Ground, Look]] = []
