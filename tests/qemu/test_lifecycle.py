@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from defined import DISK, MIB, XML, Defined, open_defined
+from defined import DISK, MIB, SIZE, XML, Defined, open_defined
 from definitions import VIRT_MANAGER, VIRT_MANAGER_IGNORED
 from lxml import etree
 
@@ -165,6 +165,30 @@ async def test_another_definition(guest: Defined) -> None:
     await guest.stop()
     await guest.ask(ask.Define(xml=xml_of(guest, disks=("vdb",))))
     assert [each.target for each in (await guest.start()).disks] == ["vdb"]
+
+
+async def test_a_definition_of_before_a_snapshot_is_not_taken(guest: Defined) -> None:
+    """Started on it the guest would write under its overlays. Undefined, it says what the document does not."""
+    await guest.start()
+    await guest.snapshot("s1")
+    await guest.stop()
+    present = await inactive(guest)
+    (guest.path / "link").symlink_to(guest.path / "vdb")
+    with pytest.raises(errors.ImageUnsuitable, match=r"vda.s1, which g1 is on by now.*show g1 --xml --inactive"):
+        await guest.ask(ask.Define(xml=xml_of(guest)))
+    with pytest.raises(errors.ImageUnsuitable, match="vdb.s1"):
+        await guest.ask(ask.Define(xml=present.replace("vdb.s1", "link").replace('type="qcow2"', 'type="raw"', 2)))
+    assert await inactive(guest) == present
+    assert (await guest.ask(ask.Define(xml=present))).notes == ()
+    make_image(guest.qemu, guest.path / "other", "qcow2", SIZE)
+    other = await guest.ask(ask.Define(xml=present.replace("vda.s1", "other")))
+    assert other.notes == (f"vda was on {guest.path}/vda.s1, and is on {guest.path}/other from now on",)
+    await guest.start()
+    await guest.snapshot("s2", only=("vda",))
+    await guest.stop()
+    done = await guest.ask(ask.Undefine(domain="g1"))
+    assert done.text == f"g1 is no longer defined; its images are as they were: vda on {guest.path}/vda.s2"
+    await guest.ask(ask.Define(xml=present))
 
 
 async def test_suspend_and_resume(guest: Defined) -> None:
