@@ -171,14 +171,14 @@ EVERYTHING = """\
   </cpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
-    <loader readonly='yes' type='pflash'>/fw/code.fd</loader>
-    <nvram>/fw/vars.fd</nvram>
+    <loader readonly='yes' secure='yes' type='pflash'>/fw/code.fd</loader>
+    <nvram template='/fw/vars.tmpl'>/fw/vars.fd</nvram>
     <kernel>/boot/vmlinuz</kernel>
     <initrd>/boot/initrd</initrd>
     <cmdline>console=ttyS0 a,b=c</cmdline>
     <bootmenu enable='yes'/>
   </os>
-  <features><acpi/></features>
+  <features><acpi/><smm state='on'/></features>
   <clock offset='localtime'/>
   <devices>
     <disk type='file' device='disk'>

@@ -24,6 +24,7 @@ from blockferry.model.snapshot import DiskWish, SnapshotWish
 from blockferry.qemu.process import born, ends
 from blockferry.qemu.session import LostReply
 from blockferry.testing import NbdServer, QemuBinaries, make_image, write_pattern
+from blockferry.testing.firmware import idle_firmware
 
 COMMANDLINE = (
     "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
@@ -234,6 +235,32 @@ async def test_a_qemu_that_dies_at_once_says_why(guest: Defined) -> None:
     assert not (guest.path / "state/run/domains/g1/qmp.sock").exists() or not taken(guest)
     await guest.ask(ask.Define(xml=xml_of(guest)))
     assert (await guest.start()).state == "running"
+
+
+async def test_firmware_with_variables_of_its_own(guest: Defined) -> None:
+    """Made from their template once, and then the guest's."""
+    template, own = guest.path / "vars.tmpl", guest.path / "vars"
+    template.write_bytes(b"template".ljust(128 * 1024, b"\xff"))
+    flash = (
+        f"<loader readonly='yes' type='pflash'>{idle_firmware(guest.path)}</loader>"
+        f"<nvram template='{template}'>{own}</nvram></os>"
+    )
+    await guest.ask(ask.Define(xml=xml_of(guest).replace("</os>", flash)))
+    await guest.start()
+    assert own.read_bytes() == template.read_bytes()
+    assert stat.S_IMODE(own.stat().st_mode) == 0o600
+    await guest.stop()
+    own.write_bytes(b"changed".ljust(128 * 1024, b"\xff"))
+    template.unlink()
+    await guest.start()
+    assert own.read_bytes().startswith(b"changed")
+    await guest.stop()
+    own.unlink()
+    with pytest.raises(errors.OperationFailed, match="vars can't be made from .*vars.tmpl: No such file"):
+        await guest.start()
+    missing = [each for each in (await guest.ask(ask.Doctor(domain="g1"))).findings if each.severity == "problem"]
+    assert [each.text for each in missing] == [f"its nvram's template {template} is not there"]
+    assert not own.exists()
 
 
 async def test_an_image_that_is_not_there(guest: Defined) -> None:

@@ -49,7 +49,10 @@ def test_the_guest_itself() -> None:
         cmdline="console=ttyS0 a,b=c",
         loader="/fw/code.fd",
         loader_type="pflash",
+        secure=True,
+        smm=True,
         nvram="/fw/vars.fd",
+        template="/fw/vars.tmpl",
         menu=True,
     )
     assert (found.video, found.rng, found.balloon, found.agent) == ("cirrus-vga", "/dev/random", True, True)
@@ -220,7 +223,15 @@ def test_a_running_guests_document() -> None:
         (guest(more="<currentMemory unit='MiB'>32</currentMemory>"), ("currentMemory",)),
         (guest(more="<currentMemory unit='KiB'>65536</currentMemory>"), ()),
         (guest(os="<smbios mode='host'/>"), ("os/smbios",)),
-        (guest(os="<loader type='pflash'>/a</loader><nvram template='/b'>/c</nvram>"), ("os/nvram/@template",)),
+        # As libvirt shows a guest whose firmware it has chosen.
+        (
+            guest(
+                os="<firmware><feature enabled='no' name='secure-boot'/></firmware>"
+                "<loader readonly='yes' type='pflash' format='raw'>/a</loader>"
+                "<nvram template='/b' templateFormat='raw' format='raw'>/c</nvram>"
+            ).replace("<os>", "<os firmware='efi'>"),
+            (),
+        ),
         (guest().replace("<name>", "<name a='b'>"), ("name/@a",)),
         (guest().replace("type='qemu'>", "type='qemu' new='1'>", 1), ("@new",)),
         (guest(more="<metadata><x xmlns='urn:x' y='z'/></metadata><description>d</description>"), ()),
@@ -264,6 +275,10 @@ def test_what_is_not_understood_is_listed(xml: str, ignored: tuple[str, ...]) ->
         (guest(os="<initrd>/a</initrd>"), "domain/os", "<kernel>"),
         (guest(os="<kernel>vmlinuz</kernel>"), "domain/os/kernel", "absolute"),
         (guest(os="<nvram>/a</nvram>"), "domain/os", "pflash"),
+        (guest().replace("<os>", "<os firmware='efi'>"), "domain/os", "<loader readonly='yes' type='pflash'>"),
+        (guest(os="<loader type='pflash' format='qcow2'>/a</loader>"), "domain/os/loader", "write raw"),
+        (guest(os="<loader type='pflash'>/a</loader><nvram template='b'>/c</nvram>"), "domain/os/nvram", "absolute"),
+        (guest(os="<loader type='pflash'>/a</loader><nvram template='/b'/>"), "domain/os", "the guest's own variables"),
         (guest(os="<loader>/b</loader><nvram>/a</nvram>"), "domain/os", "pflash"),
         (guest(os="<boot dev='fd'/>"), "domain/os/boot", "hd, cdrom, network"),
         (guest(disk(more="<boot order='1'/>"), os="<boot dev='hd'/>"), "domain/os", "not by both"),

@@ -200,11 +200,12 @@ def _shut_off(case: Case, definition: Definition) -> Iterator[Finding]:
         elif fact is not None and fact.problem and fact.kind == "block":
             found.append(problem("image-unusable", f"{fact.path}: {fact.problem}", disk=target))
     boot = definition.boot
+    to_be_made = any(case.absent(path) for path in boot.templates)
     for what, path in (
         ("kernel", boot.kernel),
         ("initrd", boot.initrd),
         ("loader", boot.loader),
-        ("nvram", boot.nvram),
+        ("nvram's template", boot.template) if to_be_made else ("nvram", boot.nvram),
     ):
         if path is not None and case.absent(path):
             found.append(problem("boot-file-missing", f"its {what} {path} is not there"))

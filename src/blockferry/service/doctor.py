@@ -193,7 +193,7 @@ def _spoken_of(case: Case) -> Iterable[str]:
             yield from (job.file, job.source)
     if case.definition is not None:
         boot = case.definition.boot
-        yield from (path or "" for path in (boot.kernel, boot.initrd, boot.loader, boot.nvram))
+        yield from (path or "" for path in (boot.kernel, boot.initrd, boot.loader, boot.nvram, boot.template))
 
 
 def _refusal(definition: Definition, chains: dict[str, tuple[ImageFact, ...]]) -> str | None:
