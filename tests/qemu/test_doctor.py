@@ -152,8 +152,8 @@ async def test_a_file_of_ours_that_is_left_over(rig: Rig) -> None:
     await rig.ask(ask.CancelJobs(domain="vm1", disks=("vda",)))
     finding = await only(rig, "file-left", "note")
     assert str(rig.dest("vda")) in finding.text
-    assert finding.next == (f"rm {rig.dest('vda')}",)
-    typed(rig.qemu, finding.next[0])
+    assert finding.next == (f"blockferry copy vm1 vda {rig.dest('vda')} --resume", f"rm {rig.dest('vda')}")
+    typed(rig.qemu, finding.next[1])
     assert await doctor(rig, "vm1") == []
 
 

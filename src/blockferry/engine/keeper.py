@@ -26,7 +26,7 @@ from blockferry.plan.leftovers import unused_bitmaps, unused_jobs, unused_nodes
 from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Plan, is_ours
 from blockferry.plan.recover import Decision
-from blockferry.plan.resting import stamped_files, to_rest
+from blockferry.plan.resting import GONE, stamped_files, to_rest
 from blockferry.plan.steps import Step
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
@@ -48,7 +48,6 @@ WATCHED = (
     "RESUME",
     "SHUTDOWN",
 )
-GONE = "QEMU is gone"
 # Why a copy that is asked for is no mirror yet.
 WAITS_FOR = {
     "fill": "its lower layers are pulled into the destination",
