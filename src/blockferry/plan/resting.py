@@ -22,7 +22,6 @@ from blockferry.plan.plan import Plan, Record
 from blockferry.plan.plugs import cache_options, node_name
 from blockferry.plan.steps import AddNode, CreateImage, StartMirror, Step
 
-
 # How the reason of a job begins that ended because its QEMU did, nobody having ended it.
 GONE = "QEMU is gone"
 
