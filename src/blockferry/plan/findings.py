@@ -20,7 +20,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Finding
 from blockferry.plan.installed import can_do
 from blockferry.plan.plan import Names, is_ours
-from blockferry.plan.resting import Ground, flaw, lost_with_guest
+from blockferry.plan.resting import lost_with_guest
 
 # Under this an overlay that grows is soon out of room.
 LITTLE_ROOM_BYTES = 1 << 30
@@ -69,6 +69,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         definition: what is started next, of a domain that we start.
         closed: target -> its images as their headers say, of one that is shut off.
         refusal: why a start would be refused, as far as it can be told.
+        dropped: target -> why a start would drop its mirror, of those that it would.
         beliefs: target -> the image that it was left on.
         operations: those that are not over.
         jobs: the newest of each disk.
@@ -89,6 +90,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     definition: Definition | None = None
     closed: Mapping[str, tuple[ImageFact, ...]] = {}
     refusal: str | None = None
+    dropped: Mapping[str, str] = {}
     beliefs: Mapping[str, Belief] = {}
     operations: tuple[Open, ...] = ()
     jobs: tuple[BlockJob, ...] = ()
@@ -111,7 +113,7 @@ def examine(case: Case) -> tuple[Finding, ...]:
         parts = [_running(case, case.seen), *parts, _places(case, case.seen), _chains(case, case.seen)]
         parts += [_jobs(case, case.seen), _nodes(case, case.seen)]
     elif case.definition is not None and case.problem is None:
-        parts = [_shut_off(case, case.definition), *parts, _resting(case, case.definition)]
+        parts = [_shut_off(case, case.definition), *parts, _resting(case)]
     else:
         parts = [_out_of_reach(case), *parts]
     parts += [_lost(case), _snapshots(case), _left_over(case)]
@@ -229,13 +231,11 @@ def _mend_header(chain: tuple[ImageFact, ...], depth: int) -> tuple[str, ...]:
     return (f"qemu-img rebase -u -f {above.format} -F FORMAT -b {_quoted(image.path)} {_quoted(above.path)}",)
 
 
-def _resting(case: Case, definition: Definition) -> Iterator[Finding]:
-    disks = {disk.target: disk for disk in definition.disks}
+def _resting(case: Case) -> Iterator[Finding]:
     for mirror in case.jobs:
         if not isinstance(mirror, Mirror) or mirror.state != "resting":
             continue
-        ground = Ground.defined(disks.get(mirror.target), case.closed.get(mirror.target, ()))
-        why = flaw(mirror, ground, case.facts.get(mirror.file))
+        why = case.dropped.get(mirror.target)
         words = f"its mirror to {mirror.file}"
         if why is None:
             start = f"blockferry start {case.domain}"

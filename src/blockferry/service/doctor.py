@@ -23,9 +23,11 @@ from blockferry.model.view import Finding, Findings
 from blockferry.plan.findings import Belief, Case, Made, Open, examine, ok, problem
 from blockferry.plan.installed import Host, inspect
 from blockferry.plan.lifecycle import Start, plan_start
+from blockferry.plan.resting import Ground
 from blockferry.qemu.launch import LaunchFailed, find_program
 from blockferry.qemu.probe import ask_qemu, ask_qemu_img, find_qemus
 from blockferry.service.desk import Desk
+from blockferry.service.resting import look
 from blockferry.service.usage import mentioned
 
 # Where libvirt0 puts its schemas, unless BLOCKFERRY_LIBVIRT_SCHEMAS names another folder.
@@ -136,7 +138,18 @@ class Doctor:
     async def _shut_off(self, keeper: Keeper, case: Case) -> Case:
         definition = parse_definition(self._desk.inactive(keeper.name))
         chains = await self._desk.chains_to_start(definition)
-        return msgspec.structs.replace(case, definition=definition, closed=chains, refusal=_refusal(definition, chains))
+        disks = {disk.target: disk for disk in definition.disks}
+        dropped = {}
+        for mirror in self._desk.resting(keeper.name):
+            ground = Ground.defined(disks.get(mirror.target), chains.get(mirror.target, ()))
+            dropped[mirror.target] = (await look(self._desk, mirror, ground)).problem
+        return msgspec.structs.replace(
+            case,
+            definition=definition,
+            closed=chains,
+            refusal=_refusal(definition, chains),
+            dropped={target: why for target, why in dropped.items() if why is not None},
+        )
 
     def _beliefs(self, name: str) -> dict[str, Belief]:
         attached = self._desk.journal.newest_event(name, frozenset({"domain-attached"}))
