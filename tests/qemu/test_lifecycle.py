@@ -467,7 +467,7 @@ async def test_a_disk_on_an_export(guest: Defined) -> None:
 
 DEVICES = """
 <disk type='file'><driver name='qemu' type='raw' cache='none' io='native' discard='unmap' detect_zeroes='unmap' iothread='1'/>
-  <source file='{d}/a,b=c d'/><target dev='vdd'/><serial>S-1</serial><boot order='1'/>
+  <source file='{d}/a,b=c d'/><target dev='vdd'/><blockio logical_block_size='4096' physical_block_size='4096'/><serial>S-1</serial><boot order='1'/>
   <iotune><total_bytes_sec>1000000</total_bytes_sec><total_bytes_sec_max>2000000</total_bytes_sec_max>
     <total_bytes_sec_max_length>60</total_bytes_sec_max_length><read_iops_sec>100</read_iops_sec></iotune></disk>
 <disk type='file'><driver name='qemu' type='raw' io='threads' cache='writethrough'/><source file='{d}/b'/>
@@ -535,6 +535,8 @@ async def test_everything_that_is_carried_out_starts(guest: Defined, machine: st
         }
         assert drives["disk-vdd"]["inserted"]["bps"] == 1000000
         assert drives["disk-vdd"]["inserted"]["iops_rd"] == 100
+        blocks = {"path": "/machine/peripheral/disk-vdd", "property": "logical_block_size"}
+        assert await session.execute("qom-get", **blocks) == 4096
         limited = ("disk-sda", "disk-sdb", "disk-sdc", "disk-nvme0n1")
         assert [drives[each]["inserted"]["iops_wr"] for each in limited] == [77] * 4
         assert drives["disk-sda"]["inserted"]["ro"]

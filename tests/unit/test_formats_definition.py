@@ -74,6 +74,7 @@ def test_disks() -> None:
         serial="WD-1 a_b.c+d",
         boot=1,
         limits={**limits, "read_iops_sec": 100},
+        blocks={"logical_block_size": 4096, "physical_block_size": 8192},
         address=Address(type="pci", bus=1),
     )
     assert second == DiskDef(
@@ -202,7 +203,7 @@ def test_a_running_guests_document() -> None:
             guest("<hostdev mode='subsystem' type='pci'/><hostdev mode='subsystem' type='usb'/>"),
             ("devices/hostdev[1]", "devices/hostdev[2]"),
         ),
-        (guest(disk(more="<transient/><shareable/>")), ("devices/disk/transient", "devices/disk/shareable")),
+        (guest(disk(more="<geometry cyls='1'/><shareable/>")), ("devices/disk/geometry", "devices/disk/shareable")),
         (
             guest(disk(driver="queues='4'", attributes="rawio='yes'")),
             ("devices/disk/@rawio", "devices/disk/driver/@queues"),
@@ -274,6 +275,14 @@ def test_what_is_not_understood_is_listed(xml: str, ignored: tuple[str, ...]) ->
         (guest(os="<cmdline>a</cmdline>"), "domain/os", "<kernel>"),
         (guest(os="<initrd>/a</initrd>"), "domain/os", "<kernel>"),
         (guest(os="<kernel>vmlinuz</kernel>"), "domain/os/kernel", "absolute"),
+        (guest(disk(more="<transient/>")), "domain/devices/disk/transient", "other contents"),
+        (guest(disk(more="<encryption format='luks'/>")), "domain/devices/disk/encryption", "other contents"),
+        (guest(disk().replace("<source file='/a'/>", "<source file='/a'><slices/></source>")),
+         "domain/devices/disk/source/slices", "other contents"),
+        (guest(disk().replace("<source file='/a'/>", "<source file='/a'><encryption/></source>")),
+         "domain/devices/disk/source/encryption", "other contents"),
+        (guest(disk(more="<blockio logical_block_size='513'/>")), "domain/devices/disk/blockio", "no power of two"),
+        (guest(disk(more="<blockio logical_block_size='4096'/>")), "domain/devices/disk/blockio", "physical_block_size"),
         (guest(os="<nvram>/a</nvram>"), "domain/os", "pflash"),
         (guest().replace("<os>", "<os firmware='efi'>"), "domain/os", "<loader readonly='yes' type='pflash'>"),
         (guest(os="<loader type='pflash' format='qcow2'>/a</loader>"), "domain/os/loader", "write raw"),

@@ -132,6 +132,8 @@ def test_the_devices() -> None:
         "bootindex": 1,
         "serial": "WD-1 a_b.c+d",
         "iothread": "iothread1",
+        "logical_block_size": 4096,
+        "physical_block_size": 8192,
         "bus": "pci.1",
         "addr": "0x0.0x0",
     }

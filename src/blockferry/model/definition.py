@@ -58,6 +58,7 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
         serial: what the guest reads as its serial number.
         boot: its place in the boot order, from 1.
         limits: of `<iotune>`, libvirt's names, such as `total_bytes_sec`.
+        blocks: the sizes of its blocks, by QEMU's names for them: the guest's partitions are counted in them.
         address: where it is plugged in.
     """
 
@@ -74,6 +75,7 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
     serial: str | None = None
     boot: int | None = None
     limits: dict[str, int] = {}
+    blocks: dict[str, int] = {}
     address: Address | None = None
 
     @property
