@@ -111,9 +111,10 @@ def shut_off_view(
     mirrors: tuple[Mirror, ...],
     *,
     xml: str,
+    crash: str | None = None,
     current: str | None = None,
 ) -> DomainView:
-    """A domain that is shut off, with its disks as they are started next."""
+    """A domain that is shut off, with its disks as they are started next; `crash` says how it ended, if nobody ended it."""
     views = mirror_views(mirrors, None)
     return DomainView(
         name=record.name,
@@ -123,6 +124,7 @@ def shut_off_view(
         disks=tuple(
             _defined_disk(disk, chains.get(disk.target, ()), views.get(disk.target)) for disk in definition.disks
         ),
+        reason=f"nobody ended it: {crash}" if crash is not None else None,
         xml=xml,
         defined=True,
         agent=record.agent,
@@ -139,7 +141,8 @@ def _defined_disk(disk: DiskDef, chain: tuple[ImageFact, ...], mirror: MirrorVie
         read_only=disk.read_only,
         source=disk.source.where if disk.source is not None else None,
         format=disk.source.format if disk.source is not None else None,
-        virtual_size=chain[0].virtual_size if chain else None,
+        # Of an export it is not known before it is opened.
+        virtual_size=(chain[0].virtual_size or None) if chain else None,
         chain=tuple(
             ImageView(file=each.path, format=each.format, virtual_size=each.virtual_size or 0) for each in chain
         ),

@@ -171,14 +171,14 @@ EVERYTHING = """\
   </cpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
-    <loader readonly='yes' type='pflash'>/fw/code.fd</loader>
-    <nvram>/fw/vars.fd</nvram>
+    <loader readonly='yes' secure='yes' type='pflash'>/fw/code.fd</loader>
+    <nvram template='/fw/vars.tmpl'>/fw/vars.fd</nvram>
     <kernel>/boot/vmlinuz</kernel>
     <initrd>/boot/initrd</initrd>
     <cmdline>console=ttyS0 a,b=c</cmdline>
     <bootmenu enable='yes'/>
   </os>
-  <features><acpi/></features>
+  <features><acpi/><smm state='on'/></features>
   <clock offset='localtime'/>
   <devices>
     <disk type='file' device='disk'>
@@ -191,6 +191,7 @@ EVERYTHING = """\
         <total_bytes_sec_max_length>60</total_bytes_sec_max_length>
         <read_iops_sec>100</read_iops_sec>
       </iotune>
+      <blockio logical_block_size='4096' physical_block_size='8192'/>
       <serial>WD-1 a_b.c+d</serial>
       <boot order='1'/>
       <address type='pci' domain='0x0000' bus='0x01' slot='0x00' function='0x0'/>

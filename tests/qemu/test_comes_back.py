@@ -55,6 +55,10 @@ async def test_they_are_offered_and_go_on(rig: Rig) -> None:
         assert [note.split()[0] for note in offered.notes] == ["vda", "vdb"]
         assert all("--resume-mirrors" in note for note in offered.notes)
         assert set((await rig.states()).values()) == {"lost"}
+        found: view.Findings = await rig.ask(ask.Doctor(domain="vm1"))
+        lost = {each.disk: each.next for each in found.findings if each.code == "mirror-lost"}
+        again = f"blockferry attach vm1 --qmp {rig.guest.qmp} --resume-mirrors"
+        assert lost == {"vda": (again, "blockferry snapshot delete vm1 s1 --remove-mirror"), "vdb": (again,)}
         resumed = await attach(rig, resume_mirrors=True)
         assert [note.rpartition(" ")[2] for note in resumed.notes] == ["again", "again"]
         await rig.ready("vda", "vdb")

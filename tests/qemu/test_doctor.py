@@ -152,8 +152,8 @@ async def test_a_file_of_ours_that_is_left_over(rig: Rig) -> None:
     await rig.ask(ask.CancelJobs(domain="vm1", disks=("vda",)))
     finding = await only(rig, "file-left", "note")
     assert str(rig.dest("vda")) in finding.text
-    assert finding.next == (f"rm {rig.dest('vda')}",)
-    typed(rig.qemu, finding.next[0])
+    assert finding.next == (f"blockferry copy vm1 vda {rig.dest('vda')} --resume", f"rm {rig.dest('vda')}")
+    typed(rig.qemu, finding.next[1])
     assert await doctor(rig, "vm1") == []
 
 
@@ -233,6 +233,10 @@ async def test_a_defined_guest_is_well_shut_off_and_running(guest: Defined) -> N
     await guest.stop()
     (finding,) = await doctor(guest, "g1")
     assert (finding.severity, finding.code, finding.next) == ("note", "mirror-resting", ("blockferry start g1",))
+    typed(guest.qemu, f"qemu-img resize -q -f qcow2 {guest.dest('vda', 's1')} {2 * SIZE}")
+    (finding,) = await doctor(guest, "g1")
+    assert (finding.severity, finding.code) == ("problem", "mirror-gone")
+    assert f"it has {2 * SIZE} bytes now" in finding.text
     guest.dest("vda", "s1").unlink()
     found = {finding.code: finding for finding in await doctor(guest, "g1")}
     assert found["mirror-gone"].severity == "problem"

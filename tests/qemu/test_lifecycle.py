@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from defined import DISK, MIB, XML, Defined, open_defined
+from defined import DISK, MIB, SIZE, XML, Defined, open_defined
 from definitions import VIRT_MANAGER, VIRT_MANAGER_IGNORED
 from lxml import etree
 
@@ -24,6 +24,7 @@ from blockferry.model.snapshot import DiskWish, SnapshotWish
 from blockferry.qemu.process import born, ends
 from blockferry.qemu.session import LostReply
 from blockferry.testing import NbdServer, QemuBinaries, make_image, write_pattern
+from blockferry.testing.firmware import idle_firmware
 
 COMMANDLINE = (
     "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
@@ -167,6 +168,30 @@ async def test_another_definition(guest: Defined) -> None:
     assert [each.target for each in (await guest.start()).disks] == ["vdb"]
 
 
+async def test_a_definition_of_before_a_snapshot_is_not_taken(guest: Defined) -> None:
+    """Started on it the guest would write under its overlays. Undefined, it says what the document does not."""
+    await guest.start()
+    await guest.snapshot("s1")
+    await guest.stop()
+    present = await inactive(guest)
+    (guest.path / "link").symlink_to(guest.path / "vdb")
+    with pytest.raises(errors.ImageUnsuitable, match=r"vda.s1, which g1 is on by now.*show g1 --xml --inactive"):
+        await guest.ask(ask.Define(xml=xml_of(guest)))
+    with pytest.raises(errors.ImageUnsuitable, match=r"vdb\.s1"):
+        await guest.ask(ask.Define(xml=present.replace("vdb.s1", "link").replace('type="qcow2"', 'type="raw"', 2)))
+    assert await inactive(guest) == present
+    assert (await guest.ask(ask.Define(xml=present))).notes == ()
+    make_image(guest.qemu, guest.path / "other", "qcow2", SIZE)
+    other = await guest.ask(ask.Define(xml=present.replace("vda.s1", "other")))
+    assert other.notes == (f"vda was on {guest.path}/vda.s1, and is on {guest.path}/other from now on",)
+    await guest.start()
+    await guest.snapshot("s2", only=("vda",))
+    await guest.stop()
+    done = await guest.ask(ask.Undefine(domain="g1"))
+    assert done.text == f"g1 is no longer defined; its images are as they were: vda on {guest.path}/vda.s2"
+    await guest.ask(ask.Define(xml=present))
+
+
 async def test_suspend_and_resume(guest: Defined) -> None:
     for request in (ask.Suspend(domain="g1"), ask.Resume(domain="g1"), ask.Stop(domain="g1")):
         with pytest.raises(errors.NotRunning):
@@ -212,6 +237,32 @@ async def test_a_qemu_that_dies_at_once_says_why(guest: Defined) -> None:
     assert (await guest.start()).state == "running"
 
 
+async def test_firmware_with_variables_of_its_own(guest: Defined) -> None:
+    """Made from their template once, and then the guest's."""
+    template, own = guest.path / "vars.tmpl", guest.path / "vars"
+    template.write_bytes(b"template".ljust(128 * 1024, b"\xff"))
+    flash = (
+        f"<loader readonly='yes' type='pflash'>{idle_firmware(guest.path)}</loader>"
+        f"<nvram template='{template}'>{own}</nvram></os>"
+    )
+    await guest.ask(ask.Define(xml=xml_of(guest).replace("</os>", flash)))
+    await guest.start()
+    assert own.read_bytes() == template.read_bytes()
+    assert stat.S_IMODE(own.stat().st_mode) == 0o600
+    await guest.stop()
+    own.write_bytes(b"changed".ljust(128 * 1024, b"\xff"))
+    template.unlink()
+    await guest.start()
+    assert own.read_bytes().startswith(b"changed")
+    await guest.stop()
+    own.unlink()
+    with pytest.raises(errors.OperationFailed, match=r"vars can't be made from .*vars.tmpl: No such file"):
+        await guest.start()
+    missing = [each for each in (await guest.ask(ask.Doctor(domain="g1"))).findings if each.severity == "problem"]
+    assert [each.text for each in missing] == [f"its nvram's template {template} is not there"]
+    assert not own.exists()
+
+
 async def test_an_image_that_is_not_there(guest: Defined) -> None:
     (guest.path / "vdb").rename(guest.path / "elsewhere")
     with pytest.raises(errors.ImageUnsuitable) as caught:
@@ -248,9 +299,15 @@ async def test_a_crash_is_noticed_at_once(guest: Defined, number: signal.Signals
         if event.type == "domain-crashed":
             break
     assert number.name in event.data["reason"]
-    assert (await guest.show()).state == "shut off"
+    shown = await guest.show()
+    assert shown.state == "shut off"
+    assert shown.reason is not None
+    assert number.name in shown.reason
     assert not guest.service.has_work()
-    assert (await guest.start()).state == "running"
+    started = await guest.start()
+    assert (started.state, started.reason) == ("running", None)
+    await guest.stop()
+    assert (await guest.show()).reason is None, "somebody ended it"
 
 
 async def test_a_qemu_that_somebody_ends(guest: Defined) -> None:
@@ -390,19 +447,27 @@ async def test_a_disk_on_an_export(guest: Defined) -> None:
             "<disk type='network'><driver name='qemu' type='raw'/><source protocol='nbd' name='{}'>"
             "<host transport='unix' socket='{}'/></source><target dev='vdc'/></disk>"
         ).format("e p", server.socket)
-        await guest.ask(ask.Define(xml=xml_of(guest, disk, disks=())))
+        defined = await guest.ask(ask.Define(xml=xml_of(guest, disk, disks=())))
+        assert defined.disks[0].virtual_size is None, "not known before it is opened"
         guest.written = {"vdc": bytearray(image.read_bytes())}
         await guest.start()
         await guest.write("vdc", 0x12, MIB)
         await guest.stop()
     assert image.read_bytes() == bytes(guest.written["vdc"])
+    found = {finding.code: finding for finding in (await guest.ask(ask.Doctor(domain="g1"))).findings}
+    assert "startable" not in found
+    assert "its server can't be reached" in found["image-unusable"].text
+    before = len((await guest.ask(ask.ListOperations(domain="g1"))).operations)
+    with pytest.raises(errors.ImageUnsuitable, match="its server can't be reached"):
+        await guest.start()
+    assert len((await guest.ask(ask.ListOperations(domain="g1"))).operations) == before
 
 
 # --- everything starts ----------------------------------------------------------------------------------------
 
 DEVICES = """
 <disk type='file'><driver name='qemu' type='raw' cache='none' io='native' discard='unmap' detect_zeroes='unmap' iothread='1'/>
-  <source file='{d}/a,b=c d'/><target dev='vdd'/><serial>S-1</serial><boot order='1'/>
+  <source file='{d}/a,b=c d'/><target dev='vdd'/><blockio logical_block_size='4096' physical_block_size='4096'/><serial>S-1</serial><boot order='1'/>
   <iotune><total_bytes_sec>1000000</total_bytes_sec><total_bytes_sec_max>2000000</total_bytes_sec_max>
     <total_bytes_sec_max_length>60</total_bytes_sec_max_length><read_iops_sec>100</read_iops_sec></iotune></disk>
 <disk type='file'><driver name='qemu' type='raw' io='threads' cache='writethrough'/><source file='{d}/b'/>
@@ -470,6 +535,8 @@ async def test_everything_that_is_carried_out_starts(guest: Defined, machine: st
         }
         assert drives["disk-vdd"]["inserted"]["bps"] == 1000000
         assert drives["disk-vdd"]["inserted"]["iops_rd"] == 100
+        blocks = {"path": "/machine/peripheral/disk-vdd", "property": "logical_block_size"}
+        assert await session.execute("qom-get", **blocks) == 4096
         limited = ("disk-sda", "disk-sdb", "disk-sdc", "disk-nvme0n1")
         assert [drives[each]["inserted"]["iops_wr"] for each in limited] == [77] * 4
         assert drives["disk-sda"]["inserted"]["ro"]

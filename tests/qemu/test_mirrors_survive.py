@@ -1,5 +1,7 @@
 """Mirrors outlive their guest: they rest while it is shut off, and are established again before its first instruction."""
 
+import errno
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -89,6 +91,26 @@ async def test_touched_while_it_rested_is_copied_again(guest: Defined) -> None:
     write_pattern(guest.qemu, guest.dest("vdb", "copy"), "raw", 2 * MIB, MIB, 0xEE)
     await guest.start()
     assert (await moved(guest))["vdb"] > 0
+    await require_equal(guest)
+
+
+async def test_what_may_not_be_on_the_disk_is_copied_again(guest: Defined, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed equal, and the destination's last flush fails: after a power failure it would hold something else."""
+    flush = os.fdatasync
+
+    def fail(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(guest.dest("vdb", "copy")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    await guest.stop()
+    monkeypatch.undo()
+    monkeypatch.setenv("BLOCKFERRY_QEMU_DIR", str(guest.qemu.system.parent))
+    await guest.start()
+    now = await moved(guest)
+    assert now["vda"] == 0
+    assert now["vdb"] > 0
     await require_equal(guest)
 
 

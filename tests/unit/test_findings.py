@@ -310,9 +310,9 @@ TABLE: dict[str, tuple[Case, list[tuple[str, str]]]] = {
         case(OFF, definition=msgspec.structs.replace(DEFINED, ignored=("devices/sound",))),
         [("note", "not-carried-out")],
     ),
-    "a mirror rests": (case(OFF, jobs=(RESTING,), facts=facts(fact("/m.img"))), [("note", "mirror-resting")]),
-    "a mirror that rests has no destination": (
-        case(OFF, jobs=(RESTING,), facts=facts(fact("/m.img", "absent"))),
+    "a mirror rests": (case(OFF, jobs=(RESTING,)), [("note", "mirror-resting")]),
+    "a mirror rests, and a start would drop it": (
+        case(OFF, jobs=(RESTING,), dropped={"vda": "it is not there any more"}),
         [("problem", "mirror-gone")],
     ),
     "it can't be asked": (

@@ -49,7 +49,10 @@ def test_the_guest_itself() -> None:
         cmdline="console=ttyS0 a,b=c",
         loader="/fw/code.fd",
         loader_type="pflash",
+        secure=True,
+        smm=True,
         nvram="/fw/vars.fd",
+        template="/fw/vars.tmpl",
         menu=True,
     )
     assert (found.video, found.rng, found.balloon, found.agent) == ("cirrus-vga", "/dev/random", True, True)
@@ -71,6 +74,7 @@ def test_disks() -> None:
         serial="WD-1 a_b.c+d",
         boot=1,
         limits={**limits, "read_iops_sec": 100},
+        blocks={"logical_block_size": 4096, "physical_block_size": 8192},
         address=Address(type="pci", bus=1),
     )
     assert second == DiskDef(
@@ -199,7 +203,7 @@ def test_a_running_guests_document() -> None:
             guest("<hostdev mode='subsystem' type='pci'/><hostdev mode='subsystem' type='usb'/>"),
             ("devices/hostdev[1]", "devices/hostdev[2]"),
         ),
-        (guest(disk(more="<transient/><shareable/>")), ("devices/disk/transient", "devices/disk/shareable")),
+        (guest(disk(more="<geometry cyls='1'/><shareable/>")), ("devices/disk/geometry", "devices/disk/shareable")),
         (
             guest(disk(driver="queues='4'", attributes="rawio='yes'")),
             ("devices/disk/@rawio", "devices/disk/driver/@queues"),
@@ -220,7 +224,15 @@ def test_a_running_guests_document() -> None:
         (guest(more="<currentMemory unit='MiB'>32</currentMemory>"), ("currentMemory",)),
         (guest(more="<currentMemory unit='KiB'>65536</currentMemory>"), ()),
         (guest(os="<smbios mode='host'/>"), ("os/smbios",)),
-        (guest(os="<loader type='pflash'>/a</loader><nvram template='/b'>/c</nvram>"), ("os/nvram/@template",)),
+        # As libvirt shows a guest whose firmware it has chosen.
+        (
+            guest(
+                os="<firmware><feature enabled='no' name='secure-boot'/></firmware>"
+                "<loader readonly='yes' type='pflash' format='raw'>/a</loader>"
+                "<nvram template='/b' templateFormat='raw' format='raw'>/c</nvram>"
+            ).replace("<os>", "<os firmware='efi'>"),
+            (),
+        ),
         (guest().replace("<name>", "<name a='b'>"), ("name/@a",)),
         (guest().replace("type='qemu'>", "type='qemu' new='1'>", 1), ("@new",)),
         (guest(more="<metadata><x xmlns='urn:x' y='z'/></metadata><description>d</description>"), ()),
@@ -263,7 +275,19 @@ def test_what_is_not_understood_is_listed(xml: str, ignored: tuple[str, ...]) ->
         (guest(os="<cmdline>a</cmdline>"), "domain/os", "<kernel>"),
         (guest(os="<initrd>/a</initrd>"), "domain/os", "<kernel>"),
         (guest(os="<kernel>vmlinuz</kernel>"), "domain/os/kernel", "absolute"),
+        (guest(disk(more="<transient/>")), "domain/devices/disk/transient", "other contents"),
+        (guest(disk(more="<encryption format='luks'/>")), "domain/devices/disk/encryption", "other contents"),
+        (guest(disk().replace("<source file='/a'/>", "<source file='/a'><slices/></source>")),
+         "domain/devices/disk/source/slices", "other contents"),
+        (guest(disk().replace("<source file='/a'/>", "<source file='/a'><encryption/></source>")),
+         "domain/devices/disk/source/encryption", "other contents"),
+        (guest(disk(more="<blockio logical_block_size='513'/>")), "domain/devices/disk/blockio", "no power of two"),
+        (guest(disk(more="<blockio logical_block_size='4096'/>")), "domain/devices/disk/blockio", "physical_block_size"),
         (guest(os="<nvram>/a</nvram>"), "domain/os", "pflash"),
+        (guest().replace("<os>", "<os firmware='efi'>"), "domain/os", "<loader readonly='yes' type='pflash'>"),
+        (guest(os="<loader type='pflash' format='qcow2'>/a</loader>"), "domain/os/loader", "write raw"),
+        (guest(os="<loader type='pflash'>/a</loader><nvram template='b'>/c</nvram>"), "domain/os/nvram", "absolute"),
+        (guest(os="<loader type='pflash'>/a</loader><nvram template='/b'/>"), "domain/os", "the guest's own variables"),
         (guest(os="<loader>/b</loader><nvram>/a</nvram>"), "domain/os", "pflash"),
         (guest(os="<boot dev='fd'/>"), "domain/os/boot", "hd, cdrom, network"),
         (guest(disk(more="<boot order='1'/>"), os="<boot dev='hd'/>"), "domain/os", "not by both"),

@@ -71,7 +71,7 @@ def test_the_machine() -> None:
     assert set(words) >= ALONE
     for option, value in {
         "-name": "guest=all-1,debug-threads=on",
-        "-machine": "q35,pflash0=pflash0,pflash1=pflash1,acpi=on",
+        "-machine": "q35,pflash0=pflash0,pflash1=pflash1,acpi=on,smm=on",
         "-accel": "tcg",
         "-cpu": "qemu64,sse4.2=on,svm=off",
         "-m": "size=262144k",
@@ -109,7 +109,11 @@ def test_firmware() -> None:
         ("pflash0", True, "/fw/code.fd"),
         ("pflash1", False, "/fw/vars.fd"),
     ]
-    assert values(words_of(guest(os="<loader>/fw/seabios.bin</loader>")), "-bios") == ["/fw/seabios.bin"]
+    assert values(words_of(EVERYTHING), "-global") == ["driver=cfi.pflash01,property=secure,value=on"]
+    plain = words_of(guest(os="<loader>/fw/seabios.bin</loader>"))
+    assert values(plain, "-bios") == ["/fw/seabios.bin"]
+    assert values(plain, "-global") == []
+    assert "smm" not in values(plain, "-machine")[0]
 
 
 def test_the_hosts_processor_is_not_there_without_kvm() -> None:
@@ -128,6 +132,8 @@ def test_the_devices() -> None:
         "bootindex": 1,
         "serial": "WD-1 a_b.c+d",
         "iothread": "iothread1",
+        "logical_block_size": 4096,
+        "physical_block_size": 8192,
         "bus": "pci.1",
         "addr": "0x0.0x0",
     }

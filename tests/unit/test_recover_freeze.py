@@ -77,6 +77,7 @@ def test_thawed_by_recovery_is_undone() -> None:
     """All shows, and nobody knows whether the freeze held until then."""
     assert row("preparing", QUIESCED, Evidence(seen=TAKEN), {**ALL_DONE, FREEZE: "undone"}) == ("D", "undo")
     assert row("preparing", QUIESCED, Evidence(seen=TAKEN), ALL_DONE) == ("C", "record")
+    assert row("preparing", QUIESCED, Evidence(seen=TAKEN), {**ALL_DONE, FREEZE: "intent"}) == ("D", "undo")
     assert row("recorded", QUIESCED, Evidence(seen=TAKEN), ALL_DONE) == ("A", "settle")
 
 

@@ -541,7 +541,7 @@ class Executor:
 
     async def _launch(self, step: steps.Launch) -> dict[str, Any]:
         try:
-            launched = await launch(self._home, step.program, list(step.arguments), step.environment)
+            launched = await launch(self._home, step.program, step.arguments, step.environment, step.templates)
         except (LaunchFailed, AlreadyRuns) as failure:
             raise StepFailed(str(failure)) from failure
         return {"pid": launched.pid, "born": launched.born}

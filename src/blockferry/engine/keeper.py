@@ -26,9 +26,9 @@ from blockferry.plan.leftovers import unused_bitmaps, unused_jobs, unused_nodes
 from blockferry.plan.lifecycle import plan_stop
 from blockferry.plan.plan import Plan, is_ours
 from blockferry.plan.recover import Decision
-from blockferry.plan.resting import stamped_files, to_rest
+from blockferry.plan.resting import GONE, stamped_files, to_rest
 from blockferry.plan.steps import Step
-from blockferry.qemu.images import Images
+from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.process import ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
@@ -48,7 +48,6 @@ WATCHED = (
     "RESUME",
     "SHUTDOWN",
 )
-GONE = "QEMU is gone"
 # Why a copy that is asked for is no mirror yet.
 WAITS_FOR = {
     "fill": "its lower layers are pulled into the destination",
@@ -148,6 +147,11 @@ class Keeper(Link):
         stamped = []
         for mirror in self._journal.mirrors(self.name):
             if mirror.state == "resting" and mirror.target in equal and files.get(mirror.target):
+                try:
+                    # With cache='unsafe' QEMU has closed them without: equal is what will be so after a power failure too.
+                    await self._images.sync(files[mirror.target])
+                except ImageError:
+                    continue
                 stamps = await self._images.stamps(files[mirror.target])
                 if len(stamps) == len(set(files[mirror.target])):
                     stamped.append(msgspec.structs.replace(mirror, stamps=stamps))

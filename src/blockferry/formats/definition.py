@@ -84,7 +84,7 @@ def parse_definition(xml: str) -> Definition:
         machine=machine,
         acpi=_acpi(reading, root),
         localtime=_localtime(reading, root),
-        boot=_boot(reading, os_element),
+        boot=_boot(reading, root, os_element),
         iothreads=_iothreads(reading, root, disks, controllers),
         disks=disks,
         controllers=controllers,
@@ -170,12 +170,22 @@ def _require_word(element: Element, word: str) -> None:
         refuse(element, f"{xmlio.shorten(word)!r} is no name of a model")
 
 
-def _boot(reading: Reading, element: Element | None) -> Boot:
+def _boot(reading: Reading, root: Element, element: Element | None) -> Boot:
     if element is None:
         return Boot()
-    reading.get(element, "firmware", among=("bios",))
-    loader = reading.child(element, "loader")
+    loader, nvram = reading.child(element, "loader"), reading.child(element, "nvram")
+    if reading.get(element, "firmware", among=("bios", "efi")) == "efi" and loader is None:
+        refuse(
+            element,
+            "firmware='efi' leaves the choice of an image to libvirt: name it, as <loader readonly='yes' type='pflash'>, "
+            "and where the guest's variables are, as <nvram template='...'>",
+        )
+    # What the image was chosen by.
+    reading.harmless(element, "firmware")
     reading.flag(loader, "readonly")
+    for each in (loader, nvram):
+        reading.get(each, "format", among=("raw",))
+    reading.get(nvram, "templateFormat", among=("raw",))
     menu = reading.child(element, "bootmenu")
     return Boot(
         order=tuple(
@@ -186,9 +196,19 @@ def _boot(reading: Reading, element: Element | None) -> Boot:
         cmdline=reading.text(element, "cmdline"),
         loader=reading.text_path(element, "loader"),
         loader_type="pflash" if reading.get(loader, "type", among=("rom", "pflash")) == "pflash" else "rom",
+        secure=bool(reading.flag(loader, "secure")),
+        smm=_smm(reading, root),
         nvram=reading.text_path(element, "nvram"),
+        template=reading.path(nvram, "template"),
         menu=bool(reading.flag(menu, "enable")),
     )
+
+
+def _smm(reading: Reading, root: Element) -> bool | None:
+    features = root.find("features")
+    element = None if features is None else reading.child(features, "smm")
+    # As libvirt: one that says nothing of its state is on.
+    return None if element is None else reading.flag(element, "state") is not False
 
 
 def _acpi(reading: Reading, root: Element) -> bool:
@@ -270,6 +290,8 @@ def _check(root: Element, definition: Definition) -> None:
     boot = definition.boot
     if boot.kernel is None and (boot.initrd is not None or boot.cmdline is not None):
         refuse(at(root, "os"), "an <initrd> or a <cmdline> needs a <kernel>")
+    if boot.template is not None and boot.nvram is None:
+        refuse(at(root, "os"), "an <nvram template> needs the path of the guest's own variables")
     if boot.nvram is not None and (boot.loader is None or boot.loader_type != "pflash"):
         refuse(at(root, "os"), "an <nvram> needs a <loader type='pflash'>")
     places = [(disk.boot, disk.target) for disk in definition.disks if disk.boot is not None]

@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote
 
 from blockferry.formats import xmlio
 from blockferry.formats.names import NBD_EXPORT_NAME_MAX, NBD_PORT
-from blockferry.formats.reading import Reading, refuse, require_path
+from blockferry.formats.reading import Reading, at, refuse, require_path
 from blockferry.formats.xmlio import Element
 from blockferry.model.definition import (
     Address,
@@ -33,6 +33,11 @@ _LIMITS = tuple(
     for what in ("total", "read", "write")
     for unit in ("bytes", "iops")
 )
+# Without these a disk would hold something else than its guest has there, or keep what it is to forget.
+_OTHER_CONTENTS = ("encryption", "source/encryption", "source/slices", "transient")
+_BLOCK_SIZES = ("logical_block_size", "physical_block_size")
+# QEMU's own bounds (hw/core/qdev-properties.c, "blocksize").
+_BLOCK_SIZE_MIN, _BLOCK_SIZE_MAX = 512, 2 << 20
 # A network interface's name in Linux (dev_valid_name): up to 15 bytes, no slash, no space.
 _INTERFACE = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
@@ -89,6 +94,12 @@ def _disk(reading: Reading, element: Element) -> DiskDef:
     read_only = reading.child(element, "readonly") is not None or device == "cdrom"
     if read_only and device == "disk" and bus in ("ide", "sata"):
         refuse(element, f"a disk on bus {bus} can't be read-only")
+    for tag in _OTHER_CONTENTS:
+        for each in element.iterfind(tag):
+            refuse(
+                each,
+                "it is not carried out, and without it the guest would find, or leave, other contents on this disk",
+            )
     for each in element.findall("backingStore"):
         # The chain is read from the images' headers, and their formats from there too: see docs/commands/define.md.
         reading.harmless(element, each.tag)
@@ -109,6 +120,7 @@ def _disk(reading: Reading, element: Element) -> DiskDef:
         serial=_serial(reading, element),
         boot=None if boot is None else reading.number(boot, "order", 1),
         limits=_limits(reading, tune),
+        blocks=_blocks(reading, element),
         address=address(reading, element),
     )
 
@@ -186,6 +198,18 @@ def _serial(reading: Reading, element: Element) -> str | None:
     if serial is not None and not _SERIAL.fullmatch(serial):
         refuse(element, f"{xmlio.shorten(serial)!r} can't be a serial number")
     return serial
+
+
+def _blocks(reading: Reading, element: Element) -> dict[str, int]:
+    blockio = reading.child(element, "blockio")
+    found = {name: reading.number(blockio, name) for name in _BLOCK_SIZES}
+    sizes = {name: number for name, number in found.items() if number}
+    for name, number in sizes.items():
+        if number & (number - 1) or not _BLOCK_SIZE_MIN <= number <= _BLOCK_SIZE_MAX:
+            refuse(at(element, "blockio"), f"{name}={number} is no power of two from 512 to 2 MiB")
+    if sizes.get("logical_block_size", 0) > sizes.get("physical_block_size", _BLOCK_SIZE_MIN):
+        refuse(at(element, "blockio"), "logical_block_size is more than physical_block_size, which is 512 unless told")
+    return sizes
 
 
 def _limits(reading: Reading, tune: Element | None) -> dict[str, int]:

@@ -474,6 +474,16 @@ class Journal:
         )
         return tuple(msgspec.json.decode(row[0], type=Event) for row in rows)
 
+    def newest_event(self, domain: str, kinds: frozenset[str]) -> Event | None:
+        """The newest event of one of these types; None when there is none."""
+        wanted = ", ".join("?" * len(kinds))
+        rows = self._all(
+            f"SELECT record FROM event WHERE domain = ? AND json_extract(CAST(record AS TEXT), '$.type') IN ({wanted})"  # noqa: S608 - question marks
+            " ORDER BY seq DESC LIMIT 1",
+            (domain, *sorted(kinds)),
+        )
+        return msgspec.json.decode(rows[0][0], type=Event) if rows else None
+
     def was_said(self, domain: str, kind: str, job: str) -> bool:
         """Whether an event of that type about that job is recorded."""
         (count,) = self._one(

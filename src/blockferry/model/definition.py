@@ -58,6 +58,7 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
         serial: what the guest reads as its serial number.
         boot: its place in the boot order, from 1.
         limits: of `<iotune>`, libvirt's names, such as `total_bytes_sec`.
+        blocks: the sizes of its blocks, by QEMU's names for them: the guest's partitions are counted in them.
         address: where it is plugged in.
     """
 
@@ -74,6 +75,7 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
     serial: str | None = None
     boot: int | None = None
     limits: dict[str, int] = {}
+    blocks: dict[str, int] = {}
     address: Address | None = None
 
     @property
@@ -147,7 +149,10 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         cmdline: its command line.
         loader: the firmware's image.
         loader_type: `rom` or `pflash`.
+        secure: whether only code in system management mode may write to the flash.
+        smm: whether there is that mode; None for QEMU's own choice.
         nvram: the firmware's variables, the guest's own.
+        template: what they are made from where they are not there.
         menu: whether the firmware shows a menu.
     """
 
@@ -157,8 +162,16 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     cmdline: str | None = None
     loader: str | None = None
     loader_type: Literal["rom", "pflash"] = "rom"
+    secure: bool = False
+    smm: bool | None = None
     nvram: str | None = None
+    template: str | None = None
     menu: bool = False
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Files that are made where they are not there -> what from."""
+        return {self.nvram: self.template} if self.nvram is not None and self.template is not None else {}
 
 
 class Definition(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,7 +60,7 @@ class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
     """A domain.
 
     `state` is QEMU's run state, or `unreachable`, `gone` (of one that was attached) or `shut off` (of one that is defined);
-    `reason` says why for the first two. `agent` is the socket of its guest agent. `notes` say what of its definition is not carried out, when it was just defined.
+    `reason` says why for the first two, and how a guest that is shut off ended when nobody ended it. `agent` is the socket of its guest agent. `notes` say what of its definition is not carried out, when it was just defined.
     """
 
     name: str

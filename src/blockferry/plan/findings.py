@@ -20,7 +20,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Finding
 from blockferry.plan.installed import can_do
 from blockferry.plan.plan import Names, is_ours
-from blockferry.plan.resting import Ground, flaw
+from blockferry.plan.resting import lost_with_guest
 
 # Under this an overlay that grows is soon out of room.
 LITTLE_ROOM_BYTES = 1 << 30
@@ -69,6 +69,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         definition: what is started next, of a domain that we start.
         closed: target -> its images as their headers say, of one that is shut off.
         refusal: why a start would be refused, as far as it can be told.
+        dropped: target -> why a start would drop its mirror, of those that it would.
         beliefs: target -> the image that it was left on.
         operations: those that are not over.
         jobs: the newest of each disk.
@@ -89,6 +90,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     definition: Definition | None = None
     closed: Mapping[str, tuple[ImageFact, ...]] = {}
     refusal: str | None = None
+    dropped: Mapping[str, str] = {}
     beliefs: Mapping[str, Belief] = {}
     operations: tuple[Open, ...] = ()
     jobs: tuple[BlockJob, ...] = ()
@@ -111,7 +113,7 @@ def examine(case: Case) -> tuple[Finding, ...]:
         parts = [_running(case, case.seen), *parts, _places(case, case.seen), _chains(case, case.seen)]
         parts += [_jobs(case, case.seen), _nodes(case, case.seen)]
     elif case.definition is not None and case.problem is None:
-        parts = [_shut_off(case, case.definition), *parts, _resting(case, case.definition)]
+        parts = [_shut_off(case, case.definition), *parts, _resting(case)]
     else:
         parts = [_out_of_reach(case), *parts]
     parts += [_lost(case), _snapshots(case), _left_over(case)]
@@ -150,7 +152,7 @@ def _running(case: Case, seen: Observation) -> Iterator[Finding]:
 
 
 def _out_of_reach(case: Case) -> Iterator[Finding]:
-    attach = f"blockferry attach {case.domain} --qmp {shlex.quote(case.qmp)}"
+    attach = _attach(case)
     if case.gone is None:
         again = "blockferry recover" if case.defined else attach
         yield problem("unreachable", case.problem or "it could not be asked", again)
@@ -167,6 +169,10 @@ def _out_of_reach(case: Case) -> Iterator[Finding]:
             yield problem("image-missing", f"{words}, and it is not there", disk=target)
         else:
             yield note("start-on", words, disk=target)
+
+
+def _attach(case: Case) -> str:
+    return f"blockferry attach {case.domain} --qmp {_quoted(case.qmp)}"
 
 
 def _operations(case: Case) -> Iterator[Finding]:
@@ -200,11 +206,12 @@ def _shut_off(case: Case, definition: Definition) -> Iterator[Finding]:
         elif fact is not None and fact.problem and fact.kind == "block":
             found.append(problem("image-unusable", f"{fact.path}: {fact.problem}", disk=target))
     boot = definition.boot
+    to_be_made = any(case.absent(path) for path in boot.templates)
     for what, path in (
         ("kernel", boot.kernel),
         ("initrd", boot.initrd),
         ("loader", boot.loader),
-        ("nvram", boot.nvram),
+        ("nvram's template", boot.template) if to_be_made else ("nvram", boot.nvram),
     ):
         if path is not None and case.absent(path):
             found.append(problem("boot-file-missing", f"its {what} {path} is not there"))
@@ -224,13 +231,11 @@ def _mend_header(chain: tuple[ImageFact, ...], depth: int) -> tuple[str, ...]:
     return (f"qemu-img rebase -u -f {above.format} -F FORMAT -b {_quoted(image.path)} {_quoted(above.path)}",)
 
 
-def _resting(case: Case, definition: Definition) -> Iterator[Finding]:
-    disks = {disk.target: disk for disk in definition.disks}
+def _resting(case: Case) -> Iterator[Finding]:
     for mirror in case.jobs:
         if not isinstance(mirror, Mirror) or mirror.state != "resting":
             continue
-        ground = Ground.defined(disks.get(mirror.target), case.closed.get(mirror.target, ()))
-        why = flaw(mirror, ground, case.facts.get(mirror.file))
+        why = case.dropped.get(mirror.target)
         words = f"its mirror to {mirror.file}"
         if why is None:
             start = f"blockferry start {case.domain}"
@@ -418,13 +423,25 @@ def _lost(case: Case) -> Iterator[Finding]:
         if job.state != "lost" or not isinstance(job, Mirror):
             continue
         text = f"its {job.type} to {job.file} was lost: {job.reason or 'no reason is known'}"
+        goes_on = _goes_on(case, job)
         if job.snapshot in alive:
             remove = f"blockferry snapshot delete {case.domain} {job.snapshot} --remove-mirror"
-            yield problem(
-                "mirror-lost", f"{text}. What was written since is on its source alone", remove, disk=job.target
-            )
+            text += ". What was written since is on its source alone"
+            yield problem("mirror-lost", text, *goes_on, remove, disk=job.target)
         else:
-            yield note("mirror-lost", text, f"blockferry copy {case.domain} {job.target} NEWFILE", disk=job.target)
+            anew = f"blockferry copy {case.domain} {job.target} NEWFILE"
+            yield note("mirror-lost", text, *goes_on or (anew,), disk=job.target)
+
+
+def _goes_on(case: Case, job: Mirror) -> tuple[str, ...]:
+    """What goes on with a mirror that ended before its time; nothing where it can't be gone on with."""
+    if not case.defined and lost_with_guest(job):
+        return (f"{_attach(case)} --resume-mirrors",)
+    disk = case.seen.disk(job.target) if case.seen is not None else None
+    if disk is None or not disk.chain or job.state not in ("lost", "cancelled") or job.bitmap is None:
+        return ()
+    resumable = disk.active.node == job.source_node and not case.absent(job.file)
+    return (f"blockferry copy {case.domain} {job.target} {_quoted(job.file)} --resume",) if resumable else ()
 
 
 def _snapshots(case: Case) -> Iterator[Finding]:
@@ -447,6 +464,7 @@ def _snapshots(case: Case) -> Iterator[Finding]:
 def _left_over(case: Case) -> Iterator[Finding]:
     """Files of ours that nothing mentions any more; they are named, and stay until somebody removes them."""
     seen = set()
+    goes_on = {job.file: _goes_on(case, job) for job in case.jobs if isinstance(job, Mirror)}
     if case.seen is None and case.definition is None:
         return  # nobody knows what the guest stands on
     for made in case.made:
@@ -460,7 +478,8 @@ def _left_over(case: Case) -> Iterator[Finding]:
         if fact.used:
             yield note("file-left", f"{text}; somebody has it open")
         else:
-            yield note("file-left", f"{text}, and in no snapshot or mirror", f"rm {_quoted(made.path)}")
+            again = goes_on.get(made.path, ())
+            yield note("file-left", f"{text}, and in no snapshot or mirror", *again, f"rm {_quoted(made.path)}")
 
 
 def _size(count: int) -> str:

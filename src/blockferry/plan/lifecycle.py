@@ -73,7 +73,12 @@ def plan_start(start: Start) -> Plan:
         text=f"start {definition.name}"
         + (f" with the mirrors of {', '.join(mirror.target for mirror, _steps in established)}" if established else ""),
         prepare=(
-            Launch(program=start.program, arguments=words, environment=definition.environment),
+            Launch(
+                program=start.program,
+                arguments=words,
+                environment=definition.environment,
+                templates=definition.boot.templates,
+            ),
             *limits,
             *mirroring,
         ),

@@ -57,6 +57,7 @@ def _machine(definition: Definition) -> list[str]:
     flash = definition.boot.loader if definition.boot.loader_type == "pflash" else None
     parts = [machine, *(["pflash0=pflash0"] if flash else []), *(["pflash1=pflash1"] if definition.boot.nvram else [])]
     parts += [f"acpi={'on' if definition.acpi else 'off'}"]
+    parts += [f"smm={'on' if definition.boot.smm else 'off'}"] if definition.boot.smm is not None else []
     smp = [f"cpus={definition.vcpus}"]
     if definition.topology is not None:
         sockets, cores, threads = definition.topology
@@ -93,8 +94,9 @@ def _firmware(definition: Definition) -> list[str]:
     boot = definition.boot
     if boot.loader is not None and boot.loader_type == "rom":
         return ["-bios", boot.loader]
+    secure = ["-global", "driver=cfi.pflash01,property=secure,value=on"] if boot.secure else []
     images = [("pflash0", boot.loader, True), ("pflash1", boot.nvram, False)]
-    return [
+    return secure + [
         word
         for node, path, read_only in images
         if path is not None

@@ -262,6 +262,7 @@ def _disk_device(disk: DiskDef, slots: Slots) -> list[str]:
         "drive": node_name(disk, 0) if disk.source is not None else None,
         "bootindex": slots.boot_order.get(disk.target),
         "serial": disk.serial,
+        **disk.blocks,
     }
     if disk.cache in ("writethrough", "directsync"):
         properties["write-cache"] = "off"

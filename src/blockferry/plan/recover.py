@@ -248,10 +248,13 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     if plan.window is not None:
         return Decision("E")
     begun = len(operation.steps) == len(plan.prepare)
-    files_made = all(
-        operation.steps.get(index) == "done" for index, step in enumerate(plan.prepare) if isinstance(step, CreateImage)
+    # Neither an image that is whole nor a freeze that held shows in the graph.
+    known_done = all(
+        operation.steps.get(index) == "done"
+        for index, step in enumerate(plan.prepare)
+        if isinstance(step, CreateImage | Freeze)
     )
-    if begun and files_made and all(shows(step, seen) for step in plan.prepare) and _healthy_state(operation):
+    if begun and known_done and all(shows(step, seen) for step in plan.prepare) and _healthy_state(operation):
         return Decision("C")
     if plan.in_part and any(isinstance(step, TakeSnapshots) and shows(step, seen) for step in plan.prepare):
         return Decision("P")

@@ -22,6 +22,9 @@ from blockferry.plan.plan import Plan, Record
 from blockferry.plan.plugs import cache_options, node_name
 from blockferry.plan.steps import AddNode, CreateImage, StartMirror, Step
 
+# How the reason of a job begins that ended because its QEMU did, nobody having ended it.
+GONE = "QEMU is gone"
+
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
     """What is there of a resting mirror's destination.
@@ -41,6 +44,11 @@ def to_rest(jobs: tuple[BlockJob, ...]) -> tuple[tuple[Mirror, ...], tuple[Block
     """Working jobs of a guest whose QEMU ends: the mirrors, resting, and the others, which end with it."""
     mirrors = tuple(msgspec.structs.replace(job, state="resting", stamps={}) for job in jobs if isinstance(job, Mirror))
     return mirrors, tuple(job for job in jobs if not isinstance(job, Mirror))
+
+
+def lost_with_guest(mirror: Mirror) -> bool:
+    """Whether a mirror was lost because the QEMU of an attached guest ended: it can be established again."""
+    return mirror.state == "lost" and (mirror.reason or "").startswith(GONE)
 
 
 def stamped_files(mirror: Mirror, seen: Observation) -> tuple[str, ...]:

@@ -435,11 +435,12 @@ class DismissJobs(Verb, frozen=True, kw_only=True, tag="dismiss-jobs"):
 
 
 class Launch(Verb, frozen=True, kw_only=True, tag="launch"):
-    """Start the domain's QEMU, its guest not running yet."""
+    """Start the domain's QEMU, its guest not running yet; files that are not there are made from their `templates`."""
 
     program: str
     arguments: tuple[str, ...]
     environment: dict[str, str] = msgspec.field(default_factory=dict)
+    templates: dict[str, str] = msgspec.field(default_factory=dict)
 
     def undo(self) -> tuple[Step, ...]:
         """End it: the guest has not run one instruction."""

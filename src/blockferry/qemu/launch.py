@@ -15,7 +15,7 @@ import shlex
 import shutil
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -103,7 +103,9 @@ def find_program(emulator: str | None, arch: str) -> str:
     return found
 
 
-async def launch(home: Home, program: str, arguments: list[str], environment: Mapping[str, str]) -> Launched:
+async def launch(
+    home: Home, program: str, arguments: Sequence[str], environment: Mapping[str, str], templates: Mapping[str, str]
+) -> Launched:
     """Start QEMU and wait until its sockets listen; its guest does not run yet.
 
     Args:
@@ -111,16 +113,19 @@ async def launch(home: Home, program: str, arguments: list[str], environment: Ma
         program: QEMU.
         arguments: those of plan.machine.
         environment: added to ours.
+        templates: file -> what it is made from where it is not there; it stays, whatever becomes of the start.
 
     Raises:
         AlreadyRuns: a QEMU of this domain lives.
-        LaunchFailed: it ended at once, or did not answer, with its last words.
+        LaunchFailed: a file can't be made, or QEMU ended at once, or did not answer, with its last words.
     """
     home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _lock(home.folder) as lock:
         for stale in home.folder.glob("*.sock"):
             stale.unlink()
+        for path, template in templates.items():
+            _make(Path(path), template)
         ours, theirs = socket.socketpair()
         with theirs:
             control = ["-chardev", f"socket,id=control,fd={CONTROL_DESCRIPTOR}", "-mon", "chardev=control,mode=control"]
@@ -137,6 +142,22 @@ async def launch(home: Home, program: str, arguments: list[str], environment: Ma
             status = await _end(pid)
             raise LaunchFailed(home.last_words() or f"it ended with status {status} and said nothing")
     return Launched(pid=pid, born=started, qmp=str(home.qmp))
+
+
+def _make(path: Path, template: str) -> None:
+    """Copy a template to a file that is not there: all of it, or nothing."""
+    if path.exists():
+        return
+    partial = path.with_name(f"{path.name}.new")
+    try:
+        shutil.copyfile(template, partial)
+        partial.chmod(0o600)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise LaunchFailed(f"{path} can't be made from {template}: {error.strerror}") from error
 
 
 def _spawn(home: Home, command: list[str], environment: Mapping[str, str], lock: int, control: int) -> int:

@@ -26,6 +26,10 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.plan.plan import Names, Plan
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
+from blockferry.qemu.nbd import reachable
+
+# What became of a guest that we start, as far as it ended: the newest of these events says it.
+ENDS = frozenset({"domain-defined", "domain-started", "domain-stopped", "domain-crashed"})
 
 Witness = Callable[[str, str], None]
 
@@ -152,6 +156,15 @@ class Desk:
                 found[disk.target] = await self.images.chain(source.where, source.format)
         return found
 
+    async def chains_to_start(self, definition: Definition) -> dict[str, tuple[ImageFact, ...]]:
+        """As `chains`, with each export's server asked whether it is there."""
+        found = await self.chains(definition)
+        for target, chain in found.items():
+            if not chain[0].path.startswith("/") and (why := await reachable(chain[0].path)) is not None:
+                problem = f"its server can't be reached: {why}"
+                found[target] = (msgspec.structs.replace(chain[0], problem=problem),)
+        return found
+
     async def chains_now(self, keeper: Keeper) -> ChainsNow:
         """What the domain's disks are on, also of one that is shut off.
 
@@ -173,6 +186,13 @@ class Desk:
             return await self.chains_now(keeper)
         except errors.BlockferryError:
             return None
+
+    def crash(self, keeper: Keeper) -> str | None:
+        """How a guest that we start ended, when it is shut off and nobody ended it: its exit status and last words."""
+        newest = self.journal.newest_event(keeper.name, ENDS)
+        if newest is None or newest.type != "domain-crashed":
+            return None
+        return f"{newest.data.get('reason')} (its log is {keeper.home.log})"
 
     # --- mirrors that rest ------------------------------------------------------------------------------------
 

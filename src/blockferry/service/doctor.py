@@ -23,9 +23,11 @@ from blockferry.model.view import Finding, Findings
 from blockferry.plan.findings import Belief, Case, Made, Open, examine, ok, problem
 from blockferry.plan.installed import Host, inspect
 from blockferry.plan.lifecycle import Start, plan_start
+from blockferry.plan.resting import Ground
 from blockferry.qemu.launch import LaunchFailed, find_program
 from blockferry.qemu.probe import ask_qemu, ask_qemu_img, find_qemus
 from blockferry.service.desk import Desk
+from blockferry.service.resting import look
 from blockferry.service.usage import mentioned
 
 # Where libvirt0 puts its schemas, unless BLOCKFERRY_LIBVIRT_SCHEMAS names another folder.
@@ -34,8 +36,6 @@ SCHEMAS = "/usr/share/libvirt/schemas"
 LOCK_SECONDS = 10.0
 # After one of these rows of the recovery table disks are where they were found, not where the plan says.
 AS_FOUND = frozenset({"L", "P"})
-# What became of a guest that we start, as far as it ended: the newest of these events says it.
-ENDS = frozenset({"domain-defined", "domain-started", "domain-stopped", "domain-crashed"})
 
 
 class Doctor:
@@ -126,30 +126,34 @@ class Doctor:
         try:
             return await keeper.observe(), about
         except errors.NotRunning:
-            return None, msgspec.structs.replace(about, gone=self._crash(keeper))
+            return None, msgspec.structs.replace(about, gone=self._desk.crash(keeper))
         except errors.BlockferryError as found:
             gone = f"its QEMU has ended ({self._end(keeper.name)})" if await keeper.is_gone() else None
             return None, msgspec.structs.replace(about, gone=gone, problem=found.message)
 
-    def _crash(self, keeper: Keeper) -> str | None:
-        """How a guest that we start ended, when nobody ended it."""
-        ends = [event for event in self._desk.journal.events(keeper.name, 0) if event.type in ENDS]
-        if not ends or ends[-1].type != "domain-crashed":
-            return None
-        return f"{ends[-1].data.get('reason')} (its log is {keeper.home.log})"
-
     def _end(self, name: str) -> str:
-        ends = [event for event in self._desk.journal.events(name, 0) if event.type == "domain-gone"]
-        return str(ends[-1].data.get("reason")) if ends else "its process is not there any more"
+        newest = self._desk.journal.newest_event(name, frozenset({"domain-gone"}))
+        return str(newest.data.get("reason")) if newest is not None else "its process is not there any more"
 
     async def _shut_off(self, keeper: Keeper, case: Case) -> Case:
         definition = parse_definition(self._desk.inactive(keeper.name))
-        chains = await self._desk.chains(definition)
-        return msgspec.structs.replace(case, definition=definition, closed=chains, refusal=_refusal(definition, chains))
+        chains = await self._desk.chains_to_start(definition)
+        disks = {disk.target: disk for disk in definition.disks}
+        dropped = {}
+        for mirror in self._desk.resting(keeper.name):
+            ground = Ground.defined(disks.get(mirror.target), chains.get(mirror.target, ()))
+            dropped[mirror.target] = (await look(self._desk, mirror, ground)).problem
+        return msgspec.structs.replace(
+            case,
+            definition=definition,
+            closed=chains,
+            refusal=_refusal(definition, chains),
+            dropped={target: why for target, why in dropped.items() if why is not None},
+        )
 
     def _beliefs(self, name: str) -> dict[str, Belief]:
-        attached = [event.time for event in self._desk.journal.events(name, 0) if event.type == "domain-attached"]
-        since = attached[-1] if attached else 0.0
+        attached = self._desk.journal.newest_event(name, frozenset({"domain-attached"}))
+        since = attached.time if attached is not None else 0.0
         found: dict[str, Belief] = {}
         for record in self._desk.journal.operations(name, states=frozenset({"done", "in-progress"})):
             for target, file in record.plan.record.authoritative.items():
@@ -202,7 +206,7 @@ def _spoken_of(case: Case) -> Iterable[str]:
             yield from (job.file, job.source)
     if case.definition is not None:
         boot = case.definition.boot
-        yield from (path or "" for path in (boot.kernel, boot.initrd, boot.loader, boot.nvram))
+        yield from (path or "" for path in (boot.kernel, boot.initrd, boot.loader, boot.nvram, boot.template))
 
 
 def _refusal(definition: Definition, chains: dict[str, tuple[ImageFact, ...]]) -> str | None:

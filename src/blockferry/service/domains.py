@@ -137,4 +137,6 @@ class Domains:
         chains = await self._desk.chains(definition)
         current = current_snapshot(self._desk.journal.snapshots(keeper.name), chains)
         mirrors = self._desk.journal.mirrors(keeper.name)
-        return answers.shut_off_view(keeper.record, definition, chains, mirrors, xml=xml, current=current)
+        return answers.shut_off_view(
+            keeper.record, definition, chains, mirrors, xml=xml, crash=self._desk.crash(keeper), current=current
+        )

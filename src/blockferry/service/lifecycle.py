@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 
 import msgspec
@@ -16,6 +17,7 @@ from blockferry.journal.journal import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror
+from blockferry.model.definition import Definition
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan import machine
 from blockferry.plan.lifecycle import Start, mirror_of, plan_start
@@ -59,6 +61,7 @@ class Lifecycle:
         async with keeper.lock:
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=name)
+            moved = await self._moved(name, definition) if name in self._desk.keepers else ()
             xml = with_uuid(request.xml, str(uuid.uuid4()))
             targets = {disk.id: disk.target for disk in definition.disks}
             agent = agent_socket(definition)
@@ -75,7 +78,34 @@ class Lifecycle:
             self._desk.say("domain-defined", name)
         shown = await self._domains.show(ask.ShowDomain(domain=name))
         notes = tuple(f"<{path}> is kept, and not carried out" for path in definition.ignored)
-        return msgspec.structs.replace(shown, notes=notes)
+        return msgspec.structs.replace(shown, notes=(*moved, *notes))
+
+    async def _moved(self, name: str, definition: Definition) -> tuple[str, ...]:
+        """What is to be said of disks that another definition puts on other images than they are on by now.
+
+        Raises:
+            ImageUnsuitable: on one that the present image stands on, which the guest would spoil by writing to it.
+        """
+        old = parse_definition(self._desk.inactive(name))
+        chains = await self._desk.chains(old)
+        # With every name that a file has: the document may use another than the image above it.
+        stands = {os.path.realpath(below.path): chain[0].path for chain in chains.values() for below in chain[1:]}
+        now = {disk.target: disk.source.where for disk in old.disks if disk.source is not None}
+        said = []
+        for disk in definition.disks:
+            if disk.source is None or disk.read_only:
+                continue
+            top, was = stands.get(os.path.realpath(disk.source.where)), now.get(disk.target)
+            if top is not None:
+                raise errors.ImageUnsuitable(
+                    path=disk.source.where,
+                    reason=f"{top}, which {name} is on by now, stands on it, and {disk.target} would be written to under it "
+                    f"(`blockferry show {name} --xml --inactive` has the definition with the present images; "
+                    f"`blockferry undefine {name}` forgets them)",
+                )
+            if was is not None and os.path.realpath(was) != os.path.realpath(disk.source.where):
+                said.append(f"{disk.target} was on {was}, and is on {disk.source.where} from now on")
+        return tuple(said)
 
     async def undefine(self, request: ask.Undefine) -> view.Done:
         """Forget a guest that is shut off."""
@@ -84,10 +114,14 @@ class Lifecycle:
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
             await keeper.close()
+            known = self._desk.journal.definition(request.domain)
             self._desk.journal.undefine(request.domain)
             del self._desk.keepers[request.domain]
             self._desk.say("domain-undefined", request.domain)
-        return view.Done(text=f"{request.domain} is no longer defined; its images are as they were")
+        # The document that it was defined from does not say so.
+        moved = [f"{target} on {file}" for target, (file, _format) in sorted((known.images if known else {}).items())]
+        text = f"{request.domain} is no longer defined; its images are as they were"
+        return view.Done(text=f"{text}: {', '.join(moved)}" if moved else text)
 
     async def start(self, request: ask.Start) -> view.DomainView:
         """Start a guest."""
@@ -135,7 +169,7 @@ class Lifecycle:
             program = find_program(definition.emulator, definition.arch)
         except LaunchFailed as failure:
             raise errors.BadRequest(reason=str(failure)) from failure
-        chains = await self._desk.chains(definition)
+        chains = await self._desk.chains_to_start(definition)
         disks = {disk.target: disk for disk in definition.disks}
         while True:
             resting: list[tuple[Mirror, Ground, Look]] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from blockferry import errors
-from blockferry.engine.keeper import GONE, Keeper
+from blockferry.engine.keeper import Keeper
 from blockferry.model.blockjob import Mirror
-from blockferry.plan.resting import Ground, Look, flaw, plan_again
+from blockferry.plan.resting import Ground, Look, flaw, lost_with_guest, plan_again
 from blockferry.qemu.nbd import reachable
 from blockferry.service.desk import Desk
 
@@ -29,11 +29,7 @@ async def look(desk: Desk, mirror: Mirror, ground: Ground | None) -> Look:
 
 def left(desk: Desk, domain: str) -> tuple[Mirror, ...]:
     """The mirrors that were lost because the QEMU of an attached guest ended."""
-    return tuple(
-        mirror
-        for mirror in desk.journal.mirrors(domain)
-        if mirror.state == "lost" and (mirror.reason or "").startswith(GONE)
-    )
+    return tuple(mirror for mirror in desk.journal.mirrors(domain) if lost_with_guest(mirror))
 
 
 async def resume(desk: Desk, keeper: Keeper) -> tuple[str, ...]:

@@ -9,7 +9,14 @@ from blockferry.interfaces.cli.names import domain_argument
 from blockferry.interfaces.cli.session import Session, absolute, examples, json_option
 
 
-@click.command("attach", epilog=examples("blockferry attach vm1 --qmp /run/vm1.qmp"))
+@click.command(
+    "attach",
+    epilog=examples(
+        "blockferry attach vm1 --qmp /run/vm1.qmp",
+        "blockferry attach vm1 --qmp /run/vm1.qmp --agent /run/vm1.agent",
+        "blockferry attach vm1 --qmp /run/vm1.qmp --resume-mirrors",
+    ),
+)
 @click.argument("name")
 @click.option("--qmp", required=True, metavar="SOCKET", type=click.Path(), help="The guest's QMP socket.")
 @click.option("--agent", metavar="SOCKET", type=click.Path(), help="Of its guest agent, which --quiesce needs.")
