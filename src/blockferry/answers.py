@@ -213,9 +213,9 @@ def internal_views(chains: Chains) -> tuple[InternalSnapshotView, ...]:
     )
 
 
-def job_view(ours: BlockJob, seen: Observation | None) -> JobView:
-    """A job as people look at it."""
-    job = seen.jobs.get(ours.job) if seen is not None else None
+def job_view(ours: BlockJob, now: Mapping[str, Job]) -> JobView:
+    """A job as people look at it, by what QEMU says of its jobs."""
+    job = now.get(ours.job)
     source, dest, image_format = _ends(ours)
     base = ours.copy.backing if ours.copy is not None else None
     if isinstance(ours, ChainJob) and ours.base is not None:

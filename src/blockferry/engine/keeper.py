@@ -338,8 +338,10 @@ class Keeper(Link):
             # A job may have caught up before it was recorded, when its event said nothing to us yet. What was undone
             # recorded none: to look then, after the end of a job that can't be carried out, would be to try it for ever.
             with contextlib.suppress(errors.BlockferryError):
-                if plan.record.jobs and not undone and not self._journal.open_operations(self.name):
-                    await self.check_jobs(await self.observe())
+                if not undone and not self._journal.open_operations(self.name):
+                    now = await self.jobs() if plan.record.jobs else {}
+                    if not all(job.job in now and now[job.job].busy for job in plan.record.jobs):
+                        await self.check_jobs(await self.observe())
 
     def _see_to_thawing(self) -> None:
         if self.runner.frozen and not self._thawing:

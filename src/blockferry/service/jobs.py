@@ -142,8 +142,8 @@ class Jobs:
     async def list(self, request: ask.ListJobs) -> view.JobList:
         """The jobs of a domain, and how the last ones ended."""
         keeper = self._desk.keeper(request.domain)
-        seen = await self._desk.seen_or_none(keeper)
-        jobs = tuple(answers.job_view(job, seen) for job in self._desk.journal.jobs(request.domain))
+        now = await self._desk.jobs_or_none(keeper)
+        jobs = tuple(answers.job_view(job, now) for job in self._desk.journal.jobs(request.domain))
         return view.JobList(domain=request.domain, jobs=jobs)
 
     async def pivot(self, request: ask.PivotJobs) -> view.Done:
