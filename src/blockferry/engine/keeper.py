@@ -219,16 +219,20 @@ class Keeper(Link):
         """Limit a job to `bandwidth` bytes per second, 0 for no limit.
 
         Raises:
-            JobLost: QEMU refuses, in its words.
+            SpeedRefused: QEMU refuses, in its words.
             GuestGone: QEMU went away.
         """
-        session = await self.connect()
-        try:
+
+        async def limited() -> None:
+            session = await self.connect()
             await session.execute("block-job-set-speed", device=job.job, speed=bandwidth)
+
+        try:
+            await self._twice(limited)
         except CommandRefused as refusal:
-            raise errors.JobLost(domain=self.name, disk=job.target, reason=refusal.words) from refusal
-        except LostReply as lost:
-            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
+            raise errors.SpeedRefused(
+                domain=self.name, disk=job.target, what=job.type, reason=refusal.words
+            ) from refusal
 
     async def check_jobs(self, seen: Observation) -> bool:
         """Find jobs that have ended without us, say so once, close what is left of them, and do what follows an end.

@@ -164,18 +164,22 @@ class Link:
         return await self._asked(lambda: self._looking().jobs())
 
     async def _asked(self, look: Callable[[], Awaitable[T]]) -> T:
-        await self.connect()
         try:
-            # The second try is for a connection that had broken without our noticing.
-            try:
-                return await look()
-            except LostReply:
-                await self.connect()
-                return await look()
-        except LostReply as lost:
-            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
+            return await self._twice(look)
         except CommandRefused as refusal:
             raise errors.QmpUnreachable(qmp=self.record.qmp, reason=str(refusal)) from refusal
+
+    async def _twice(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask what may be asked twice: the second try is for a connection that had broken without our noticing."""
+        await self.connect()
+        try:
+            try:
+                return await ask()
+            except LostReply:
+                await self.connect()
+                return await ask()
+        except LostReply as lost:
+            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
 
     def _looking(self) -> Observer:
         if self._observer is None:

@@ -66,6 +66,22 @@ class JobFailed(Failed):
 
 
 @dataclass(eq=False)
+class SpeedRefused(Refused):
+    """QEMU does not take a limit for a job, which is about to end."""
+
+    domain: str
+    disk: str
+    what: str
+    reason: str
+    code = "speed-refused"
+    exit_status = 57
+    template = (
+        "{domain}: the {what} of {disk} can't be limited now: {reason}. Nothing was done, and it goes on as it was: "
+        "`blockferry job list {domain}` shows how far it is."
+    )
+
+
+@dataclass(eq=False)
 class RebaseElsewhere(Refused):
     """A rebase of a disk that is being copied onto another base."""
 
