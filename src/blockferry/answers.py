@@ -198,6 +198,7 @@ def _snapshot_disk(disk: SnapshotDisk, mirror: MirrorView | None) -> SnapshotDis
         backing=disk.backing,
         backing_format=disk.backing_format,
         mirror=mirror if mirror is not None and mirror.file == disk.mirror else None,
+        written_into=disk.written_into,
     )
 
 

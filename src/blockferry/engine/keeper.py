@@ -386,6 +386,10 @@ class Keeper(Link):
         for job in self._journal.jobs(self.name):
             if job.operation == operation and job.state in ("lost", "cancelled"):
                 reason = job.reason or "no reason is known"
+                if isinstance(job, ChainJob) and job.written:
+                    reason += (
+                        f" ({job.written} is written in part: until that is done it is of use only under this disk)"
+                    )
                 raise errors.JobFailed(domain=self.name, disk=job.target, what=job.type, reason=reason)
 
     def _guest_gone(self, reason: str) -> None:

@@ -143,5 +143,10 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         """The mirror that this job is, or leads to: a fill's or a resume's; None for the others."""
         return self.then
 
+    @property
+    def written(self) -> str | None:
+        """The image that a commit writes to: until it has ended it is whole only under the disk. None of the others."""
+        return self.base.file if self.base is not None and self.type in ("commit", "active-commit") else None
+
 
 BlockJob = Mirror | ChainJob
