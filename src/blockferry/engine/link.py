@@ -156,7 +156,7 @@ class Link:
         return await self._asked(self._look)
 
     async def jobs(self) -> dict[str, Job]:
-        """The jobs now, and nothing else: QEMU copies nothing while it answers, and a whole look costs ten times as much.
+        """The jobs now, and nothing else: a whole look takes five times as much of the thread in which QEMU copies.
 
         Raises:
             GuestGone, QmpUnreachable, QmpBusy: see `observe`.

@@ -44,8 +44,8 @@ class JobLost(Failed):
     code = "job-lost"
     exit_status = 52
     template = (
-        "{domain}: the mirror of {disk} was lost: {reason}. The guest goes on on its source; the destination is not a "
-        "copy of it."
+        "{domain}: the mirror of {disk} was lost: {reason}. The disk stays on its source; the destination is not a copy "
+        "of it."
     )
 
 
