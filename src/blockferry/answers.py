@@ -201,6 +201,7 @@ def _snapshot_disk(disk: SnapshotDisk, mirror: MirrorView | None) -> SnapshotDis
         backing=disk.backing,
         backing_format=disk.backing_format,
         mirror=mirror if mirror is not None and mirror.file == disk.mirror else None,
+        written_into=disk.written_into,
     )
 
 
@@ -216,9 +217,9 @@ def internal_views(chains: Chains) -> tuple[InternalSnapshotView, ...]:
     )
 
 
-def job_view(ours: BlockJob, seen: Observation | None) -> JobView:
-    """A job as people look at it."""
-    job = seen.jobs.get(ours.job) if seen is not None else None
+def job_view(ours: BlockJob, now: Mapping[str, Job]) -> JobView:
+    """A job as people look at it, by what QEMU says of its jobs."""
+    job = now.get(ours.job)
     source, dest, image_format = _ends(ours)
     base = ours.copy.backing if ours.copy is not None else None
     if isinstance(ours, ChainJob) and ours.base is not None:

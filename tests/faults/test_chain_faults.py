@@ -41,6 +41,8 @@ CHANGING = frozenset(
         "blockdev-del",
         "blockdev-reopen",
         "blockdev-snapshot",
+        "block-dirty-bitmap-add",
+        "block-dirty-bitmap-remove",
         "transaction",
         "blockdev-mirror",
         "block-commit",
@@ -230,6 +232,7 @@ OPERATIONS = {
     "delete": Operation("delete", deleting(1), disks=TWO, removes=True, **MIDDLE),
     "delete-newest": Operation("delete", deleting(0), removes=True, **NEWEST),
     "delete-children": Operation("delete", deleting(1, SnapshotDelete.CHILDREN), removes=True, **BOTH),
+    "copy-whole": Operation("copy", copying(None), depth=1, **COPY),
     "copy-shallow": Operation("copy", copying(lambda c: c[1]), **COPY),
     "copy-base": Operation("copy", copying(lambda c: c[-1]), **COPY),
     "copy-reuse-ext": Operation(

@@ -22,6 +22,7 @@ ELSEWHERE = {
         "copy --resume",
         "qemu/test_resume.py",
     ),
+    "speed-refused": ("a job that is about to end", "speed", "qemu/test_chains.py"),
     "snapshot-has-mirrors": ("a snapshot with mirrors", "snapshot delete", "qemu/test_snapshot_delete.py"),
     "snapshot-not-current": (
         "a mirrored snapshot that is not current",

@@ -9,7 +9,7 @@ from rig import ALL, MIB, Rig, header, open_rig
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model.flags import BlockCommit, SnapshotDelete
-from blockferry.testing import QemuBinaries, check_image
+from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image
 
 SLOW = 64 * 1024  # bytes per second
 
@@ -67,6 +67,34 @@ async def test_shallow_commit_removes_the_file_when_asked(rig: Rig) -> None:
     assert await rig.chain("vda") == [rig.layer("vda", 1), rig.layer("vda", 0)]
     assert not (rig.path / "vda.s2").exists()
     await whole(rig, "vda")
+
+
+async def test_a_limit_that_is_refused_or_not_answered(faulty: Rig) -> None:
+    """The job goes on, and nobody calls it a mirror that was lost; a broken connection only has it asked again."""
+    await faulty.layers(1, only=["vda"])
+    await faulty.commit("vda", bandwidth=SLOW)
+    faulty.proxy.inject(Fault("block-job-set-speed", FaultKind.ERROR))
+    with pytest.raises(errors.SpeedRefused, match=r"the active-commit of vda can't be limited now: .*job list vm1"):
+        await faulty.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=MIB))
+    job = (await faulty.jobs())["vda"]
+    assert (job.state, job.speed) == ("running", SLOW)
+    for kind in (FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER):
+        faulty.proxy.inject(Fault("block-job-set-speed", kind))
+        await faulty.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=2 * SLOW))
+        assert (await faulty.jobs())["vda"].speed == 2 * SLOW
+    await faulty.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=0))
+    assert (await faulty.ended("vda")).state == "done"
+    await whole(faulty, "vda")
+
+
+async def test_a_limit_for_a_job_that_ends(rig: Rig) -> None:
+    """QEMU's own refusal: somebody else has told the mirror to complete, and it waits to be finalized."""
+    await rig.copy("vda")
+    await rig.ready("vda")
+    (job,) = await rig.qemu_jobs()
+    await rig.guest.command("job-complete", {"id": job})
+    with pytest.raises(errors.SpeedRefused, match=r"the copy of vda can't be limited now: .*pending"):
+        await rig.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=MIB))
 
 
 async def test_commit_goes_on_while_the_guest_writes(rig: Rig) -> None:

@@ -130,6 +130,7 @@ async def test_nbd_destination(rig: Rig, target: str) -> None:
     async with rig.server(image, "qcow2") as server:
         job = await rig.copy(target, server.uri)
         assert (job.dest, job.format) == (server.uri, "raw")
+        assert job.notes == (f"{server.uri} is an NBD export: what was on it is overwritten",)
         xml = (await rig.show()).xml or ""
         assert f'<host transport="unix" socket="{server.socket}"/>' in xml.partition("<mirror")[2]
         await rig.write(target, 0x28, 2 * MIB)

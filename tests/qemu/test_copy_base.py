@@ -137,8 +137,48 @@ async def test_reuse_ext_with_the_destinations_own_chain(rig: Rig, number: int) 
     await asyncio.to_thread(subprocess.run, convert, check=True, timeout=30)
     make_image(rig.qemu, rig.dest("vda"), "qcow2", SIZE, backing=own, backing_fmt="qcow2")
     await rig.copy("vda", base=rig.layer("vda", number), flags=BlockCopy.REUSE_EXT)
+    with pytest.raises(errors.ImageUnsuitable, match="in use: the copy of vm1's vda backs onto it"):
+        await rig.copy("sda", own, flags=BlockCopy.REUSE_EXT)
     await rig.pivot("vda")
     await finish_whole(rig, "vda", [str(rig.dest("vda")), str(own)])
+
+
+async def grown(rig: Rig) -> None:
+    """vda on s2, s1 and its image; from s1 on it has twice the size."""
+    await rig.layers(1, only=["vda"])
+    (overlay,) = [name for name in await rig.our_nodes() if name.endswith("-vda-s")]
+    await rig.guest.command("block_resize", {"node-name": overlay, "size": 2 * SIZE})
+    rig.written["vda"] += bytes(SIZE)
+    await rig.snapshot("s2", only=["vda"])
+    for number in (1, 3):
+        await rig.write("vda", 0xC0 + number, number * SIZE // 2)
+
+
+async def test_reuse_ext_where_the_disk_is_larger_than_its_base(rig: Rig) -> None:
+    """What the destination backs onto is as large as the base that it stands for, not as the layers above that."""
+    await grown(rig)
+    own = rig.dst / "base.copy"
+    convert = [rig.qemu.img, "convert", "-U", "-O", "qcow2", rig.source("vda"), own]
+    await asyncio.to_thread(subprocess.run, convert, check=True, timeout=30)
+    make_image(rig.qemu, rig.dest("vda"), "qcow2", 2 * SIZE, backing=own, backing_fmt="qcow2")
+    await rig.copy("vda", base=rig.layer("vda", 0), flags=BlockCopy.REUSE_EXT)
+    await rig.pivot("vda")
+    await finish_whole(rig, "vda", [str(rig.dest("vda")), str(own)])
+
+
+@pytest.mark.parametrize(("number", "size"), [(0, 2 * SIZE), (1, SIZE)])
+async def test_reuse_ext_over_an_image_of_another_size_than_the_base(rig: Rig, number: int, size: int) -> None:
+    """Refused when the copy is to begin: at the pivot it would be refused for certain."""
+    await grown(rig)
+    before = await rig.state()
+    own = make_image(rig.qemu, rig.dst / "own", "qcow2", size)
+    make_image(rig.qemu, rig.dest("vda"), "qcow2", 2 * SIZE, backing=own, backing_fmt="qcow2")
+    base = rig.layer("vda", number)
+    with pytest.raises(errors.ImageUnsuitable, match=f"{own} .*{size} bytes, and {base}, .* has {3 * SIZE - size}"):
+        await rig.copy("vda", base=base, flags=BlockCopy.REUSE_EXT)
+    own.unlink()
+    rig.dest("vda").unlink()
+    assert await rig.state() == before
 
 
 @pytest.mark.parametrize(

@@ -115,3 +115,22 @@ async def test_its_mirrors_are_dropped(guest: Defined) -> None:
     mirror = await guest.mirror("vda")
     assert mirror is not None
     assert (mirror.state, mirror.reason) == ("lost", "the guest was reverted to snapshot s1")
+
+
+async def test_not_to_what_a_commit_has_written_into(guest: Defined) -> None:
+    """What the base of a commit that did not end holds was never on the disk."""
+    commit = ask.Commit(domain="g1", disk="vda", top=str(guest.path / "vda.s1"), bandwidth=KIB)
+    await guest.ask(commit)
+    cancelled = await guest.ask(ask.CancelJobs(domain="g1", disks=("vda",)))
+    assert cancelled.text.endswith(
+        f"written in part: {guest.path / 'vda'}; not what they were any more: snapshots s1"
+    ), cancelled.text
+    snapshots = (await guest.ask(ask.ListSnapshots(domain="g1"))).snapshots
+    marked = {(each.name, disk.target) for each in snapshots for disk in each.disks if disk.written_into}
+    assert marked == {("s1", "vda")}, "what s2 keeps is the same, whatever of s1's image is in the base as well"
+    with pytest.raises(errors.ImageUnsuitable, match=f"{guest.path / 'vda'} .*a commit that did not end"):
+        await revert(guest, "s1")
+    assert (await guest.show()).state == "running"
+    await revert(guest, "s2")
+    for target in BOTH:
+        assert guest.holds(target, Path((await guest.disk(target)).source), "qcow2")

@@ -223,16 +223,20 @@ class Keeper(Link):
         """Limit a job to `bandwidth` bytes per second, 0 for no limit.
 
         Raises:
-            JobLost: QEMU refuses, in its words.
+            SpeedRefused: QEMU refuses, in its words.
             GuestGone: QEMU went away.
         """
-        session = await self.connect()
-        try:
+
+        async def limited() -> None:
+            session = await self.connect()
             await session.execute("block-job-set-speed", device=job.job, speed=bandwidth)
+
+        try:
+            await self._twice(limited)
         except CommandRefused as refusal:
-            raise errors.JobLost(domain=self.name, disk=job.target, reason=refusal.words) from refusal
-        except LostReply as lost:
-            raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
+            raise errors.SpeedRefused(
+                domain=self.name, disk=job.target, what=job.type, reason=refusal.words
+            ) from refusal
 
     async def check_jobs(self, seen: Observation) -> bool:
         """Find jobs that have ended without us, say so once, close what is left of them, and do what follows an end.
@@ -342,8 +346,10 @@ class Keeper(Link):
             # A job may have caught up before it was recorded, when its event said nothing to us yet. What was undone
             # recorded none: to look then, after the end of a job that can't be carried out, would be to try it for ever.
             with contextlib.suppress(errors.BlockferryError):
-                if plan.record.jobs and not undone and not self._journal.open_operations(self.name):
-                    await self.check_jobs(await self.observe())
+                if not undone and not self._journal.open_operations(self.name):
+                    now = await self.jobs() if plan.record.jobs else {}
+                    if not all(job.job in now and now[job.job].busy for job in plan.record.jobs):
+                        await self.check_jobs(await self.observe())
 
     def _see_to_thawing(self) -> None:
         if self.runner.frozen and not self._thawing:
@@ -384,6 +390,10 @@ class Keeper(Link):
         for job in self._journal.jobs(self.name):
             if job.operation == operation and job.state in ("lost", "cancelled"):
                 reason = job.reason or "no reason is known"
+                if isinstance(job, ChainJob) and job.written:
+                    reason += (
+                        f" ({job.written} is written in part: until that is done it is of use only under this disk)"
+                    )
                 raise errors.JobFailed(domain=self.name, disk=job.target, what=job.type, reason=reason)
 
     def _guest_gone(self, reason: str) -> None:

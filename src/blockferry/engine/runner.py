@@ -426,7 +426,10 @@ class Runner:
 
     def _undone(self, record: OperationRecord, row: str | None) -> None:
         event = item(self._link.name, "operation-undone", None, operation=record.id, what=record.plan.what)
-        self._publish(self._journal.finish(record.id, "undone", row=row, events=(event,)))
+        # A commit that was begun may have written before it was cancelled.
+        begun = [record.plan.prepare[index] for index, was in self._begun(record.id).items() if was.state != "failed"]
+        changed = record.plan.record.changed if any(isinstance(step, steps.StartCommit) for step in begun) else ()
+        self._publish(self._journal.finish(record.id, "undone", row=row, events=(event,), changed=changed))
 
     async def _leave_window(self, record: OperationRecord, evidence: Evidence, executor: Executor) -> bool:
         """Bring every disk back and let the guest run; whether that went.

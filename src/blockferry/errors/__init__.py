@@ -43,6 +43,7 @@ from blockferry.errors.jobs import (
     NoSuchJob,
     NotResumable,
     RebaseElsewhere,
+    SpeedRefused,
 )
 from blockferry.errors.lifecycle import (
     AgentUnreachable,
@@ -142,6 +143,7 @@ __all__ = [
     "SnapshotInternal",
     "SnapshotNotCurrent",
     "SnapshotNotMergeable",
+    "SpeedRefused",
     "StateDirBusy",
     "StateDirUnusable",
     "StillRunning",

@@ -44,8 +44,8 @@ class JobLost(Failed):
     code = "job-lost"
     exit_status = 52
     template = (
-        "{domain}: the mirror of {disk} was lost: {reason}. The guest goes on on its source; the destination is not a "
-        "copy of it."
+        "{domain}: the mirror of {disk} was lost: {reason}. The disk stays on its source; the destination is not a copy "
+        "of it."
     )
 
 
@@ -62,6 +62,22 @@ class JobFailed(Failed):
     template = (
         "{domain}: the {what} of {disk} has not been done: {reason}. The guest goes on on the image that it was on, and its "
         "chain is whole: `blockferry show {domain}` shows it. It can be started again."
+    )
+
+
+@dataclass(eq=False)
+class SpeedRefused(Refused):
+    """QEMU does not take a limit for a job, which is about to end."""
+
+    domain: str
+    disk: str
+    what: str
+    reason: str
+    code = "speed-refused"
+    exit_status = 57
+    template = (
+        "{domain}: the {what} of {disk} can't be limited now: {reason}. Nothing was done, and it goes on as it was: "
+        "`blockferry job list {domain}` shows how far it is."
     )
 
 

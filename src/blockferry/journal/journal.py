@@ -313,9 +313,12 @@ class Journal:
         row: str | None = None,
         pause_ms: float | None = None,
         events: tuple[Event, ...] = (),
+        changed: tuple[Snapshot, ...] = (),
     ) -> tuple[Event, ...]:
         """Write an operation's end, with the outcomes of its last stretch; the events get their numbers."""
         with self._write(f"operation {state}"):
+            for snapshot in changed:
+                self._put_snapshot(snapshot)
             for step in steps:
                 self._put_step(operation, step)
             self._db.execute(

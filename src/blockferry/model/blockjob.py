@@ -34,6 +34,8 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
         format: the destination's format.
         backing: what the destination backs onto; None when it stands alone.
         backing_format: its format.
+        stands_for: the image of the source's chain that `backing` holds the data of, when it is another file; None for
+            the one under the source.
         options: more arguments of blockdev-mirror (granularity, buf-size, copy-mode).
         state: `active` until it ended, then how; `resting` while its guest is shut off.
         reason: why it was lost or removed, in QEMU's own words where there are any.
@@ -61,6 +63,7 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     snapshot: str | None = None
     backing: str | None = None
     backing_format: str | None = None
+    stands_for: str | None = None
     options: dict[str, Any] = {}
     state: JobEnd = "active"
     reason: str | None = None
@@ -139,6 +142,11 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     def copy(self) -> Mirror | None:
         """The mirror that this job is, or leads to: a fill's or a resume's; None for the others."""
         return self.then
+
+    @property
+    def written(self) -> str | None:
+        """The image that a commit writes to: until it has ended it is whole only under the disk. None of the others."""
+        return self.base.file if self.base is not None and self.type in ("commit", "active-commit") else None
 
 
 BlockJob = Mirror | ChainJob

@@ -32,6 +32,7 @@ VERBS: dict[str, frozenset[str]] = {
 }
 # A ready mirror is on standby while the guest is drained: both have caught up.
 CAUGHT_UP = frozenset({"ready", "standby"})
+BUSY = frozenset({"created", "running", "paused"})
 ENDED = frozenset({"concluded", "null"})
 
 
@@ -63,6 +64,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def allows(self, verb: str) -> bool:
         """Whether QEMU accepts the verb in this state."""
         return self.status in VERBS[verb]
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has work before it, and nothing follows from it yet."""
+        return self.error is None and self.status in BUSY
 
     @property
     def over(self) -> bool:

@@ -73,6 +73,8 @@ class SnapshotDisk(msgspec.Struct, frozen=True, kw_only=True):
         mirror: the mirror's destination, when it was asked for.
         mirror_backing: what the destination backs onto.
         mirror_backing_format: its format.
+        written_into: whether a commit has begun to write into what the snapshot keeps of the disk. One that ends takes the
+            disk out of the snapshot; after one that does not, `backing` is not what it was at the snapshot.
     """
 
     target: str
@@ -80,6 +82,7 @@ class SnapshotDisk(msgspec.Struct, frozen=True, kw_only=True):
     format: str
     backing: str
     backing_format: str
+    written_into: bool = False
     block: bool = False
     mode: Mode | None = None
     mirror: str | None = None

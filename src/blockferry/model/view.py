@@ -175,7 +175,10 @@ class GraphView(_View, frozen=True, kw_only=True, tag="graph"):
 
 
 class SnapshotDiskView(msgspec.Struct, frozen=True, kw_only=True):
-    """A disk of a snapshot: the overlay, the image as of the snapshot, and the mirror with its state."""
+    """A disk of a snapshot: the overlay, the image as of the snapshot, and the mirror with its state.
+
+    `written_into`: a commit has begun to write into that image; if it does not end, the image is not what it was.
+    """
 
     target: str
     source: str
@@ -183,6 +186,7 @@ class SnapshotDiskView(msgspec.Struct, frozen=True, kw_only=True):
     backing: str
     backing_format: str
     mirror: MirrorView | None = None
+    written_into: bool = False
 
 
 class SnapshotView(_View, frozen=True, kw_only=True, tag="snapshot"):

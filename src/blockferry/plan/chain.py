@@ -16,7 +16,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import close_job, image_below
 from blockferry.plan.destinations import same_file
 from blockferry.plan.disks import close_images, find_disk, require_suitable
-from blockferry.plan.history import after_commit, descendants
+from blockferry.plan.history import after_commit, descendants, while_committed
 from blockferry.plan.plan import Names, Plan, Record, Window
 from blockferry.plan.resume import is_mirrored, leave_round, plan_round
 from blockferry.plan.steps import (
@@ -168,7 +168,11 @@ def plan_commit(
         what="commit",
         text=f"commit {_span(job)} of {disk.target} into {base.file}",
         prepare=(_start(job, disk),),
-        record=Record(authoritative={disk.target: disk.active.file}, jobs=(job,)),
+        record=Record(
+            authoritative={disk.target: disk.active.file},
+            jobs=(job,),
+            changed=while_committed(snapshots, {disk.target: job}, {disk.target: _above(disk, job)}),
+        ),
         notes=(
             *(f"snapshot {name} will be no more: what it kept is written over" for name in forgotten),
             *(
@@ -212,7 +216,8 @@ def plan_merge(
     doomed = below if only_children else (snapshot, *below) if children else (snapshot,)
     if not doomed:
         raise errors.SnapshotNotMergeable(domain=domain, snapshot=snapshot.name, reason="it has no children")
-    jobs: list[ChainJob] = []
+    jobs: dict[str, ChainJob] = {}
+    above: dict[str, str | None] = {}
     starts: list[Step] = []
     for target in dict.fromkeys(disk.target for each in doomed for disk in each.disks):
         disk = find_disk(domain, seen, target)
@@ -221,18 +226,20 @@ def plan_merge(
         _require_unshared(domain, seen, disk, base, users)
         _require_empty(domain, seen, disk, top, base)
         job = _commit(domain, disk, top, base, names=names, operation=operation, remove=True)
-        jobs.append(msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed)))
-        starts.append(_start(jobs[-1], disk))
+        jobs[target] = msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed))
+        above[target] = _above(disk, job)
+        starts.append(_start(jobs[target], disk))
     which = ", ".join(each.name for each in doomed)
-    removed = ", ".join(layer.file for job in jobs for layer in job.leaving)
+    removed = ", ".join(layer.file for job in jobs.values() for layer in job.leaving)
     return Plan(
         what="delete",
         text=f"delete snapshot{'s' if len(doomed) > 1 else ''} {which}: "
-        + "; ".join(f"merge {_span(job)} into {_base(job).file}" for job in jobs),
+        + "; ".join(f"merge {_span(job)} into {_base(job).file}" for job in jobs.values()),
         prepare=tuple(starts),
         record=Record(
-            authoritative={job.target: find_disk(domain, seen, job.target).active.file for job in jobs},
-            jobs=tuple(jobs),
+            authoritative={target: find_disk(domain, seen, target).active.file for target in jobs},
+            jobs=tuple(jobs.values()),
+            changed=while_committed(snapshots, jobs, above),
         ),
         notes=(f"removed once they are merged: {removed}",),
     )

@@ -230,9 +230,10 @@ def plan_copy(
         steps.append(_stream(fill, backing[0] if backing else None))
         job = fill
     onto = f", backing onto {backing[0]}" if backing else ""
-    notes: tuple[str, ...] = ()
-    if not is_uri(wish.file) and files.facts[wish.file].kind == "block":
-        notes = (f"{wish.file} is a block device: what was on it is overwritten",)
+    kind = (
+        "an NBD export" if is_uri(wish.file) else "a block device" if files.facts[wish.file].kind == "block" else None
+    )
+    notes = (f"{wish.file} is {kind}: what was on it is overwritten",) if kind is not None else ()
     return Plan(
         what="copy",
         text=f"copy {disk.target} to {wish.file} ({wish.format}{onto})",
@@ -266,6 +267,7 @@ def _mirror(domain: str, wish: Wish, backing: tuple[str, str] | None, names: Nam
         format=wish.format,
         backing=backing[0] if backing else None,
         backing_format=backing[1] if backing else None,
+        stands_for=wish.base.file if wish.base is not None else None,
         options=wish.options,
     )
 
@@ -362,7 +364,11 @@ def _existing_backing(wish: Wish, files: Files) -> tuple[str, str] | None:
         )
     if head.real_backing == files.facts[wish.base.file].real:
         return wish.base.file, wish.base.format
-    # The destination's own chain: the caller says that it holds what the base holds.
+    # The destination's own chain: the caller says that it holds what the base holds, or will at the pivot. What can't any
+    # more is refused now: a raw file that is still being copied grows, anything else has its size from the beginning.
+    for own in files.images[wish.file][1:2]:
+        if not own.problem and (own.format != "raw" or own.virtual_size > wish.base.virtual_size):
+            dest.require_size_of(own, wish.base)
     return head.backing, str(head.backing_format)
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.model.files import ExportFact, FileFact, ImageFact
-from blockferry.model.graph import Node
+from blockferry.model.graph import Image, Node
 
 # A new qcow2 with a backing file takes three clusters of 64 KiB; a fourth comes with its first write.
 NEW_OVERLAY_BYTES = 4 * 64 * 1024
@@ -171,6 +171,19 @@ def require_image(chain: tuple[ImageFact, ...], path: str, image_format: str, si
             f"`qemu-img rebase -u -b BACKING -F FORMAT` adds it",
         )
     return head
+
+
+def require_size_of(own: ImageFact, base: Image) -> None:
+    """Refuse a base of the destination's own that is not as large as the image that it stands for.
+
+    Raises:
+        ImageUnsuitable: with both sizes.
+    """
+    if own.virtual_size != base.virtual_size:
+        raise errors.ImageUnsuitable(
+            path=own.path,
+            reason=f"it has {own.virtual_size} bytes, and {base.file}, which it stands for, has {base.virtual_size}",
+        )
 
 
 def same_file(one: str, other: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from blockferry.model.blockjob import ChainJob
@@ -58,6 +60,29 @@ def children(name: str, snapshots: tuple[Snapshot, ...]) -> tuple[str, ...]:
     return tuple(snapshot.name for snapshot in snapshots if snapshot.parent == name)
 
 
+def while_committed(
+    snapshots: tuple[Snapshot, ...], jobs: Mapping[str, ChainJob], above: Mapping[str, str | None]
+) -> tuple[Snapshot, ...]:
+    """The snapshots that commits write into from their beginning on, marked: they stay so if a commit does not end.
+
+    Args:
+        snapshots: the domain's.
+        jobs: the commits, by target.
+        above: as `after_commit`'s, by target.
+    """
+    found = []
+    for snapshot in snapshots:
+        disks = tuple(
+            msgspec.structs.replace(disk, written_into=True)
+            if disk.target in jobs and _kept(disk, jobs[disk.target], above[disk.target]) is None
+            else disk
+            for disk in snapshot.disks
+        )
+        if disks != snapshot.disks:
+            found.append(msgspec.structs.replace(snapshot, disks=disks))
+    return tuple(found)
+
+
 def after_commit(
     snapshots: tuple[Snapshot, ...], job: ChainJob, above: str | None
 ) -> tuple[tuple[Snapshot, ...], tuple[str, ...]]:
@@ -73,16 +98,11 @@ def after_commit(
         above: the file of the overlay of its topmost layer; None for an active commit. No other image that backs onto a
             merged layer (of a snapshot that the guest has left behind) finds its data in the base.
     """
-    base, leaving = job.base, {layer.file for layer in job.leaving}
-    if base is None:
-        return (), ()
     changed: dict[str, Snapshot] = {}
     gone: dict[str, str | None] = {}
     for snapshot in snapshots:
         disks = tuple(
-            kept
-            for disk in snapshot.disks
-            if (kept := disk if disk.target != job.target else _merged(disk, base.file, base.format, leaving, above))
+            kept for disk in snapshot.disks if (kept := disk if disk.target != job.target else _kept(disk, job, above))
         )
         if not disks:
             gone[snapshot.name] = snapshot.parent
@@ -98,16 +118,17 @@ def after_commit(
     return tuple(changed.values()), tuple(gone)
 
 
-def _merged(
-    disk: SnapshotDisk, base: str, base_format: str, leaving: set[str], above: str | None
-) -> SnapshotDisk | None:
-    """A snapshot's disk once these layers are merged into that base; None when what it kept is written over."""
-    if disk.file in leaving or disk.backing == base:
+def _kept(disk: SnapshotDisk, job: ChainJob, above: str | None) -> SnapshotDisk | None:
+    """A snapshot's disk once a commit of that disk has ended; None when what it kept is written over."""
+    base, leaving = job.base, {layer.file for layer in job.leaving}
+    if base is None:
+        return disk
+    if disk.file in leaving or disk.backing == base.file:
         return None
     if disk.backing in leaving:
         if disk.file != above:
             return None
-        return msgspec.structs.replace(disk, backing=base, backing_format=base_format)
+        return msgspec.structs.replace(disk, backing=base.file, backing_format=base.format)
     return disk
 
 

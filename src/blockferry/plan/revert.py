@@ -82,6 +82,9 @@ def plan_revert(
 
 
 def _whole(chain: tuple[ImageFact, ...], disk: SnapshotDisk) -> ImageFact:
+    if disk.written_into:
+        reason = "a commit that did not end has written into it, or into what is under it: it is not what it was at the snapshot"
+        raise errors.ImageUnsuitable(path=disk.backing, reason=reason)
     if not chain:
         raise errors.ImageUnsuitable(path=disk.backing, reason="it was not looked at")
     for image in chain:

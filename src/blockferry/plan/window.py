@@ -15,10 +15,11 @@ from blockferry import errors
 from blockferry.model.blockjob import JobEnd, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
-from blockferry.model.graph import Disk, Image
+from blockferry.model.graph import Disk
 from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import close_job, forget_bitmap, is_uri
+from blockferry.plan.destinations import require_size_of
 from blockferry.plan.disks import READ_ONLY_FILE, close_images, source_options
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
@@ -180,12 +181,9 @@ def _check_base(disk: Disk, mirror: Mirror, bases: tuple[ImageFact, ...]) -> Non
     for base in bases:
         if base.problem:
             raise errors.ImageUnsuitable(path=base.path, reason=base.problem)
-    below: Image | None = disk.chain[1] if len(disk.chain) > 1 else None
-    if below is not None and bases[0].virtual_size != below.virtual_size:
-        raise errors.ImageUnsuitable(
-            path=bases[0].path,
-            reason=f"it is not whole: {bases[0].virtual_size} bytes, and {below.file} has {below.virtual_size}",
-        )
+    below = next((image for image in disk.chain[1:] if mirror.stands_for in (None, image.file)), None)
+    if below is not None:
+        require_size_of(bases[0], below)
 
 
 def _window_disk(seen: Observation, disk: Disk, mirror: Mirror, names: Names) -> WindowDisk:

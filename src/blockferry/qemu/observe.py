@@ -79,8 +79,8 @@ class Observer:
         """
         capabilities = await self.capabilities(domain)
         ask = self._session.execute
-        graph, status, drives, jobs, block_jobs = await asyncio.gather(
-            self.graph(), ask("query-status"), ask("query-block"), ask("query-jobs"), ask("query-block-jobs")
+        graph, status, drives, jobs = await asyncio.gather(
+            self.graph(), ask("query-status"), ask("query-block"), self.jobs()
         )
         about = await self._about()
         return Observation(
@@ -88,11 +88,16 @@ class Observer:
             running=status["running"],
             graph=graph,
             disks=await self._disks(graph, drives),
-            jobs=_jobs(jobs, block_jobs),
+            jobs=jobs,
             capabilities=capabilities,
             pid=self._session.pid,
             **about,
         )
+
+    async def jobs(self) -> dict[str, Job]:
+        """Every job by its id."""
+        ask = self._session.execute
+        return _jobs(*await asyncio.gather(ask("query-jobs"), ask("query-block-jobs")))
 
     async def graph(self) -> Graph:
         """Nodes and edges alone, as of one moment.

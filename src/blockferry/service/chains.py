@@ -28,7 +28,7 @@ class Chains:
         async with self._desk.writing(request.domain) as (keeper, seen):
             copy = joined(request.domain, seen, request, self._desk.journal.jobs(request.domain))
             if copy is not None:
-                answer = answers.job_view(copy, seen)
+                answer = answers.job_view(copy, seen.jobs)
                 note = f"joined the copy to {answer.dest}: once the guest is pivoted onto it, its chain is the one asked for"
                 return msgspec.structs.replace(answer, notes=(note,))
             operation, names = self._desk.names(dry_run=request.dry_run)

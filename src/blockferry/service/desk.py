@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition
 from blockferry.model.domain import ChainsNow, Observation
 from blockferry.model.files import ImageFact
+from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.plan import Names, Plan
 from blockferry.qemu.images import Images, is_block_device
@@ -117,7 +118,7 @@ class Desk:
             return plan_view(keeper.name, plan)
         await keeper.run(operation, plan)
         (started,) = plan.record.jobs
-        answer = answers.job_view(self.job(keeper, started.target), await self.seen_or_none(keeper))
+        answer = answers.job_view(self.job(keeper, started.target), await self.jobs_or_none(keeper))
         return msgspec.structs.replace(answer, notes=plan.notes)
 
     def job(self, keeper: Keeper, target: str) -> BlockJob:
@@ -224,6 +225,13 @@ class Desk:
             return await keeper.observe()
         except errors.BlockferryError:
             return None
+
+    async def jobs_or_none(self, keeper: Keeper) -> Mapping[str, Job]:
+        """QEMU's jobs of a domain now; none where it can't be asked."""
+        try:
+            return await keeper.jobs()
+        except errors.BlockferryError:
+            return {}
 
 
 def require_path(path: str) -> None:

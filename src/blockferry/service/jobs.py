@@ -13,6 +13,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
+from blockferry.model.snapshot import Snapshot
 from blockferry.plan import copy as copying
 from blockferry.plan import resume as resumption
 from blockferry.plan.destinations import Files
@@ -142,8 +143,8 @@ class Jobs:
     async def list(self, request: ask.ListJobs) -> view.JobList:
         """The jobs of a domain, and how the last ones ended."""
         keeper = self._desk.keeper(request.domain)
-        seen = await self._desk.seen_or_none(keeper)
-        jobs = tuple(answers.job_view(job, seen) for job in self._desk.journal.jobs(request.domain))
+        now = await self._desk.jobs_or_none(keeper)
+        jobs = tuple(answers.job_view(job, now) for job in self._desk.journal.jobs(request.domain))
         return view.JobList(domain=request.domain, jobs=jobs)
 
     async def pivot(self, request: ask.PivotJobs) -> view.Done:
@@ -192,7 +193,9 @@ class Jobs:
         ]
         chains = [job for job in jobs if isinstance(job, ChainJob) and job.copy is None]
         left += ["the chain is as it was"] if chains else []
-        left += [f"written in part: {job.base.file}" for job in chains if job.type != "rebase" and job.base]
+        left += [f"written in part: {job.written}" for job in chains if job.written]
+        spoilt = [each.name for each in self._desk.journal.snapshots(request.domain) if _written_into(each, chains)]
+        left += [f"not what they were any more: snapshots {', '.join(spoilt)}"] if spoilt else []
         return view.Done(text="; ".join(["cancelled", *left]), operation=done.id)
 
     async def set_speed(self, request: ask.SetJobSpeed) -> view.Done:
@@ -204,3 +207,7 @@ class Jobs:
         await keeper.set_speed(job, request.bandwidth)
         limit = f"limited to {request.bandwidth} bytes/s" if request.bandwidth else "not limited any more"
         return view.Done(text=f"the {job.type} of {job.target} is {limit}")
+
+
+def _written_into(snapshot: Snapshot, commits: list[ChainJob]) -> bool:
+    return any(disk.written_into and disk.target == job.target for disk in snapshot.disks for job in commits)

@@ -56,6 +56,8 @@ async def _users(desk: Desk, own: Keeper, own_seen: Observation | None) -> dict[
     users: dict[str, str] = {}
     for keeper, chains in await _all(desk, own, own_seen):
         for copy in _copies(desk, keeper):
+            if copy.backing is not None:
+                users |= dict.fromkeys(_names(copy.backing), f"the copy of {keeper.name}'s {copy.target} backs onto it")
             users |= dict.fromkeys(_names(copy.file), f"{keeper.name} copies its {copy.target} to it")
         for target, files in chains:
             for file in files:

@@ -107,7 +107,9 @@ def snapshot(view: Json) -> str:
     lines += [f"before snapshot {', '.join(view['children'])}"] if view["children"] else []
     for disk in view["disks"]:
         lines += ["", disk["target"], f"  {disk['source']}  {disk['format']}"]
-        lines.append(f"  <- {disk['backing']}  {disk['backing_format']}")
+        # An older host process does not say it.
+        spoilt = "  written into by a commit that has not ended" if disk.get("written_into") else ""
+        lines.append(f"  <- {disk['backing']}  {disk['backing_format']}{spoilt}")
         lines += [f"  => {_mirror(disk['mirror'])}"] if disk["mirror"] else []
     lines += _left_out(view) + _frozen(view)
     return with_notes(view, "\n".join(lines))
