@@ -66,9 +66,20 @@ class Keeper(Link):
         bus: where events go.
         witness: told of every QMP command.
         home: where its QEMU lives, when it is one that we start.
+        window_seconds: how long its guest may stand still.
     """
 
-    def __init__(self, name: str, journal: Journal, images: Images, bus: Bus, witness: Witness, *, home: Home) -> None:
+    def __init__(
+        self,
+        name: str,
+        journal: Journal,
+        images: Images,
+        bus: Bus,
+        witness: Witness,
+        *,
+        home: Home,
+        window_seconds: float,
+    ) -> None:
         super().__init__(name, journal, images, witness, home=home)
         self.lock = asyncio.Lock()
         self._bus = bus
@@ -80,7 +91,7 @@ class Keeper(Link):
         self._thawing = False
         self._check_waits = False
         self._looks_again = False
-        self.runner = Runner(self, journal, images, bus.publish)
+        self.runner = Runner(self, journal, images, bus.publish, window_seconds=window_seconds)
 
     def _connected(self, session: Session, started: int | None) -> None:
         self._spawn(self._watch(session))

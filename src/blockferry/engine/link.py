@@ -111,6 +111,10 @@ class Link:
             raise errors.QmpUnreachable(qmp=record.qmp, reason=str(error)) from error
         return observer
 
+    def session(self) -> Session | None:
+        """The present connection; None where there is none."""
+        return self._session
+
     async def executor(self) -> Executor:
         """Carries steps out on the present connection, made anew where it broke."""
         session = await self.connect()

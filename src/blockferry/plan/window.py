@@ -80,7 +80,8 @@ def plan_window(
     jobs = tuple(mirror.job for mirror in mirrors)
     files = tuple(file for mirror in mirrors for file in (mirror.source, mirror.file) if file.startswith("/"))
     servers = {mirror.target: mirror.file for mirror in mirrors if is_uri(mirror.file)}
-    prepare += [*([CheckServers(uris=servers)] if servers else []), SyncFiles(paths=files)]
+    several = tuple(mirror.target for mirror in mirrors if mirror.multi_conn)
+    prepare += [*([CheckServers(uris=servers, flush=several)] if servers else []), SyncFiles(paths=files)]
     window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
     roots = {
         disk.backend: mirror.node if ends_on == "destination" else mirror.source_node

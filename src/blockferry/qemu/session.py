@@ -183,6 +183,23 @@ class Session:
         self._witness("after", command)
         return reply
 
+    async def execute_oob(self, command: str, seconds: float, **arguments: Any) -> None:
+        """Execute a command that overtakes all others, and waits for nothing in QEMU.
+
+        Raises:
+            CommandRefused: QEMU's error.
+            LostReply, TimeoutError: no reply.
+        """
+        self._witness("before", command)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._client.execute(command, arguments, oob=True)
+        except ExecuteError as error:
+            raise CommandRefused(command, str(error)) from error
+        except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
+            raise LostReply(command, str(error) or "the connection broke") from error
+        self._witness("after", command)
+
     @contextlib.contextmanager
     def _listening(self, names: Iterable[str]) -> Iterator[EventListener]:
         with self._client.listener(tuple(names)) as listener:

@@ -23,6 +23,9 @@ from blockferry.service.snapshots import Snapshots
 
 __all__ = ["Service"]
 
+# Draining and switching took 83 ms for 8 disks; guests' own time-outs begin at 5 s (a cluster's heartbeat), 30 s (a disk).
+WINDOW_SECONDS = 2.0
+
 Door = Callable[[Any], Coroutine[Any, Any, view.View]]
 
 
@@ -43,17 +46,20 @@ class Service:
         self._doors = self._open_doors()
 
     @classmethod
-    async def open(cls, state_dir: Path, *, witness: Witness = _nobody) -> Service:
+    async def open(
+        cls, state_dir: Path, *, witness: Witness = _nobody, window_seconds: float = WINDOW_SECONDS
+    ) -> Service:
         """Open the journal, connect to the domains, and settle what was interrupted.
 
         Args:
             state_dir: an absolute path that exists and is ours.
             witness: told before and after every durable write and QMP command; for logs and tests.
+            window_seconds: how long a guest may stand still before its window is left.
 
         Raises:
             StateDirUnusable: the journal can't be opened.
         """
-        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness, state_dir)
+        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness, state_dir, window_seconds)
         for record in desk.journal.domains():
             desk.keepers[record.name] = desk.new_keeper(record.name)
         service = cls(desk)

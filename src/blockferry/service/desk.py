@@ -38,20 +38,32 @@ class Desk:
         images: the host's image files.
         witness: told of every QMP command.
         state_dir: the state directory.
+        window_seconds: how long a guest may stand still.
     """
 
-    def __init__(self, journal: Journal, images: Images, witness: Witness, state_dir: Path) -> None:
+    def __init__(
+        self, journal: Journal, images: Images, witness: Witness, state_dir: Path, window_seconds: float
+    ) -> None:
         self.journal = journal
         self.state_dir = state_dir
         self.images = images
         self.bus = Bus()
         self.keepers: dict[str, Keeper] = {}
         self._witness = witness
+        self._window_seconds = window_seconds
 
     def new_keeper(self, name: str) -> Keeper:
         """A keeper for a domain; the caller decides whether it is kept."""
         home = Home(self.state_dir / "run" / "domains", self.state_dir / "log" / "domains", name)
-        return Keeper(name, self.journal, self.images, self.bus, self._witness, home=home)
+        return Keeper(
+            name,
+            self.journal,
+            self.images,
+            self.bus,
+            self._witness,
+            home=home,
+            window_seconds=self._window_seconds,
+        )
 
     def keeper(self, name: str) -> Keeper:
         """The keeper of a domain.
