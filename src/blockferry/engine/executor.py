@@ -448,7 +448,9 @@ class Executor:
         async def forgotten() -> bool:
             return name not in await self.jobs()
 
-        await self._session.wait_until(forgotten, JOB_EVENTS, what=f"finalize {name}", seconds=self._within(WINDOW_SECONDS))
+        await self._session.wait_until(
+            forgotten, JOB_EVENTS, what=f"finalize {name}", seconds=self._within(WINDOW_SECONDS)
+        )
 
     async def _complete(self, step: steps.CompleteJobs) -> None:
         await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)

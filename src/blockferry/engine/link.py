@@ -93,8 +93,12 @@ class Link:
                 raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
             self._guest_gone("another QEMU process answers on its socket now")
             observer.targets = names_that_last(observer.targets)
+        try:
+            self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
+        except errors.JournalUnwritable:
+            await session.close()
+            raise
         self._session, self._observer, self.problem = session, observer, None
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._connected(session, started)
         return session
 
@@ -152,6 +156,7 @@ class Link:
 
         Raises:
             GuestGone: QEMU went away while it was asked.
+            QmpTimeout: it lives, and does not answer.
             QmpUnreachable, QmpBusy: it can't be asked.
         """
         await self.connect()
@@ -159,10 +164,14 @@ class Link:
             # The second try is for a connection that had broken without our noticing.
             try:
                 seen = await self._look()
-            except LostReply:
+            except LostReply as lost:
+                if lost.seconds is not None:
+                    raise
                 await self.connect()
                 seen = await self._look()
         except LostReply as lost:
+            if lost.seconds is not None:
+                raise errors.QmpTimeout(domain=self.name, command=lost.command, seconds=lost.seconds) from lost
             raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
         except CommandRefused as refusal:
             raise errors.QmpUnreachable(qmp=self.record.qmp, reason=str(refusal)) from refusal

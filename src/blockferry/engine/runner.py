@@ -243,15 +243,11 @@ class Runner:
             for index, step in enumerate(window.steps):
                 intent = _intent(index, "window", step)
                 try:
-                    await _do(executor, step, {})
-                    if rescue.dead:
-                        raise Failure(step.text, rescue.words)
+                    await _do_in_time(executor, step, rescue)
                 except Failure as failure:
-                    await rescue.settled()
-                    reason = rescue.words or failure.reason
-                    outcomes.append(_outcome(intent, "failed", error=reason))
+                    outcomes.append(_outcome(intent, "failed", error=failure.reason))
                     self._journal.step(operation, *outcomes)
-                    raise Failure(step.text, reason, unknown=failure.unknown) from failure
+                    raise
                 outcomes.append(_outcome(intent, "done"))
             rescue.end()
         return tuple(outcomes)
@@ -439,11 +435,23 @@ class Runner:
                 await self._take_as_it_is(record, window, seen, decision.row)
             case "record" | "settle":
                 if decision.action == "record":
-                    self._record(record.id, record.plan.record)
+                    await self._record_or_leave(record, evidence, executor)
                 settled = () if evidence.gone else await self._settle(record.plan.settle)
                 self._finish(record.id, record.plan, settled, row=row)
             case "wait":
                 pass
+
+    async def _record_or_leave(self, record: OperationRecord, evidence: Evidence, executor: Executor) -> None:
+        """Write the point of no return; where it can't be written the guest does not stand still until it can."""
+        try:
+            self._record(record.id, record.plan.record)
+        except errors.JournalUnwritable:
+            window = record.plan.window
+            if window is not None and window.chain is not None and window.resume:
+                await _do(executor, steps.Resume(), {})  # it holds everything, and is found at its end again
+            elif window is not None and evidence.seen is not None:
+                await self._leave_window(record, evidence, executor)
+            raise
 
     async def _undo(
         self, record: OperationRecord, executor: Executor, *, gone: bool, keep: frozenset[int] = frozenset()
@@ -548,6 +556,17 @@ async def _try(executor: Executor, step: steps.Step, claims: dict[str, dict[str,
         return await _do(executor, step, claims)
     except Failure as failure:
         return failure
+
+
+async def _do_in_time(executor: Executor, step: steps.Step, rescue: Rescue) -> None:
+    """As `_do`, in a window: what failed because the guest had to be freed says so, and what came too late has failed."""
+    result = await _try(executor, step, {})
+    if isinstance(result, Failure):
+        await rescue.settled()
+    if rescue.dead:
+        raise Failure(step.text, rescue.words)
+    if isinstance(result, Failure):
+        raise result
 
 
 async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any]:

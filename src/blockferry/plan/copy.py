@@ -212,7 +212,7 @@ def plan_copy(
     disk = wish.disk
     like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
     backing = _check_destination(wish, files)
-    mirror = _mirror(domain, wish, backing, names, operation, files)
+    mirror = _mirror(domain, wish, backing, names=names, operation=operation, files=files)
     if _resumable(wish, seen, files):
         mirror = msgspec.structs.replace(
             mirror, bitmap=names.of(disk.target, "k"), blank=wish.reuse and wish.file in files.blank
@@ -249,7 +249,9 @@ def _resumable(wish: Wish, seen: Observation, files: Files) -> bool:
     return files.facts[wish.file].kind == "absent" or wish.file in files.blank
 
 
-def _mirror(domain: str, wish: Wish, backing: tuple[str, str] | None, names: Names, operation: int, files: Files) -> Mirror:
+def _mirror(
+    domain: str, wish: Wish, backing: tuple[str, str] | None, names: Names, operation: int, files: Files
+) -> Mirror:
     disk, export = wish.disk, files.exports.get(wish.file)
     return Mirror(
         domain=domain,

@@ -105,9 +105,7 @@ async def _connected(uri: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
             await writer.wait_closed()
 
 
-async def _ask(
-    uri: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, option: int = _INFO
-) -> ExportFact:
+async def _ask(uri: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, option: int = _INFO) -> ExportFact:
     """What it says of the export; with the option `go` it is open afterwards, unless there is a problem."""
     if await reader.readexactly(len(_GREETING)) != _GREETING:
         return ExportFact(uri=uri, problem="its server does not speak NBD")

@@ -34,7 +34,7 @@ def widen(pid: int, servers: Collection[str], *, shut: bool = False) -> bool:
     Returns:
         Whether that was done to all; not where we may not touch the process (ptrace(2)), or may not make buffers so large.
     """
-    done = {server: False for server in servers}
+    done = dict.fromkeys(servers, False)
     for connection, server in _connections(pid):
         if server not in done:
             continue

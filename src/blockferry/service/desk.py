@@ -85,7 +85,7 @@ class Desk:
     async def holding(self, name: str) -> AsyncIterator[Keeper]:
         """The domain to oneself, with everything of before settled; it may be shut off."""
         keeper = self.keeper(name)
-        async with keeper.lock:
+        async with keeper.alone():
             if self.journal.open_operations(name):
                 await keeper.reconcile()
             for operation in self.journal.open_operations(name):

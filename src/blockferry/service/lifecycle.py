@@ -56,7 +56,7 @@ class Lifecycle:
             keeper = self._desk.new_keeper(name)
         elif not keeper.record.defined:
             raise errors.DomainExists(domain=name, qmp=keeper.record.qmp)
-        async with keeper.lock:
+        async with keeper.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=name)
             xml = with_uuid(request.xml, str(uuid.uuid4()))
@@ -80,7 +80,7 @@ class Lifecycle:
     async def undefine(self, request: ask.Undefine) -> view.Done:
         """Forget a guest that is shut off."""
         keeper = self._defined(request.domain)
-        async with keeper.lock:
+        async with keeper.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
             await keeper.close()
