@@ -1,16 +1,24 @@
 """What hangs is a fault too: a server that accepts and says nothing, a QEMU that is stopped, a file system that is frozen."""
 
 import asyncio
-from collections.abc import Awaitable
+import contextlib
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import pytest
-from rig import ALL, FORMATS, MIB, SIZE, Rig
+from rig import ALL, FORMATS, MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
+from blockferry.engine import link
+from blockferry.model import request as ask
 from blockferry.model import view
-from blockferry.qemu import nbd
+from blockferry.model.snapshot import DiskWish, SnapshotWish
+from blockferry.qemu import images, nbd
+from blockferry.qemu.session import Session
 from blockferry.service import Service
-from blockferry.testing import Gate, NbdServer, make_image
+from blockferry.testing import Gate, NbdServer, QemuBinaries, TestQemu, blockdev_disk, find_qemu, make_image
 
 # Long before QEMU's own answer would be given up (30 s): who waits for that has not been freed.
 FREED_SECONDS = 15.0
@@ -115,3 +123,112 @@ async def test_server_that_hangs_before_the_window(rig: Rig, monkeypatch: pytest
         server.resume()
         await rig.pivot(*ALL)
         assert await rig.chain("vda") == [server.uri]
+
+
+# --- a file system that hangs ---------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def mounted(device: Path, folder: Path) -> AsyncIterator[Callable[[str], None]]:
+    """A file system of its own; gives what freezes (`-f`) and unfreezes (`-u`) it."""
+
+    def run(*words: str | Path) -> None:
+        subprocess.run(words, check=True, capture_output=True, timeout=20)
+
+    run("mkfs.ext4", "-q", "-F", device)
+    run("mount", device, folder)
+    try:
+        yield lambda how: run("fsfreeze", how, folder)
+    finally:
+        run("umount", "-l", folder)
+
+
+async def test_file_system_that_hangs_before_the_window(
+    qemu: QemuBinaries, tmp_path: Path, device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen one takes no change and does not come back: nobody can free who waits for it, so the window is refused."""
+    monkeypatch.setattr(images, "SYNC_SECONDS", 0.5)
+    (tmp_path / "frozen").mkdir()
+    async with mounted(device, tmp_path / "frozen") as freeze, open_rig(qemu, tmp_path) as rig:
+        await rig.copy("vda", tmp_path / "frozen" / "vda.copy")
+        await rig.ready("vda")
+        await rig.pauses_heard()
+        freeze("-f")
+        try:
+            with pytest.raises(errors.OperationFailed, match="its file system does not answer within"):
+                await rig.pivot("vda")
+            assert "STOP" not in await rig.pauses_heard()
+            assert await rig.states() == {"vda": "ready"}
+        finally:
+            freeze("-u")
+        await rig.pivot("vda")
+        await rig.guest.stop()
+        assert rig.holds("vda", tmp_path / "frozen" / "vda.copy", "qcow2")
+
+
+# --- a QEMU that does not answer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["query-jobs", "blockdev-mirror", "stop"])
+async def test_qemu_that_is_stopped(rig: Rig, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a request: it ends within its bound and says what is known. Once QEMU goes on it is settled."""
+    monkeypatch.setattr(Session, "COMMAND_SECONDS", 0.5)
+    monkeypatch.setattr(link.Link.connect, "__defaults__", (0.5,))
+    seen: list[str] = []
+
+    def witness(when: str, what: str) -> None:
+        if when == "before" and what == step and armed:
+            armed.clear()
+            rig.guest.process.signal(signal.SIGSTOP)
+            seen.append(what)
+
+    armed: list[bool] = []
+    await rig.service.close()
+    rig.service = await Service.open(rig.path / "state", witness=witness)
+    await rig.copy("vdb")
+    await rig.ready("vdb")
+    armed.append(True)
+    try:
+        async with asyncio.timeout(FREED_SECONDS):
+            with pytest.raises(errors.BlockferryError) as caught:
+                await (rig.copy("vda") if step == "blockdev-mirror" else rig.pivot("vdb"))
+        assert seen == [step]
+        known = errors.QmpTimeout if step == "query-jobs" else errors.OperationUnsettled
+        assert isinstance(caught.value, known)
+        assert "no answer within 0.5 s" in str(caught.value) or "did not answer" in str(caught.value)
+        async with asyncio.timeout(FREED_SECONDS):
+            shown = await rig.show()
+        assert shown.state == "unreachable"
+        assert f"its process {rig.guest.pid} is stopped" in str(shown.reason)
+    finally:
+        rig.guest.process.signal(signal.SIGCONT)
+    await rig.settled()
+    assert {state for _what, state in await rig.operations()} <= {"undone", "done", "in-progress"}
+    assert await rig.status() == "running"
+    assert await rig.states() == {"vdb": "ready"}
+    await rig.pivot("vdb")
+    await rig.guest.stop()
+    assert rig.holds("vdb", rig.dest("vdb"), "raw")
+
+
+async def test_other_domains_are_not_held_up(tmp_path: Path) -> None:
+    """While one QEMU is stopped and a request waits for it, another's snapshot is taken."""
+    qemu = find_qemu("distribution")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    async with contextlib.AsyncExitStack() as stack:
+        guests = []
+        for folder in folders:
+            folder.mkdir()
+            disk = make_image(qemu, folder / "vda.img", "qcow2", SIZE)
+            guests.append(await stack.enter_async_context(TestQemu(qemu, folder, args=blockdev_disk("d0", disk, "qcow2"))))
+        service = await Service.open(tmp_path)
+        stack.push_async_callback(service.close)
+        for folder, guest in zip(folders, guests, strict=True):
+            await service.submit(ask.Attach(domain=folder.name, qmp=str(guest.qmp)))
+        guests[0].process.signal(signal.SIGSTOP)
+        waiting = asyncio.create_task(service.submit(ask.ListJobs(domain="a")))
+        wish = SnapshotWish(disks=(DiskWish(name="vda", file=str(tmp_path / "b" / "s1")),))
+        await service.submit(ask.CreateSnapshot(domain="b", wish=wish))
+        assert not waiting.done(), "its QEMU is stopped"
+        guests[0].process.signal(signal.SIGCONT)
+        await waiting

@@ -33,12 +33,17 @@ class Link:
         images: the host's image files.
         witness: told of every QMP command.
         home: where its QEMU lives, when it is one that we start.
+
+    Attributes:
+        problem: why it can't be asked.
+        seen: the domain as it was observed last.
     """
 
     def __init__(self, name: str, journal: Journal, images: Images, witness: Witness, *, home: Home) -> None:
         self.name = name
         self.home = home
         self.problem: errors.BlockferryError | None = None
+        self.seen: Observation | None = None
         self._journal = journal
         self._images = images
         self._witness = witness
@@ -180,7 +185,7 @@ class Link:
     async def _look(self) -> Observation:
         if self._observer is None:
             raise LostReply("observe", "not connected")
-        seen = await self._observer.observe(self.name)
+        self.seen = seen = await self._observer.observe(self.name)
         record = self.record
         if self._observer.targets != record.targets:
             self._journal.put_domain(msgspec.structs.replace(record, targets=dict(self._observer.targets)))

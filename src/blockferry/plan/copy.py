@@ -250,7 +250,7 @@ def _resumable(wish: Wish, seen: Observation, files: Files) -> bool:
 
 
 def _mirror(
-    domain: str, wish: Wish, backing: tuple[str, str] | None, names: Names, operation: int, files: Files
+    domain: str, wish: Wish, backing: tuple[str, str] | None, *, names: Names, operation: int, files: Files
 ) -> Mirror:
     disk, export = wish.disk, files.exports.get(wish.file)
     return Mirror(

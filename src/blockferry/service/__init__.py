@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -104,9 +103,7 @@ class Service:
 
     async def close(self) -> None:
         """Let go of everything; guests and their jobs go on."""
-        self._desk.bus.close()
-        await asyncio.gather(*(keeper.close() for keeper in self._desk.keepers.values()))
-        self._desk.journal.close()
+        await self._desk.close()
 
     def has_work(self) -> bool:
         """Whether there is something to watch: an operation, a job that works, a guest to be thawed, a domain that we started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,9 @@ from blockferry.qemu.launch import Home
 
 Witness = Callable[[str, str], None]
 
+# A QEMU is asked for all of its graph in some 10 ms; a busy host gets three hundred times that.
+LATELY_SECONDS = 3.0
+
 
 class Desk:
     """The domains of one state directory.
@@ -51,6 +55,7 @@ class Desk:
         self.keepers: dict[str, Keeper] = {}
         self._witness = witness
         self._window_seconds = window_seconds
+        self._asking: dict[str, asyncio.Task[Observation | None]] = {}
 
     def new_keeper(self, name: str) -> Keeper:
         """A keeper for a domain; the caller decides whether it is kept."""
@@ -209,6 +214,26 @@ class Desk:
             images = ", ".join(dict.fromkeys(f"{each.file} ({each.target})" for each in inside))
             raise errors.SnapshotInternal(domain=domain, snapshot=name, images=images)
         raise errors.NoSuchSnapshot(domain=domain, snapshot=name)
+
+    async def seen_lately(self, keeper: Keeper) -> Observation | None:
+        """A domain that a request is not about: as it is now, or as it was seen last where its QEMU takes too long.
+
+        So one that hangs holds up no other. It is asked once at a time, and not given up: a reply may come yet.
+        """
+        asked = self._asking.get(keeper.name)
+        if asked is None or asked.done():
+            asked = self._asking[keeper.name] = asyncio.create_task(self.seen_or_none(keeper))
+        await asyncio.wait([asked], timeout=LATELY_SECONDS)
+        return asked.result() if asked.done() else keeper.seen
+
+    async def close(self) -> None:
+        """Let go of everything; guests and their jobs go on."""
+        self.bus.close()
+        for asked in self._asking.values():
+            asked.cancel()
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        await asyncio.gather(*(keeper.close() for keeper in self.keepers.values()))
+        self.journal.close()
 
     async def seen_or_none(self, keeper: Keeper) -> Observation | None:
         """The domain now, or None where it can't be asked."""
