@@ -11,7 +11,7 @@ import pytest
 from rig import ALL, FORMATS, MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
-from blockferry.engine import link
+from blockferry.engine import keeper, link
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.snapshot import DiskWish, SnapshotWish
@@ -232,3 +232,20 @@ async def test_other_domains_are_not_held_up(tmp_path: Path) -> None:
         assert not waiting.done(), "its QEMU is stopped"
         guests[0].process.signal(signal.SIGCONT)
         await waiting
+
+
+async def test_who_waits_is_told_for_whom(faulty: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that does not come to its end: others get its number and since when, and nothing of theirs is done."""
+    monkeypatch.setattr(keeper, "BUSY_SECONDS", 0.3)
+    gate = faulty.proxy.pause_before("transaction")
+    first = asyncio.create_task(faulty.snapshot("s1"))
+    await gate.reached()
+    for refused in (faulty.snapshot("s2"), faulty.copy("vda"), faulty.commit("vda")):
+        with pytest.raises(errors.DomainBusy, match=r"busy with operation 1 \(snapshot\) since 2\d+-\d\d-\d\dT") as caught:
+            await refused
+        assert (caught.value.operation, caught.value.code) == (1, "domain-busy")
+    assert list((await faulty.ask(ask.Recover())).unreachable) == ["vm1"]
+    gate.release()
+    await first
+    assert set(await faulty.snapshots()) == {"s1"}
+    assert await faulty.operations() == [("snapshot", "done")]
