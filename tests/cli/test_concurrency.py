@@ -131,5 +131,7 @@ async def test_on_twenty_domains(command: Command, qemu: QemuBinaries, tmp_path:
         for name in (names[0], names[-1]):
             await agree(command, name, guests[name], {"s1"}, tmp_path / name)
         operations = (await command.json("operations"))["operations"]
-        assert sorted((each["domain"], each["state"]) for each in operations) == sorted((name, "done") for name in names)
+        assert sorted((each["domain"], each["state"]) for each in operations) == sorted(
+            (name, "done") for name in names
+        )
         assert len({each["id"] for each in operations}) == MANY

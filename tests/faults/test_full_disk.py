@@ -39,20 +39,22 @@ class Disk:
             self.fill()
 
 
+def run(*words: str | Path) -> None:
+    subprocess.run(words, check=True, timeout=20)
+
+
 @contextlib.asynccontextmanager
 async def on_a_small_disk(rig: Rig) -> AsyncIterator[Disk]:
     disk = Disk(rig.path / "state")
     await rig.service.close()
-    subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES}", "tmpfs", disk.folder], check=True, timeout=20
-    )
+    run("mount", "-t", "tmpfs", "-o", f"size={STATE_BYTES}", "tmpfs", disk.folder)
     try:
         rig.service = await Service.open(disk.folder, witness=disk.witness)
         await rig.reattach()
         yield disk
         await rig.service.close()
     finally:
-        subprocess.run(["umount", "-l", disk.folder], check=True, timeout=20)
+        run("umount", "-l", disk.folder)
 
 
 async def test_new_operations_are_refused_and_copies_go_on(rig: Rig) -> None:

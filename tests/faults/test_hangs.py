@@ -220,7 +220,9 @@ async def test_other_domains_are_not_held_up(tmp_path: Path) -> None:
         for folder in folders:
             folder.mkdir()
             disk = make_image(qemu, folder / "vda.img", "qcow2", SIZE)
-            guests.append(await stack.enter_async_context(TestQemu(qemu, folder, args=blockdev_disk("d0", disk, "qcow2"))))
+            guests.append(
+                await stack.enter_async_context(TestQemu(qemu, folder, args=blockdev_disk("d0", disk, "qcow2")))
+            )
         service = await Service.open(tmp_path)
         stack.push_async_callback(service.close)
         for folder, guest in zip(folders, guests, strict=True):
@@ -241,7 +243,9 @@ async def test_who_waits_is_told_for_whom(faulty: Rig, monkeypatch: pytest.Monke
     first = asyncio.create_task(faulty.snapshot("s1"))
     await gate.reached()
     for refused in (faulty.snapshot("s2"), faulty.copy("vda"), faulty.commit("vda")):
-        with pytest.raises(errors.DomainBusy, match=r"busy with operation 1 \(snapshot\) since 2\d+-\d\d-\d\dT") as caught:
+        with pytest.raises(
+            errors.DomainBusy, match=r"busy with operation 1 \(snapshot\) since 2\d+-\d\d-\d\dT"
+        ) as caught:
             await refused
         assert (caught.value.operation, caught.value.code) == (1, "domain-busy")
     assert list((await faulty.ask(ask.Recover())).unreachable) == ["vm1"]

@@ -373,7 +373,7 @@ class Keeper(Link):
         self.in_flight.add(operation)
         undone = False
         try:
-            return await self.runner.run(operation, plan)
+            return await self._to_its_end(operation, plan)
         except errors.OperationFailed:
             undone = True
             raise
@@ -386,6 +386,20 @@ class Keeper(Link):
             with contextlib.suppress(errors.BlockferryError):
                 if plan.record.jobs and not undone and not self._journal.open_operations(self.name):
                     await self.check_jobs(await self.observe())
+
+    async def _to_its_end(self, operation: int, plan: Plan) -> OperationRecord:
+        """Run it; whoever is cancelled meanwhile (Ctrl-C, the end of the process) waits for the end of a window.
+
+        The guest would stand still until somebody recovers. Of any other plan nothing of the kind depends on us.
+        """
+        work = asyncio.ensure_future(self.runner.run(operation, plan))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if not self.runner.in_window:
+                work.cancel()
+            await asyncio.wait([work])
+            raise
 
     def _see_to_thawing(self) -> None:
         if self.runner.frozen and not self._thawing:

@@ -46,17 +46,19 @@ class Rescue:
         self._seconds = seconds * SHARE
         disks = window.disks if window is not None else ()
         self._mirrors = {disk.target: disk.mirror for disk in disks if is_uri(disk.mirror.file)}
+        self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._freeing = False
         self.dead: dict[str, str] = {}
 
     def begin(self) -> None:
         """The guest may stand still from now on."""
-        if self._mirrors and self._task is None:
-            self._task = asyncio.create_task(self._run())
+        if self._mirrors and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._time_is_up)
 
     def end(self) -> None:
         """It has what it was to have, or runs again: what is in `dead` by now was left."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
 
@@ -65,21 +67,20 @@ class Rescue:
         """Which destinations were left, and why."""
         return "; ".join(f"the destination of {target}: {why}" for target, why in self.dead.items())
 
-    async def _run(self) -> None:
-        await asyncio.sleep(self._seconds)
-        # One that is stopped itself would only lose its mirrors.
-        if self._pid is None or is_stopped(self._pid):
-            return
-        self._freeing = True
-        await self.free()
+    def _time_is_up(self) -> None:
+        # A QEMU that is stopped itself would only lose its mirrors.
+        if self._pid is not None and not is_stopped(self._pid):
+            self._task = asyncio.create_task(self.free())
 
     async def settled(self) -> None:
         """Wait until what has been begun to free the guest is done."""
-        if self._freeing and self._task is not None:
+        if self._task is not None:
             await asyncio.wait([self._task])
 
-    async def free(self) -> bool:
-        """End the connections to those servers that say nothing, to all if all of them speak; whether there are any."""
+    async def free(self) -> None:
+        """End the connections to those servers that say nothing; to all, if all of them speak."""
+        if not self._mirrors:
+            return
         answers = await asyncio.gather(*(flushes(mirror.file, LOOK_SECONDS) for mirror in self._mirrors.values()))
         silent = [target for target, words in zip(self._mirrors, answers, strict=True) if words] or list(self._mirrors)
         for target in silent:
@@ -90,7 +91,6 @@ class Rescue:
         if self._pid is not None and servers:
             with contextlib.suppress(TimeoutError):
                 await bounded(YANK_SECONDS, widen, self._pid, servers, shut=not asked)
-        return bool(silent)
 
     async def _yank(self, nodes: list[str]) -> bool:
         """Whether QEMU has ended its connections to these."""

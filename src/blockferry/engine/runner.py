@@ -379,7 +379,10 @@ class Runner:
                 return await self._asked(record, rescue)
             except (errors.BlockferryError, LostReply):
                 # A process of ours that died in the window may have left QEMU waiting for a server: nobody can ask it then.
-                if record.state != "window" or not await rescue.free():
+                if record.state != "window":
+                    raise
+                await rescue.free()
+                if not rescue.dead:
                     raise
                 return await self._asked(record, rescue)
         except (errors.BlockferryError, LostReply, CommandRefused):

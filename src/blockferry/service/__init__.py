@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from blockferry.hostprocess import WINDOW_SECONDS
 from blockferry.journal.journal import Journal
 from blockferry.model import request as ask
 from blockferry.model import view
@@ -21,9 +22,6 @@ from blockferry.service.lifecycle import Lifecycle
 from blockferry.service.snapshots import Snapshots
 
 __all__ = ["Service"]
-
-# Draining and switching took 83 ms for 8 disks; guests' own time-outs begin at 5 s (a cluster's heartbeat), 30 s (a disk).
-WINDOW_SECONDS = 2.0
 
 Door = Callable[[Any], Coroutine[Any, Any, view.View]]
 
