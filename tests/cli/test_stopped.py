@@ -86,13 +86,13 @@ async def test_a_host_process_that_is_stopped(
     try:
         monkeypatch.setattr(hostprocess, "ANSWER_SECONDS", 0.3)
         with pytest.raises(errors.HostProcessUnreachable, match="does not answer any more"):
-            await asyncio.to_thread(wire.submit, state, {"request": "domain-list"})
+            await asyncio.to_thread(wire.submit, state, {"request": "list"})
         async with blockferry.connect(command.state_dir) as ferry:
             with pytest.raises(errors.HostProcessUnreachable, match="does not answer any more"):
                 await ferry.list()
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert (await asyncio.to_thread(wire.submit, state, {"request": "domain-list"}))["domains"] == []
+    assert (await asyncio.to_thread(wire.submit, state, {"request": "list"}))["domains"] == []
 
 
 def test_a_doorway_that_stays_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

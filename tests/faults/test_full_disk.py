@@ -57,6 +57,7 @@ async def on_a_small_disk(rig: Rig) -> AsyncIterator[Disk]:
         run("umount", "-l", disk.folder)
 
 
+@pytest.mark.parametrize("qemu", ["distribution"], indirect=True)
 async def test_new_operations_are_refused_and_copies_go_on(rig: Rig) -> None:
     async with on_a_small_disk(rig) as disk:
         await rig.copy("vda")

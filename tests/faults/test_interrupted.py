@@ -31,6 +31,7 @@ async def interrupted(rig: Rig, crasher: Crasher, request: ask.Request, at: int 
     assert not result.killed, "it ends in good order"
     if at is None:
         assert result.error is None
+    assert await rig.status() == "running", "nobody has to recover first"
     rig.service = await Service.open(rig.path / "state")
     return len(result.boundaries)
 
@@ -52,7 +53,7 @@ def moments(count: int, first: int) -> range:
     return range(first, count, max(1, count // SAMPLES))
 
 
-@pytest.mark.parametrize("which", ["distribution", "qemu10"])
+@pytest.mark.parametrize("which", ["distribution"])
 async def test_pivot(which: str, tmp_path: Path, crasher: Crasher) -> None:
     async with open_rig(find_qemu(which), tmp_path) as rig:
         on = {target: str(rig.source(target)) for target in ALL}
@@ -84,7 +85,7 @@ async def test_pivot(which: str, tmp_path: Path, crasher: Crasher) -> None:
             assert rig.holds(target, Path(image.file), image.format)
 
 
-@pytest.mark.parametrize("which", ["distribution", "qemu10"])
+@pytest.mark.parametrize("which", ["qemu10"])
 async def test_snapshot_with_mirrors(which: str, tmp_path: Path, crasher: Crasher) -> None:
     qemu: QemuBinaries = find_qemu(which)
     async with open_rig(qemu, tmp_path) as rig:
