@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,8 +44,8 @@ async def copied(rig: Rig, server: NbdServer) -> None:
     await rig.pauses_heard()
 
 
-async def left(rig: Rig, pivot: Awaitable[view.Done]) -> None:
-    """The guest runs again on its sources, the mirror is lost with the reason; the others go on, and all can be pivoted elsewhere."""
+async def left(rig: Rig, pivot: Awaitable[view.Done], *, again: Sequence[str] = ALL) -> None:
+    """The guest runs again on its sources, the mirror is lost with the reason; the others go on, and these can be pivoted."""
     async with asyncio.timeout(FREED_SECONDS):
         with pytest.raises(errors.OperationFailed, match=r"vda: nbd\+unix.*did not answer within 0\.36 s"):
             await pivot
@@ -55,16 +55,16 @@ async def left(rig: Rig, pivot: Awaitable[view.Done]) -> None:
     assert "did not answer" in (await rig.heard("mirror-dropped")).data["reason"]
     assert await rig.states() == {"vda": "lost", "vdb": "ready", "sda": "ready"}
     assert (await rig.operations())[-1] == ("pivot", "undone")
-    # Not the job's filter: QEMU 7.2 forgets to free it when a mirror fails while `stop` drains; nothing uses it.
     assert not [name for name in await rig.our_nodes() if "-vda-x" in name]
     # It still hangs, and nobody minds.
     await rig.write_each(dict.fromkeys(ALL, 0x91))
-    await rig.copy("vda")
-    await rig.ready(*ALL)
-    await rig.pivot(*ALL)
+    if "vda" in again:
+        await rig.copy("vda")
+    await rig.ready(*again)
+    await rig.pivot(*again)
     await rig.guest.stop()
     for target, fmt in FORMATS.items():
-        assert rig.holds(target, rig.dest(target), fmt)
+        assert rig.holds(target, rig.dest(target) if target in again else rig.source(target), fmt)
 
 
 MOMENTS = {
@@ -104,7 +104,8 @@ async def test_server_hangs_with_writes_in_flight(rig: Rig) -> None:
         await copied(rig, server)
         server.suspend()
         await rig.write("vda", 0x77, MIB, 4 * MIB)
-        await left(rig, rig.pivot(*ALL))
+        # QEMU 7.2 forgets the filter of a mirror that fails while `stop` drains, and mirrors that disk no more.
+        await left(rig, rig.pivot(*ALL), again=ALL if rig.qemu == find_qemu("qemu10") else OTHERS)
 
 
 @pytest.mark.parametrize("qemu", ["distribution"], indirect=True)

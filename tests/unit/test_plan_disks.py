@@ -44,9 +44,6 @@ def test_a_job_on_any_layer_is_on_its_disk_until_it_has_ended(image: str, status
 def test_a_filter_of_a_job_between_two_layers(driver: str, busy: bool) -> None:
     """QEMU puts it above a commit's top; those that people put somewhere are no jobs."""
     seen = working(Edge("theirs", "backing", "vda-n1"), driver=driver)
-    assert job_on(seen.disks[0], seen) is None, "nothing uses it: QEMU has left it behind"
-    graph = Graph(seen.graph.nodes, seen.graph.edges | {Edge("vda-n", "backing", "theirs")})
-    seen = msgspec.structs.replace(seen, graph=graph)
     assert job_on(seen.disks[0], seen) == ("theirs" if busy else None)
 
 

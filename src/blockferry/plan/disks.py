@@ -98,8 +98,7 @@ def job_on(disk: Disk, seen: Observation) -> str | None:
     for node in nodes:
         for edge in graph.parents(node):
             above = graph.nodes.get(edge.parent)
-            # One that nothing uses is in nobody's way: QEMU 7.2 leaves it when a mirror fails while `stop` drains.
-            if above is not None and above.driver in JOB_FILTERS and graph.parents(above.name):
+            if above is not None and above.driver in JOB_FILTERS:
                 return above.name
     return None
 
