@@ -86,11 +86,11 @@ class HttpTransport:
 
         try:
             try:
-                response = await self._http.send(message, stream=True)
+                response = await self._answer(message)
             except httpx.ConnectError:
                 # Nobody listens, so nothing was sent: it is safe to say it to the next one.
                 await reach(self._state)
-                response = await self._http.send(message, stream=True)
+                response = await self._answer(message)
             async with contextlib.aclosing(response):
                 if response.is_error:
                     raise _told(await response.aread())
@@ -98,6 +98,18 @@ class HttpTransport:
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise HostProcessUnreachable(state_dir=str(self._state), reason=reason) from error
+
+    async def _answer(self, message: httpx.Request) -> httpx.Response:
+        """Its answer, however long the work takes, as long as the host process answers others."""
+        sent = asyncio.ensure_future(self._http.send(message, stream=True))
+        try:
+            while not (await asyncio.wait([sent], timeout=hostprocess.LOOK_SECONDS))[0]:
+                if not await asyncio.to_thread(hostprocess.answers, self._state):
+                    reason = "it does not answer any more: is it stopped, or does its host hang?"
+                    raise HostProcessUnreachable(state_dir=str(self._state), reason=reason)
+            return sent.result()
+        finally:
+            sent.cancel()
 
 
 class _ErrorBody(msgspec.Struct, tag_field="kind", tag="error"):

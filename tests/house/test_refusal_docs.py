@@ -13,6 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 # What takes more than one request to come about: what it is, of what, and where it is tried.
 ELSEWHERE = {
     "ambiguous-disk": ("an image of several disks' chains", "snapshot, copy, rebase, commit", "qemu/test_domain.py"),
+    "domain-busy": ("a domain that another request has", "whatever changes something", "faults/test_hangs.py"),
     "missing-capability": ("a QEMU that lacks a command", "attach, snapshot", "qemu/test_domain.py"),
     "journal-unwritable": ("a state directory on a full disk", "whatever is written down", "qemu/test_refusals.py"),
     "unsettled": ("a domain with an unsettled operation", "whatever changes something", "qemu/test_refusals.py"),

@@ -94,7 +94,12 @@ def test_servers_are_asked_before_the_guest_is_stopped() -> None:
     remote = msgspec.structs.replace(mirror("vdb"), file="nbd://h/x")
     made = plan(observed(SOURCES, READY, running=True), mirrors=(mirror("vda"), remote))
     (check,) = [step for step in made.prepare if isinstance(step, CheckServers)]
-    assert check.uris == {"vdb": "nbd://h/x"}
+    assert (check.uris, check.flush) == ({"vdb": "nbd://h/x"}, ())
+    made = plan(
+        observed(SOURCES, READY, running=True),
+        mirrors=(mirror("vda"), msgspec.structs.replace(remote, multi_conn=True)),
+    )
+    assert [step.flush for step in made.prepare if isinstance(step, CheckServers)] == [("vdb",)]
 
 
 # --- a destination's own chain --------------------------------------------------------------------------------

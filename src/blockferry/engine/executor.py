@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from blockferry.engine import readback
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
@@ -15,12 +16,12 @@ from blockferry.plan import steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
 from blockferry.qemu.images import ImageError, Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
-from blockferry.qemu.nbd import reachable
+from blockferry.qemu.nbd import flushes, reachable
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.process import born, ends, kill
 from blockferry.qemu.session import CommandRefused, LostReply, Session
 
-# Draining and switching took 83 ms for 8 disks; a window that takes this long has gone wrong and is left.
+# Draining and switching took 83 ms for 8 disks. Of a job that is not waited for in a window, whose deadline is another.
 WINDOW_SECONDS = 10.0
 # A ready job is on standby while the guest is drained; one that somebody has paused stays there, and so would the guest.
 READY_SECONDS = 1.0
@@ -28,8 +29,6 @@ READY_SECONDS = 1.0
 COMMIT_SECONDS = 300.0
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
-# A destination that has not answered a read of one sector by then is not one to leave a guest on.
-READ_BACK_SECONDS = 2.0
 # QEMU closes its images within this time, or is ended without.
 QUIT_SECONDS = 10.0
 # blockdev-del of a name that no node has, also of one that was closed with what stood on it (block.c, bdrv_lookup_bs); a
@@ -72,12 +71,19 @@ class Executor:
         self._maybe_session = session
         self._maybe_observer = observer
         self._images = images
+        # When the window that is being passed has to be over, by the loop's clock.
+        self.deadline: float | None = None
 
     @property
     def _session(self) -> Session:
         if self._maybe_session is None:
             raise StepFailed("QEMU is gone")
         return self._maybe_session
+
+    def _within(self, seconds: float) -> float:
+        """So long, or until the window's deadline."""
+        left = seconds if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
+        return max(0.0, min(seconds, left))
 
     async def observe(self) -> Observation:
         """The domain now."""
@@ -120,7 +126,7 @@ class Executor:
                 await self._images.sync(step.paths)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
-                    words = await reachable(uri)
+                    words = await (flushes(uri) if target in step.flush else reachable(uri))
                     if words:
                         raise StepFailed(f"the server of {target}'s destination does not answer: {words}")
             case steps.DropFile():
@@ -333,35 +339,8 @@ class Executor:
                 raise StepFailed(f"the graph shows {backend} on {root}, not on {node}")
 
     async def read_back(self, disks: Mapping[str, str]) -> dict[str, str]:
-        """Read a sector of each disk (target -> drive) as its device; those that do not answer, with the reason.
-
-        QMP has no command that reads. HMP's `qemu-io -d` does, on the device's own backend, whose counters say how it
-        went; never its `aio_flush`: that hangs QEMU 7.2 when the disk has an iothread. The guest stands still, so that
-        nothing else moves the counters.
-        """
-        before = await self._reads()
-        for qdev in disks.values():
-            await self._session.execute("human-monitor-command", command_line=f'qemu-io -d {qdev} "aio_read -q 0 512"')
-        waiting: dict[str, str] = dict(disks)
-        dead: dict[str, str] = {}
-        deadline = asyncio.get_running_loop().time() + READ_BACK_SECONDS
-        while waiting and asyncio.get_running_loop().time() < deadline:
-            now = await self._reads()
-            for target, qdev in list(waiting.items()):
-                if now.get(qdev) != before.get(qdev):
-                    failed = now[qdev][1] > before[qdev][1]
-                    dead |= {target: "a read fails"} if failed else {}
-                    del waiting[target]
-        return dead | dict.fromkeys(waiting, f"a read is not answered within {READ_BACK_SECONDS:g} s")
-
-    async def _reads(self) -> dict[str, tuple[int, int]]:
-        """Reads that were answered and reads that failed, by qdev."""
-        answer = await self._session.execute("query-blockstats")
-        return {
-            each["qdev"]: (each["stats"]["rd_operations"], each["stats"]["failed_rd_operations"])
-            for each in answer
-            if "qdev" in each
-        }
+        """Those of these disks (target -> drive) that do not answer a read, with the reason."""
+        return await readback.read_back(self._session, disks, self._within(readback.READ_BACK_SECONDS))
 
     # --- jobs -------------------------------------------------------------------------------------------------
 
@@ -389,7 +368,8 @@ class Executor:
                     raise StepFailed(_words(name, job))
             return all(jobs[name].status in states for name in names)
 
-        await self._session.wait_until(met, JOB_EVENTS, what=f"wait for {', '.join(names)}", seconds=seconds)
+        what = f"wait for {', '.join(names)}"
+        await self._session.wait_until(met, JOB_EVENTS, what=what, seconds=self._within(seconds))
 
     async def _start_job(
         self,
@@ -468,7 +448,9 @@ class Executor:
         async def forgotten() -> bool:
             return name not in await self.jobs()
 
-        await self._session.wait_until(forgotten, JOB_EVENTS, what=f"finalize {name}", seconds=WINDOW_SECONDS)
+        await self._session.wait_until(
+            forgotten, JOB_EVENTS, what=f"finalize {name}", seconds=self._within(WINDOW_SECONDS)
+        )
 
     async def _complete(self, step: steps.CompleteJobs) -> None:
         await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)

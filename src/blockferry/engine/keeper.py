@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -33,6 +34,8 @@ from blockferry.qemu.launch import Home
 from blockferry.qemu.process import ends, status_of
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 
+# So long a request waits for others. Twenty at once take two seconds; an end of QEMU, the longest of operations, up to twenty.
+BUSY_SECONDS = 30.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
 # So often a guest whose agent did not thaw its file systems is asked again.
@@ -65,9 +68,20 @@ class Keeper(Link):
         bus: where events go.
         witness: told of every QMP command.
         home: where its QEMU lives, when it is one that we start.
+        window_seconds: how long its guest may stand still.
     """
 
-    def __init__(self, name: str, journal: Journal, images: Images, bus: Bus, witness: Witness, *, home: Home) -> None:
+    def __init__(
+        self,
+        name: str,
+        journal: Journal,
+        images: Images,
+        bus: Bus,
+        witness: Witness,
+        *,
+        home: Home,
+        window_seconds: float,
+    ) -> None:
         super().__init__(name, journal, images, witness, home=home)
         self.lock = asyncio.Lock()
         self._bus = bus
@@ -75,11 +89,12 @@ class Keeper(Link):
         self._sampler = Sampler(name)
         self._said_ready: set[str] = set()
         self.in_flight: set[int] = set()
+        self._held_since = 0.0
         self._last_words: dict[str, str] = {}
         self._thawing = False
         self._check_waits = False
         self._looks_again = False
-        self.runner = Runner(self, journal, images, bus.publish)
+        self.runner = Runner(self, journal, images, bus.publish, window_seconds=window_seconds)
 
     def _connected(self, session: Session, started: int | None) -> None:
         self._spawn(self._watch(session))
@@ -105,6 +120,37 @@ class Keeper(Link):
         if self._session is not None:
             await self._session.close()
             self._session = None
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Have the domain's lock, for a request: who asks for one is told who else has it.
+
+        Raises:
+            DomainBusy: it was not free within BUSY_SECONDS.
+        """
+        try:
+            async with asyncio.timeout(BUSY_SECONDS):
+                await self.lock.acquire()
+        except TimeoutError as error:
+            raise self._busy() from error
+        try:
+            self._held_since = time.time()
+            yield
+        finally:
+            self.lock.release()
+
+    def _busy(self) -> errors.DomainBusy:
+        """With the operation that is being carried out; before there is one, its number is 0."""
+        number = max(self.in_flight, default=0)
+        operation = self._journal.operation(number)
+        since = operation.started if operation is not None else self._held_since
+        return errors.DomainBusy(
+            domain=self.name,
+            operation=number,
+            what=operation.plan.what if operation is not None else "none yet: it is looked at",
+            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since)),
+            seconds=BUSY_SECONDS,
+        )
 
     async def reconcile(self) -> list[tuple[int, Decision]]:
         """Settle what was interrupted, by the table, and find out what happened while nobody looked.
@@ -335,7 +381,7 @@ class Keeper(Link):
         self.in_flight.add(operation)
         undone = False
         try:
-            return await self.runner.run(operation, plan)
+            return await self._to_its_end(operation, plan)
         except errors.OperationFailed:
             undone = True
             raise
@@ -350,6 +396,20 @@ class Keeper(Link):
                     now = await self.jobs() if plan.record.jobs else {}
                     if not all(job.job in now and now[job.job].busy for job in plan.record.jobs):
                         await self.check_jobs(await self.observe())
+
+    async def _to_its_end(self, operation: int, plan: Plan) -> OperationRecord:
+        """Run it; whoever is cancelled meanwhile (Ctrl-C, the end of the process) waits for the end of a window.
+
+        The guest would stand still until somebody recovers. Of any other plan nothing of the kind depends on us.
+        """
+        work = asyncio.ensure_future(self.runner.run(operation, plan))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if not self.runner.in_window:
+                work.cancel()
+            await asyncio.wait([work])
+            raise
 
     def _see_to_thawing(self) -> None:
         if self.runner.frozen and not self._thawing:
@@ -432,7 +492,9 @@ class Keeper(Link):
     async def _watch(self, session: Session) -> None:
         """Follow one connection's events to its end."""
         async for event in session.events(WATCHED):
-            await self._heard(event)
+            # What can't be recorded now is found by the next look at the jobs and the guest.
+            with contextlib.suppress(errors.JournalUnwritable):
+                await self._heard(event)
         if self._session is session:
             await self._lost_connection()
 
@@ -513,8 +575,9 @@ class Keeper(Link):
             self._session = None
             if await self.is_gone(DYING_SECONDS):
                 self.problem = errors.GuestGone(domain=self.name, reason="its process has ended")
-                if not self._journal.open_operations(self.name):
-                    self._guest_gone("its process has ended")
+                with contextlib.suppress(errors.JournalUnwritable):
+                    if not self._journal.open_operations(self.name):
+                        self._guest_gone("its process has ended")
                 return
         if self.active():
             # Jobs go on without us, and nobody else may ask for the domain soon.

@@ -36,12 +36,17 @@ class Link:
         images: the host's image files.
         witness: told of every QMP command.
         home: where its QEMU lives, when it is one that we start.
+
+    Attributes:
+        problem: why it can't be asked.
+        seen: the domain as it was observed last.
     """
 
     def __init__(self, name: str, journal: Journal, images: Images, witness: Witness, *, home: Home) -> None:
         self.name = name
         self.home = home
         self.problem: errors.BlockferryError | None = None
+        self.seen: Observation | None = None
         self._journal = journal
         self._images = images
         self._witness = witness
@@ -96,8 +101,12 @@ class Link:
                 raise errors.QmpUnreachable(qmp=record.qmp, reason="another QEMU process answers there now")
             self._guest_gone("another QEMU process answers on its socket now")
             observer.targets = names_that_last(observer.targets)
+        try:
+            self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
+        except errors.JournalUnwritable:
+            await session.close()
+            raise
         self._session, self._observer, self.problem = session, observer, None
-        self._journal.put_domain(msgspec.structs.replace(self.record, pid=session.pid, born=started, gone=False))
         self._connected(session, started)
         return session
 
@@ -113,6 +122,10 @@ class Link:
             await session.close()
             raise errors.QmpUnreachable(qmp=record.qmp, reason=str(error)) from error
         return observer
+
+    def session(self) -> Session | None:
+        """The present connection; None where there is none."""
+        return self._session
 
     async def executor(self) -> Executor:
         """Carries steps out on the present connection, made anew where it broke."""
@@ -151,6 +164,7 @@ class Link:
 
         Raises:
             GuestGone: QEMU went away while it was asked.
+            QmpTimeout: it lives, and does not answer.
             QmpUnreachable, QmpBusy: it can't be asked.
         """
         return await self._asked(self._look)
@@ -175,10 +189,14 @@ class Link:
         try:
             try:
                 return await ask()
-            except LostReply:
+            except LostReply as lost:
+                if lost.seconds is not None:
+                    raise
                 await self.connect()
                 return await ask()
         except LostReply as lost:
+            if lost.seconds is not None:
+                raise errors.QmpTimeout(domain=self.name, command=lost.command, seconds=lost.seconds) from lost
             raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
 
     def _looking(self) -> Observer:
@@ -188,7 +206,7 @@ class Link:
 
     async def _look(self) -> Observation:
         observer = self._looking()
-        seen = await observer.observe(self.name)
+        self.seen = seen = await observer.observe(self.name)
         record = self.record
         if observer.targets != record.targets:
             self._journal.put_domain(msgspec.structs.replace(record, targets=dict(observer.targets)))

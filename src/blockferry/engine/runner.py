@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ from blockferry import errors
 from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
+from blockferry.engine.rescue import Rescue
 from blockferry.journal.journal import Journal, OperationRecord, StepRecord
 from blockferry.model.blockjob import WORKING, ChainJob
 from blockferry.model.domain import Observation
@@ -63,14 +64,19 @@ class Runner:
         journal: the state directory's.
         images: the host's image files.
         publish: hands recorded events on.
+        window_seconds: how long a guest may stand still.
     """
 
-    def __init__(self, link: Link, journal: Journal, images: Images, publish: Publish) -> None:
+    def __init__(
+        self, link: Link, journal: Journal, images: Images, publish: Publish, *, window_seconds: float
+    ) -> None:
         self._link = link
         self._journal = journal
         self._images = images
         self._publish = publish
         self.in_window = False
+        self._window_seconds = window_seconds
+        self._rescue: Rescue | None = None
         # Operations whose guest may stand with frozen file systems, and why its agent does not thaw them.
         self.frozen: dict[int, str] = {}
 
@@ -86,6 +92,10 @@ class Runner:
         """
         self._journal.begin(operation, self._link.name, plan)
         self.in_window = plan.window is not None
+        with self._watching(plan.window):
+            return await self._run(operation, plan)
+
+    async def _run(self, operation: int, plan: Plan) -> OperationRecord:
         try:
             with self._link.stopwatch() as milliseconds:
                 await self._forwards(operation, plan)
@@ -100,6 +110,19 @@ class Runner:
         finally:
             self.in_window = False
         return self._get(operation)
+
+    @contextlib.contextmanager
+    def _watching(self, window: Window | None) -> Iterator[Rescue]:
+        """Who frees the guest when that window takes too long; one for an operation and for settling it after a failure."""
+        if self._rescue is not None:
+            yield self._rescue
+            return
+        self._rescue = Rescue(self._link.session, self._link.record.pid, window, self._window_seconds)
+        try:
+            yield self._rescue
+        finally:
+            self._rescue.end()
+            self._rescue = None
 
     async def _interrupted(self, operation: int, step: str, reason: str) -> None:
         """Settle an operation of which a step failed; return only if it turns out to have been done all the same."""
@@ -214,15 +237,19 @@ class Runner:
         """One intent for the whole window: a durable write between two of its commands would lengthen the pause."""
         self._journal.step(operation, state="window")
         outcomes: list[StepRecord] = []
-        for index, step in enumerate(window.steps):
-            intent = _intent(index, "window", step)
-            try:
-                await _do(executor, step, {})
-            except Failure as failure:
-                outcomes.append(_outcome(intent, "failed", error=failure.reason))
-                self._journal.step(operation, *outcomes)
-                raise
-            outcomes.append(_outcome(intent, "done"))
+        with self._watching(window) as rescue:
+            rescue.begin()
+            executor.deadline = asyncio.get_running_loop().time() + self._window_seconds
+            for index, step in enumerate(window.steps):
+                intent = _intent(index, "window", step)
+                try:
+                    await _do_in_time(executor, step, rescue)
+                except Failure as failure:
+                    outcomes.append(_outcome(intent, "failed", error=failure.reason))
+                    self._journal.step(operation, *outcomes)
+                    raise
+                outcomes.append(_outcome(intent, "done"))
+            rescue.end()
         return tuple(outcomes)
 
     def _record(self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = ()) -> None:
@@ -289,9 +316,16 @@ class Runner:
             The row; when its steps failed, the operation stays open with the reason.
         """
         record = self._get(operation)
+        with self._watching(record.plan.window) as rescue:
+            if record.state == "window":
+                rescue.begin()
+            return await self._resolve(record, rescue, recovering=recovering)
+
+    async def _resolve(self, record: OperationRecord, rescue: Rescue, *, recovering: bool) -> Decision:
+        operation = record.id
         # Before anything is asked of QEMU, which may not answer: while it is frozen, whatever writes in the guest hangs.
         stays_frozen = await self._thaw(record)
-        evidence, executor = await self._evidence(record)
+        evidence, executor = await self._evidence(record, rescue)
         evidence = msgspec.structs.replace(evidence, frozen=stays_frozen is not None)
         decision = decide(self._interrupted_at(record), evidence)
         row = decision.row if recovering else None
@@ -338,17 +372,19 @@ class Runner:
     def _begun(self, operation: int) -> dict[int, StepRecord]:
         return {step.index: step for step in self._journal.steps(operation) if step.stretch == "prepare"}
 
-    async def _evidence(self, record: OperationRecord) -> tuple[Evidence, Executor]:
+    async def _evidence(self, record: OperationRecord, rescue: Rescue) -> tuple[Evidence, Executor]:
         nobody = self._link.nobody()
         try:
-            executor = await self._link.executor()
-            seen = await executor.observe()
-            window = record.plan.window
-            dead: dict[str, str] = {}
-            if record.state == "window" and window is not None and not seen.running:
-                switched = {d.target: d.drive for d in window.disks if stands_on(d, seen) == d.mirror.node}
-                dead = await executor.read_back(switched)
-            return Evidence(seen=seen, dead=dead), executor
+            try:
+                return await self._asked(record, rescue)
+            except (errors.BlockferryError, LostReply):
+                # A process of ours that died in the window may have left QEMU waiting for a server: nobody can ask it then.
+                if record.state != "window":
+                    raise
+                await rescue.free()
+                if not rescue.dead:
+                    raise
+                return await self._asked(record, rescue)
         except (errors.BlockferryError, LostReply, CommandRefused):
             if not await self._link.is_gone(DYING_SECONDS):
                 return Evidence(seen=None), nobody
@@ -356,6 +392,16 @@ class Runner:
             [path for path in record.plan.record.authoritative.values() if await self._was_written(record, path)]
         )
         return Evidence(seen=None, gone=True, written=written), nobody
+
+    async def _asked(self, record: OperationRecord, rescue: Rescue) -> tuple[Evidence, Executor]:
+        executor = await self._link.executor()
+        seen = await executor.observe()
+        window = record.plan.window
+        dead = dict(rescue.dead)
+        if record.state == "window" and window is not None and not seen.running:
+            on = {disk.target: disk.drive for disk in window.disks if stands_on(disk, seen) == disk.mirror.node}
+            dead |= await executor.read_back({target: drive for target, drive in on.items() if target not in dead})
+        return Evidence(seen=seen, dead=dead), executor
 
     async def _was_written(self, record: OperationRecord, path: str) -> bool:
         overlays = {step.path for step in record.plan.prepare if isinstance(step, steps.ClaimFile)}
@@ -392,11 +438,23 @@ class Runner:
                 await self._take_as_it_is(record, window, seen, decision.row)
             case "record" | "settle":
                 if decision.action == "record":
-                    self._record(record.id, record.plan.record)
+                    await self._record_or_leave(record, evidence, executor)
                 settled = () if evidence.gone else await self._settle(record.plan.settle)
                 self._finish(record.id, record.plan, settled, row=row)
             case "wait":
                 pass
+
+    async def _record_or_leave(self, record: OperationRecord, evidence: Evidence, executor: Executor) -> None:
+        """Write the point of no return; where it can't be written the guest does not stand still until it can."""
+        try:
+            self._record(record.id, record.plan.record)
+        except errors.JournalUnwritable:
+            window = record.plan.window
+            if window is not None and window.chain is not None and window.resume:
+                await _do(executor, steps.Resume(), {})  # it holds everything, and is found at its end again
+            elif window is not None and evidence.seen is not None:
+                await self._leave_window(record, evidence, executor)
+            raise
 
     async def _undo(
         self, record: OperationRecord, executor: Executor, *, gone: bool, keep: frozenset[int] = frozenset()
@@ -504,6 +562,17 @@ async def _try(executor: Executor, step: steps.Step, claims: dict[str, dict[str,
         return await _do(executor, step, claims)
     except Failure as failure:
         return failure
+
+
+async def _do_in_time(executor: Executor, step: steps.Step, rescue: Rescue) -> None:
+    """As `_do`, in a window: what failed because the guest had to be freed says so, and what came too late has failed."""
+    result = await _try(executor, step, {})
+    if isinstance(result, Failure):
+        await rescue.settled()
+    if rescue.dead:
+        raise Failure(step.text, rescue.words)
+    if isinstance(result, Failure):
+        raise result
 
 
 async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any]:

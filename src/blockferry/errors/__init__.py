@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 from blockferry.errors.domains import (
+    DomainBusy,
     DomainExists,
     DomainInUse,
     GuestGone,
@@ -102,6 +103,7 @@ __all__ = [
     "DestinationUnusable",
     "DiskBusy",
     "DiskUnsuitable",
+    "DomainBusy",
     "DomainExists",
     "DomainInUse",
     "DuplicateFile",

@@ -117,3 +117,20 @@ class DomainInUse(Refused):
     code = "domain-in-use"
     exit_status = 28
     template = "{domain} can't be detached: {what}. Finish or cancel that first (`blockferry job list {domain}`)."
+
+
+@dataclass(eq=False)
+class DomainBusy(Refused):
+    """Somebody else works on the domain, and did for as long as it was waited."""
+
+    domain: str
+    operation: int
+    what: str
+    since: str
+    seconds: float
+    code = "domain-busy"
+    exit_status = 29
+    template = (
+        "{domain} is busy with operation {operation} ({what}) since {since}, and still was after {seconds:g} s. Nothing was "
+        "done. `blockferry operations show {operation}` says how far it is; try again when it has ended."
+    )

@@ -1,6 +1,7 @@
 """The wiring: a service inside the caller's process, or a host process that serves it to everyone.
 
-    python -m blockferry.interfaces.daemon --state-dir DIR [--idle-exit SECONDS] [--ready-fd N] [--detach]
+    python -m blockferry.interfaces.daemon --state-dir DIR [--window-seconds SECONDS] [--idle-exit SECONDS] [--ready-fd N]
+        [--detach]
 
 The order at the start matters: the lock, then the socket (who connects now waits), then recovery, then answers.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockferry.errors import BlockferryError, InternalError
-from blockferry.hostprocess import Lock, Ownership, StateDir, default_state_dir, prepare_state_dir
+from blockferry.hostprocess import WINDOW_SECONDS, Lock, Ownership, StateDir, default_state_dir, prepare_state_dir
 
 if TYPE_CHECKING:
     from blockferry.client import Ferry
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("blockferry.host")
 
 
-async def open_service(state_dir: Path) -> Service:
+async def open_service(state_dir: Path, window_seconds: float = WINDOW_SECONDS) -> Service:
     """Wire the parts of a service. The caller owns the state directory.
 
     Raises:
@@ -38,17 +39,20 @@ async def open_service(state_dir: Path) -> Service:
     """
     from blockferry.service import Service
 
-    return await Service.open(state_dir)
+    return await Service.open(state_dir, window_seconds=window_seconds)
 
 
 @contextlib.asynccontextmanager
-async def open_ferry(state_dir: str | os.PathLike[str] | None = None) -> AsyncIterator[Ferry]:
+async def open_ferry(
+    state_dir: str | os.PathLike[str] | None = None, *, window_seconds: float = WINDOW_SECONDS
+) -> AsyncIterator[Ferry]:
     """Open a service inside this process, which owns the state directory until the block ends.
 
     Recovery has run when the block begins. Public as `blockferry.open`.
 
     Args:
         state_dir: where state is kept; the default is the command's.
+        window_seconds: how long a guest may stand still before a pivot, a finish or a reopen is left.
 
     Raises:
         StateDirBusy: another process owns it; `blockferry.connect` talks to a host process.
@@ -60,7 +64,7 @@ async def open_ferry(state_dir: str | os.PathLike[str] | None = None) -> AsyncIt
     prepare_state_dir(state)
     lock = Lock.take(state)
     try:
-        service = await open_service(state.path)
+        service = await open_service(state.path, window_seconds)
         try:
             yield Ferry(service)
         finally:
@@ -93,7 +97,14 @@ class Announcement:
         self._descriptor = None
 
 
-async def serve(state: StateDir, ownership: Ownership, idle_exit: float | None, announce: Announcement) -> None:
+async def serve(
+    state: StateDir,
+    ownership: Ownership,
+    idle_exit: float | None,
+    announce: Announcement,
+    *,
+    window_seconds: float = WINDOW_SECONDS,
+) -> None:
     """Open the service, say that it is ready, and serve it until a signal comes or nobody needs it any more.
 
     Args:
@@ -101,11 +112,12 @@ async def serve(state: StateDir, ownership: Ownership, idle_exit: float | None, 
         ownership: the proof of it.
         idle_exit: seconds without work and without a client after which to end; None for never.
         announce: told when it is ready.
+        window_seconds: how long a guest may stand still.
     """
     from blockferry.interfaces.api import Api
     from blockferry.interfaces.api.server import ApiServer
 
-    service = await open_service(state.path)
+    service = await open_service(state.path, window_seconds)
     try:
         server = ApiServer(Api(service), before_end=ownership.withdraw)
         announce({"kind": "serving", "pid": os.getpid(), "socket": str(state.socket)})
@@ -149,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_state_dir(state)
         ownership = Ownership.take(state)
         try:
-            asyncio.run(serve(state, ownership, options.idle_exit, announce))
+            window_seconds = options.window_seconds
+            asyncio.run(serve(state, ownership, options.idle_exit, announce, window_seconds=window_seconds))
         finally:
             ownership.give_up()
     except BlockferryError as error:
@@ -165,10 +178,24 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m blockferry.interfaces.daemon", description=__doc__)
     parser.add_argument("--state-dir", type=Path, default=default_state_dir())
+    parser.add_argument(
+        "--window-seconds",
+        type=_positive,
+        metavar="SECONDS",
+        default=os.environ.get("BLOCKFERRY_WINDOW_SECONDS") or str(WINDOW_SECONDS),
+        help="how long a guest may stand still",
+    )
     parser.add_argument("--idle-exit", type=float, metavar="SECONDS", help="end after that long without work")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="where to say that it is ready, as a line of JSON")
     parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
     return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time")
+    return seconds
 
 
 def _detach() -> None:

@@ -45,6 +45,8 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
         bitmap: a copy's dirty bitmap on the source's node: what was written since it began; None where there is none, and
             then it can't be resumed.
         blank: whether a given destination is known to have held nothing when the copy began.
+        multi_conn: whether the destination is an export of a server that takes several clients at a time, so that we can
+            ask it for a flush.
         exact: whether the bitmap counts all that the destination lacks as well, as a resumed copy's does.
     """
 
@@ -71,6 +73,7 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     again: bool = False
     bitmap: str | None = None
     blank: bool = False
+    multi_conn: bool = False
     exact: bool = False
 
     @property

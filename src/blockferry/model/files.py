@@ -87,11 +87,15 @@ class ExportFact(msgspec.Struct, frozen=True, kw_only=True):
         uri: the export's.
         size: bytes; None when the server does not say before it is opened.
         problem: why nothing can be written to it; None when it can.
+        multi_conn: whether it takes several clients at a time, a flush of one being a flush of all.
+        flushes: whether it knows flushes.
     """
 
     uri: str
     size: int | None = None
     problem: str | None = None
+    multi_conn: bool = False
+    flushes: bool = False
 
 
 # Each disk's images by its target, the active one first; of an empty drive none.

@@ -212,7 +212,7 @@ def plan_copy(
     disk = wish.disk
     like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
     backing = _check_destination(wish, files)
-    mirror = _mirror(domain, wish, backing, names, operation)
+    mirror = _mirror(domain, wish, backing, names=names, operation=operation, files=files)
     if _resumable(wish, seen, files):
         mirror = msgspec.structs.replace(
             mirror, bitmap=names.of(disk.target, "k"), blank=wish.reuse and wish.file in files.blank
@@ -250,8 +250,10 @@ def _resumable(wish: Wish, seen: Observation, files: Files) -> bool:
     return files.facts[wish.file].kind == "absent" or wish.file in files.blank
 
 
-def _mirror(domain: str, wish: Wish, backing: tuple[str, str] | None, names: Names, operation: int) -> Mirror:
-    disk = wish.disk
+def _mirror(
+    domain: str, wish: Wish, backing: tuple[str, str] | None, *, names: Names, operation: int, files: Files
+) -> Mirror:
+    disk, export = wish.disk, files.exports.get(wish.file)
     return Mirror(
         domain=domain,
         target=disk.target,
@@ -269,6 +271,7 @@ def _mirror(domain: str, wish: Wish, backing: tuple[str, str] | None, names: Nam
         backing_format=backing[1] if backing else None,
         stands_for=wish.base.file if wish.base is not None else None,
         options=wish.options,
+        multi_conn=export is not None and export.multi_conn,
     )
 
 

@@ -532,9 +532,10 @@ class RequireRoots(Verb, frozen=True, kw_only=True, tag="require-roots"):
 
 
 class CheckServers(Verb, frozen=True, kw_only=True, tag="check-servers"):
-    """Fail unless the server of each of these NBD URIs accepts a connection from us. target -> URI."""
+    """Fail unless the server of each of these NBD URIs accepts a connection from us (target -> URI), and flushes those."""
 
     uris: dict[str, str]
+    flush: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

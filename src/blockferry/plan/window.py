@@ -80,8 +80,7 @@ def plan_window(
             prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
     jobs = tuple(mirror.job for mirror in mirrors)
     files = tuple(file for mirror in mirrors for file in (mirror.source, mirror.file) if file.startswith("/"))
-    servers = {mirror.target: mirror.file for mirror in mirrors if is_uri(mirror.file)}
-    prepare += [*([CheckServers(uris=servers)] if servers else []), SyncFiles(paths=files)]
+    prepare += [*_check_servers(mirrors), SyncFiles(paths=files)]
     window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
     roots = {
         disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
@@ -113,6 +112,12 @@ def plan_window(
             *(_close_sources(seen, disks) if ends_on == "destination" else _close_destinations(mirrors)),
         ),
     )
+
+
+def _check_servers(mirrors: tuple[Mirror, ...]) -> list[Step]:
+    servers = {mirror.target: mirror.file for mirror in mirrors if is_uri(mirror.file)}
+    several = tuple(mirror.target for mirror in mirrors if mirror.multi_conn)
+    return [CheckServers(uris=servers, flush=several)] if servers else []
 
 
 def _ended(mirrors: tuple[Mirror, ...], ends_on: Literal["destination", "source"]) -> Record:

@@ -10,16 +10,26 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
+from blockferry.qemu.bounded import bounded
 from blockferry.qemu.internal import internal_snapshots
 from blockferry.qemu.qcow2 import empty_image
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # A chain longer than libvirt's own limit (virstoragefile, 200) is a loop or an attack.
 CHAIN_MAX = 200
+# What asks a file system for no data is answered in milliseconds; one that hangs can't be waited for.
+FILE_SECONDS = 30.0
+# What was written and not flushed yet may be gigabytes, to a disk that takes 100 MB/s.
+SYNC_SECONDS = 60.0
+# A map or check of an image reads all of its tables: of 2 TiB 256 MiB.
+RUN_SECONDS = 300.0
 # The status with which `qemu-img check` ends for an image that takes up more than it needs, and is in order.
 _LEAKS = 3
 
@@ -40,7 +50,13 @@ class Images:
 
     async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
         """What each of these paths is; nothing is opened."""
-        return {path: await asyncio.to_thread(_fact, path) for path in paths}
+        return {path: await self._fact(path) for path in paths}
+
+    async def _fact(self, path: str) -> FileFact:
+        try:
+            return await _bounded(_fact, path)
+        except ImageError as hung:
+            return FileFact(path=path, real=path, kind="other", problem=str(hung))
 
     async def chain(self, path: str, image_format: str) -> tuple[ImageFact, ...]:
         """A closed chain's images as their headers say, top first, from `path`, whose format the caller knows.
@@ -123,7 +139,7 @@ class Images:
             ImageError: it can't be read, or its tables are not in order.
         """
         if image_format != "qcow2":
-            return (await asyncio.to_thread(os.stat, path)).st_blksize
+            return (await _bounded(os.stat, path)).st_blksize
         await self._run("check", "-q", "-f", "qcow2", path, good=(0, _LEAKS))
         return int(json.loads(await self._run("info", "--output=json", "-f", "qcow2", path))["cluster-size"])
 
@@ -133,7 +149,7 @@ class Images:
         Raises:
             ImageError: it exists, or can't be created.
         """
-        return await asyncio.to_thread(_claim, path, like)
+        return await _bounded(_claim, path, like)
 
     async def create(
         self, path: str, image_format: str, size: int, backing: str | None, backing_format: str | None
@@ -143,13 +159,13 @@ class Images:
         Raises:
             ImageError: in the system's or qemu-img's words.
         """
-        blank = await asyncio.to_thread(_create, path, image_format, size, backing, backing_format)
+        blank = await _bounded(_create, path, image_format, size, backing, backing_format)
         if blank is not None:
             return blank
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
         onto = ["-u", "-b", backing, "-F", str(backing_format)] if backing else []
         await self._run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
-        await asyncio.to_thread(_sync, (path,))
+        await _bounded(_sync, (path,))
         return False
 
     async def remove(self, path: str, identity: Mapping[str, Any] | None) -> bool:
@@ -163,7 +179,7 @@ class Images:
         Raises:
             ImageError: it can't be removed.
         """
-        return await asyncio.to_thread(_remove, path, identity)
+        return await _bounded(_remove, path, identity)
 
     async def drop(self, path: str) -> bool:
         """Remove a regular file unless a QEMU holds a lock on it; whether it was removed.
@@ -171,16 +187,23 @@ class Images:
         Raises:
             ImageError: it can't be removed.
         """
-        return await asyncio.to_thread(_drop, path)
+        return await _bounded(_drop, path)
 
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
-        """What tells whether somebody touches these files from now on; those that are no plain files have none."""
-        found = {path: await asyncio.to_thread(_stamp, path) for path in paths}
+        """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""
+        found: dict[str, FileStamp | None] = {}
+        for path in paths:
+            with contextlib.suppress(ImageError):
+                found[path] = await _bounded(_stamp, path)
         return {path: stamp for path, stamp in found.items() if stamp is not None}
 
     async def sync(self, paths: tuple[str, ...]) -> None:
-        """Call fdatasync on each file; a file that is not there is none of ours to complain about."""
-        await asyncio.to_thread(_sync, paths)
+        """Call fdatasync on each file, and see whether its file system takes a change at all; one that is not there is not ours.
+
+        Raises:
+            ImageError: in the system's words; or nothing came back, and whoever uses the file hangs as well.
+        """
+        await _bounded(_sync, paths)
 
     async def _run(self, *arguments: str, good: tuple[int, ...] = (0,)) -> str:
         try:
@@ -193,10 +216,31 @@ class Images:
             )
         except OSError as error:
             raise ImageError(f"{self.program} can't be run ({error.strerror}): install qemu-utils") from error
-        out, words = await process.communicate()
+        try:
+            async with asyncio.timeout(RUN_SECONDS):
+                out, words = await process.communicate()
+        except TimeoutError as error:
+            raise ImageError(f"qemu-img {arguments[0]} has not ended within {RUN_SECONDS:g} s") from error
+        finally:
+            # Not waited for: a process that waits for a file system that hangs can't be killed either.
+            if process.returncode is None:
+                process.kill()
         if process.returncode not in good:
             raise ImageError(words.decode(errors="replace").strip().removeprefix("qemu-img: "))
         return out.decode(errors="replace")
+
+
+async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
+    """Call what may hang with the file system that it asks.
+
+    Raises:
+        ImageError: as the function; or it did not come back.
+    """
+    seconds = SYNC_SECONDS if function is _sync else FILE_SECONDS
+    try:
+        return await bounded(seconds, function, *arguments, **named)
+    except TimeoutError as error:
+        raise ImageError(f"{arguments[0]}: its file system does not answer within {seconds:g} s") from error
 
 
 def _follow_problem(path: str, image_format: str | None, looped: bool) -> str | None:
@@ -478,10 +522,20 @@ def _sync(paths: tuple[str, ...]) -> None:
             continue
         try:
             os.fdatasync(descriptor)
+            _touch(os.path.dirname(path))
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror}") from error
         finally:
             os.close(descriptor)
+
+
+def _touch(folder: str) -> None:
+    """Make a file without a name: nothing is left of it, and a file system that is frozen or hangs does not come back.
+
+    A flush of what is clean would. Where such files are not known or we may not make any, nothing is learnt.
+    """
+    with contextlib.suppress(OSError), _opened(folder, os.O_TMPFILE | os.O_WRONLY):
+        pass
 
 
 def _sync_folder(path: str) -> None:

@@ -32,6 +32,12 @@ def lives(pid: int, started: int | None) -> bool:
     return now is not None and (started is None or now == started)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped it (proc_pid_stat(5)): it answers nothing until it is let go on."""
+    fields = _stat(pid)
+    return fields is not None and fields[0] in ("T", "t")
+
+
 def kill(pid: int, started: int | None) -> None:
     """End that very process without mercy; nothing if it is gone."""
     try:

@@ -28,6 +28,8 @@ from qemu.qmp import (
 from qemu.qmp import StateError as QmpStateError
 
 from blockferry import errors
+from blockferry.qemu.bounded import bounded
+from blockferry.qemu.process import is_stopped
 from blockferry.sockets import connect_unix
 
 # Called before and after every command with ("before"|"after", command): for logs, and for tests that die there.
@@ -44,12 +46,13 @@ class CommandRefused(Exception):
 
 
 class LostReply(Exception):
-    """The connection broke or the time was up before a reply came: whether it was carried out is unknown."""
+    """The connection broke or the time was up (after `seconds`) before a reply came: whether it was carried out is unknown."""
 
-    def __init__(self, command: str, reason: str) -> None:
+    def __init__(self, command: str, reason: str, seconds: float | None = None) -> None:
         super().__init__(f"{command}: {reason}")
         self.command = command
         self.reason = reason
+        self.seconds = seconds
 
 
 class _Client(QMPClient):
@@ -107,7 +110,7 @@ class Session:
         client = _Client("blockferry")
         client.logger.setLevel(logging.CRITICAL)  # what it would log is raised as well
         try:
-            link = await asyncio.wait_for(asyncio.to_thread(connect_unix, Path(path)), timeout)
+            link = await bounded(timeout, connect_unix, Path(path))
         except TimeoutError as error:
             raise errors.QmpBusy(qmp=path, seconds=timeout) from error
         except OSError as error:
@@ -117,7 +120,7 @@ class Session:
             await asyncio.wait_for(client.connect(link), timeout)
         except TimeoutError as error:
             link.close()
-            raise errors.QmpBusy(qmp=path, seconds=timeout) from error
+            raise _unanswered(path, timeout, pid, greeted=client.greeting is not None) from error
         except ConnectError as error:
             link.close()
             raise errors.QmpUnreachable(qmp=path, reason=f"{error}") from error
@@ -177,11 +180,28 @@ class Session:
             raise CommandRefused(command, str(error)) from error
         except TimeoutError as error:
             await self.close()
-            raise LostReply(command, f"no answer within {bound:g} s") from error
+            raise LostReply(command, f"no answer within {bound:g} s", bound) from error
         except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
             raise LostReply(command, str(error) or "the connection broke") from error
         self._witness("after", command)
         return reply
+
+    async def execute_oob(self, command: str, seconds: float, **arguments: Any) -> None:
+        """Execute a command that overtakes all others, and waits for nothing in QEMU.
+
+        Raises:
+            CommandRefused: QEMU's error.
+            LostReply, TimeoutError: no reply.
+        """
+        self._witness("before", command)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._client.execute(command, arguments, oob=True)
+        except ExecuteError as error:
+            raise CommandRefused(command, str(error)) from error
+        except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
+            raise LostReply(command, str(error) or "the connection broke") from error
+        self._witness("after", command)
 
     @contextlib.contextmanager
     def _listening(self, names: Iterable[str]) -> Iterator[EventListener]:
@@ -251,6 +271,19 @@ class Session:
                 finally:
                     gone.cancel()
                     event.cancel()
+
+
+def _unanswered(path: str, seconds: float, pid: int | None, *, greeted: bool) -> errors.BlockferryError:
+    """What a QEMU that accepts and does not go on is to be called."""
+    if pid is not None and is_stopped(pid):
+        reason = f"its process {pid} is stopped, and its guest with it; `kill -CONT {pid}` lets both go on"
+    elif greeted:
+        reason = (
+            f"it greets, and does not answer within {seconds:g} s: it waits for something itself, a disk most often"
+        )
+    else:
+        return errors.QmpBusy(qmp=path, seconds=seconds)
+    return errors.QmpUnreachable(qmp=path, reason=reason)
 
 
 def _peer(link: socket.socket) -> int | None:

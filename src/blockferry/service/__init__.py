@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from blockferry.hostprocess import WINDOW_SECONDS
 from blockferry.journal.journal import Journal
 from blockferry.model import request as ask
 from blockferry.model import view
@@ -43,17 +43,20 @@ class Service:
         self._doors = self._open_doors()
 
     @classmethod
-    async def open(cls, state_dir: Path, *, witness: Witness = _nobody) -> Service:
+    async def open(
+        cls, state_dir: Path, *, witness: Witness = _nobody, window_seconds: float = WINDOW_SECONDS
+    ) -> Service:
         """Open the journal, connect to the domains, and settle what was interrupted.
 
         Args:
             state_dir: an absolute path that exists and is ours.
             witness: told before and after every durable write and QMP command; for logs and tests.
+            window_seconds: how long a guest may stand still before its window is left.
 
         Raises:
             StateDirUnusable: the journal can't be opened.
         """
-        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness, state_dir)
+        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness, state_dir, window_seconds)
         for record in desk.journal.domains():
             desk.keepers[record.name] = desk.new_keeper(record.name)
         service = cls(desk)
@@ -98,9 +101,7 @@ class Service:
 
     async def close(self) -> None:
         """Let go of everything; guests and their jobs go on."""
-        self._desk.bus.close()
-        await asyncio.gather(*(keeper.close() for keeper in self._desk.keepers.values()))
-        self._desk.journal.close()
+        await self._desk.close()
 
     def has_work(self) -> bool:
         """Whether there is something to watch: an operation, a job that works, a guest to be thawed, a domain that we started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -34,6 +35,9 @@ ENDS = frozenset({"domain-defined", "domain-started", "domain-stopped", "domain-
 
 Witness = Callable[[str, str], None]
 
+# A QEMU is asked for all of its graph in some 10 ms; a busy host gets three hundred times that.
+LATELY_SECONDS = 3.0
+
 
 class Desk:
     """The domains of one state directory.
@@ -43,20 +47,33 @@ class Desk:
         images: the host's image files.
         witness: told of every QMP command.
         state_dir: the state directory.
+        window_seconds: how long a guest may stand still.
     """
 
-    def __init__(self, journal: Journal, images: Images, witness: Witness, state_dir: Path) -> None:
+    def __init__(
+        self, journal: Journal, images: Images, witness: Witness, state_dir: Path, window_seconds: float
+    ) -> None:
         self.journal = journal
         self.state_dir = state_dir
         self.images = images
         self.bus = Bus()
         self.keepers: dict[str, Keeper] = {}
         self._witness = witness
+        self._window_seconds = window_seconds
+        self._asking: dict[str, asyncio.Task[Observation | None]] = {}
 
     def new_keeper(self, name: str) -> Keeper:
         """A keeper for a domain; the caller decides whether it is kept."""
         home = Home(self.state_dir / "run" / "domains", self.state_dir / "log" / "domains", name)
-        return Keeper(name, self.journal, self.images, self.bus, self._witness, home=home)
+        return Keeper(
+            name,
+            self.journal,
+            self.images,
+            self.bus,
+            self._witness,
+            home=home,
+            window_seconds=self._window_seconds,
+        )
 
     def keeper(self, name: str) -> Keeper:
         """The keeper of a domain.
@@ -78,7 +95,7 @@ class Desk:
     async def holding(self, name: str) -> AsyncIterator[Keeper]:
         """The domain to oneself, with everything of before settled; it may be shut off."""
         keeper = self.keeper(name)
-        async with keeper.lock:
+        async with keeper.alone():
             if self.journal.open_operations(name):
                 await keeper.reconcile()
             for operation in self.journal.open_operations(name):
@@ -218,6 +235,26 @@ class Desk:
             images = ", ".join(dict.fromkeys(f"{each.file} ({each.target})" for each in inside))
             raise errors.SnapshotInternal(domain=domain, snapshot=name, images=images)
         raise errors.NoSuchSnapshot(domain=domain, snapshot=name)
+
+    async def seen_lately(self, keeper: Keeper) -> Observation | None:
+        """A domain that a request is not about: as it is now, or as it was seen last where its QEMU takes too long.
+
+        So one that hangs holds up no other. It is asked once at a time, and not given up: a reply may come yet.
+        """
+        asked = self._asking.get(keeper.name)
+        if asked is None or asked.done():
+            asked = self._asking[keeper.name] = asyncio.create_task(self.seen_or_none(keeper))
+        await asyncio.wait([asked], timeout=LATELY_SECONDS)
+        return asked.result() if asked.done() else keeper.seen
+
+    async def close(self) -> None:
+        """Let go of everything; guests and their jobs go on."""
+        self.bus.close()
+        for asked in self._asking.values():
+            asked.cancel()
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+        await asyncio.gather(*(keeper.close() for keeper in self.keepers.values()))
+        self.journal.close()
 
     async def seen_or_none(self, keeper: Keeper) -> Observation | None:
         """The domain now, or None where it can't be asked."""

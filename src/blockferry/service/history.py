@@ -56,16 +56,22 @@ class History:
 
     async def recover(self, _request: ask.Recover) -> view.RecoveryReport:
         """Settle what is not settled."""
-        reports = await asyncio.gather(*(self._recover_domain(keeper) for keeper in self._desk.keepers.values()))
+        busy: dict[str, str] = {}
+        reports = await asyncio.gather(*(self._recover_domain(keeper, busy) for keeper in self._desk.keepers.values()))
         operations = tuple(each for report in reports for each in report)
         unreachable = {
             keeper.name: keeper.problem.message for keeper in self._desk.keepers.values() if keeper.problem is not None
-        }
+        } | busy
         return view.RecoveryReport(operations=operations, unreachable=unreachable)
 
-    async def _recover_domain(self, keeper: Keeper) -> list[view.RecoveredOperation]:
-        async with keeper.lock:
-            rows = dict(await keeper.reconcile())
+    async def _recover_domain(self, keeper: Keeper, busy: dict[str, str]) -> list[view.RecoveredOperation]:
+        """The report of one domain; one that is busy holds up no other."""
+        try:
+            async with keeper.alone():
+                rows = dict(await keeper.reconcile())
+        except errors.DomainBusy as error:
+            busy[keeper.name] = error.message
+            return []
         jobs = self._desk.journal.jobs(keeper.name)
         found = []
         working = {record.id: record for record in self._desk.journal.operations(keeper.name, states=IN_PROGRESS)}

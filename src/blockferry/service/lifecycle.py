@@ -58,7 +58,7 @@ class Lifecycle:
             keeper = self._desk.new_keeper(name)
         elif not keeper.record.defined:
             raise errors.DomainExists(domain=name, qmp=keeper.record.qmp)
-        async with keeper.lock:
+        async with keeper.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=name)
             moved = await self._moved(name, definition) if name in self._desk.keepers else ()
@@ -110,7 +110,7 @@ class Lifecycle:
     async def undefine(self, request: ask.Undefine) -> view.Done:
         """Forget a guest that is shut off."""
         keeper = self._defined(request.domain)
-        async with keeper.lock:
+        async with keeper.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
             await keeper.close()

@@ -68,10 +68,10 @@ async def _users(desk: Desk, own: Keeper, own_seen: Observation | None) -> dict[
 async def _all(desk: Desk, own: Keeper, own_seen: Observation | None) -> list[tuple[Keeper, list[Chain]]]:
     """Every domain with its chains, as they are now, or as it is started next.
 
-    Of one that can't be asked nothing is known. `own` is not asked again.
+    Of one that can't be asked nothing is known; of one that does not answer, what it was. `own` is not asked again.
     """
     others = [keeper for keeper in desk.keepers.values() if keeper is not own]
-    observed = await asyncio.gather(*(desk.seen_or_none(keeper) for keeper in others))
+    observed = await asyncio.gather(*(desk.seen_lately(keeper) for keeper in others))
     found = []
     for keeper, seen in [(own, own_seen), *zip(others, observed, strict=True)]:
         chains: list[Chain] = []

@@ -44,7 +44,8 @@ class Accident(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         at: the boundary, from 0.
-        what: `die` (the process that carries out the requests is killed), `kill` (another is), `create` (a file that a
+        what: `die` (the process that carries out the requests is killed), `interrupt` (it gets what Ctrl-C sends), `kill`
+            (another is killed), `create` (a file that a
             server's fault waits for), `fill` (a file grows until its file system is full), `cut` (connections end), `fail`
             (storage fails from now on).
         target: the process to kill, as its number or a socket that it listens on; the file to create or to fill; the socket
@@ -52,7 +53,7 @@ class Accident(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     at: int
-    what: Literal["die", "kill", "create", "fill", "cut", "fail"]
+    what: Literal["die", "interrupt", "kill", "create", "fill", "cut", "fail"]
     target: str = ""
 
 
@@ -113,6 +114,8 @@ def _happen(accident: Accident) -> None:
     match accident.what:
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
         case "kill":
             _kill(int(accident.target) if accident.target.isdigit() else listener(accident.target))
         case "create":

@@ -6,6 +6,7 @@ HTTP/1.0 by hand: the answer ends where the connection does, so twenty lines do 
 from __future__ import annotations
 
 import json
+import select
 import socket
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NoReturn
@@ -89,6 +90,7 @@ def _send(state: hostprocess.StateDir, connection: socket.socket, line: str, bod
     head = f"{line} HTTP/1.0\r\nHost: blockferry\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
         connection.sendall(head.encode() + body)
+        _await_answer(state, connection)
         answer = connection.makefile("rb")
         status = int(answer.readline().split()[1])
         while answer.readline().strip():
@@ -96,6 +98,15 @@ def _send(state: hostprocess.StateDir, connection: socket.socket, line: str, bod
     except (OSError, IndexError, ValueError) as error:
         _cut_off(state, error)
     return status, answer
+
+
+def _await_answer(state: hostprocess.StateDir, connection: socket.socket) -> None:
+    """Wait for an answer's first byte: however long the work takes, as long as the host process answers others."""
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    while not poller.poll(hostprocess.LOOK_SECONDS * 1000):
+        if not hostprocess.answers(state):
+            raise TimeoutError("it does not answer any more: is it stopped, or does its host hang?")
 
 
 def _lines(answer: BinaryIO) -> Iterator[bytes]:
