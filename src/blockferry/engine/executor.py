@@ -13,12 +13,13 @@ from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
 from blockferry.plan import steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
-from blockferry.qemu.images import ImageError, Images
+from blockferry.qemu.images import Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
 from blockferry.qemu.nbd import reachable
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.process import born, ends, kill
 from blockferry.qemu.session import CommandRefused, LostReply, Session
+from blockferry.qemu.tool import ImageError
 
 # Draining and switching took 83 ms for 8 disks; a window that takes this long has gone wrong and is left.
 WINDOW_SECONDS = 10.0
@@ -541,7 +542,7 @@ class Executor:
 
     async def _launch(self, step: steps.Launch) -> dict[str, Any]:
         try:
-            launched = await launch(self._home, step.program, list(step.arguments), step.environment)
+            launched = await launch(self._home, step.program, step.arguments, step.environment, step.run_as)
         except (LaunchFailed, AlreadyRuns) as failure:
             raise StepFailed(str(failure)) from failure
         return {"pid": launched.pid, "born": launched.born}

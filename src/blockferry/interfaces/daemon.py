@@ -15,12 +15,19 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockferry.errors import BlockferryError, InternalError
-from blockferry.hostprocess import Lock, Ownership, StateDir, default_state_dir, prepare_state_dir
+from blockferry.hostprocess import (
+    Lock,
+    Ownership,
+    StateDir,
+    default_state_dir,
+    default_storage_roots,
+    prepare_state_dir,
+)
 
 if TYPE_CHECKING:
     from blockferry.client import Ferry
@@ -30,27 +37,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger("blockferry.host")
 
 
-async def open_service(state_dir: Path) -> Service:
+async def open_service(state_dir: Path, storage_roots: Sequence[str] | None = None) -> Service:
     """Wire the parts of a service. The caller owns the state directory.
+
+    Args:
+        state_dir: an absolute path.
+        storage_roots: the folders in which images may lie; None for those of BLOCKFERRY_STORAGE_ROOTS.
 
     Raises:
         StateDirUnusable: its journal can't be opened.
+        BadRequest: a storage root is no absolute path.
     """
     from blockferry.service import Service
 
-    return await Service.open(state_dir)
+    roots = default_storage_roots() if storage_roots is None else tuple(storage_roots)
+    return await Service.open(state_dir, storage_roots=roots)
 
 
 @contextlib.asynccontextmanager
-async def open_ferry(state_dir: str | os.PathLike[str] | None = None) -> AsyncIterator[Ferry]:
+async def open_ferry(
+    state_dir: str | os.PathLike[str] | None = None, *, storage_roots: Sequence[str] | None = None
+) -> AsyncIterator[Ferry]:
     """Open a service inside this process, which owns the state directory until the block ends.
 
     Recovery has run when the block begins. Public as `blockferry.open`.
 
     Args:
         state_dir: where state is kept; the default is the command's.
+        storage_roots: absolute paths of the folders in which images may lie. None: those of BLOCKFERRY_STORAGE_ROOTS; none
+            at all: images that callers name, and what is in or below their folders.
 
     Raises:
+        BadRequest: a storage root is no absolute path.
         StateDirBusy: another process owns it; `blockferry.connect` talks to a host process.
         StateDirUnusable: it can't be made, read or trusted.
     """
@@ -60,7 +78,7 @@ async def open_ferry(state_dir: str | os.PathLike[str] | None = None) -> AsyncIt
     prepare_state_dir(state)
     lock = Lock.take(state)
     try:
-        service = await open_service(state.path)
+        service = await open_service(state.path, storage_roots)
         try:
             yield Ferry(service)
         finally:
@@ -93,7 +111,13 @@ class Announcement:
         self._descriptor = None
 
 
-async def serve(state: StateDir, ownership: Ownership, idle_exit: float | None, announce: Announcement) -> None:
+async def serve(
+    state: StateDir,
+    ownership: Ownership,
+    idle_exit: float | None,
+    announce: Announcement,
+    storage_roots: Sequence[str] | None = None,
+) -> None:
     """Open the service, say that it is ready, and serve it until a signal comes or nobody needs it any more.
 
     Args:
@@ -101,11 +125,12 @@ async def serve(state: StateDir, ownership: Ownership, idle_exit: float | None, 
         ownership: the proof of it.
         idle_exit: seconds without work and without a client after which to end; None for never.
         announce: told when it is ready.
+        storage_roots: see `open_service`.
     """
     from blockferry.interfaces.api import Api
     from blockferry.interfaces.api.server import ApiServer
 
-    service = await open_service(state.path)
+    service = await open_service(state.path, storage_roots)
     try:
         server = ApiServer(Api(service), before_end=ownership.withdraw)
         announce({"kind": "serving", "pid": os.getpid(), "socket": str(state.socket)})
@@ -149,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_state_dir(state)
         ownership = Ownership.take(state)
         try:
-            asyncio.run(serve(state, ownership, options.idle_exit, announce))
+            asyncio.run(serve(state, ownership, options.idle_exit, announce, options.storage_root))
         finally:
             ownership.give_up()
     except BlockferryError as error:
@@ -167,6 +192,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--state-dir", type=Path, default=default_state_dir())
     parser.add_argument("--idle-exit", type=float, metavar="SECONDS", help="end after that long without work")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="where to say that it is ready, as a line of JSON")
+    parser.add_argument(
+        "--storage-root", action="append", metavar="DIR", help="where images may lie; can be given again"
+    )
     parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
     return parser.parse_args(arguments)
 

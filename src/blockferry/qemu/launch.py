@@ -15,13 +15,16 @@ import shlex
 import shutil
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from blockferry.model.definition import RunAs
 from blockferry.plan.machine import FOLDER_DESCRIPTOR, QMP_SOCKET
 from blockferry.qemu.process import born
+from blockferry.qemu.tool import ImageError
+from blockferry.qemu.user import hand_over
 
 # After the folder's: QEMU inherits them under these numbers.
 LOCK_DESCRIPTOR = FOLDER_DESCRIPTOR + 1
@@ -103,7 +106,9 @@ def find_program(emulator: str | None, arch: str) -> str:
     return found
 
 
-async def launch(home: Home, program: str, arguments: list[str], environment: Mapping[str, str]) -> Launched:
+async def launch(
+    home: Home, program: str, arguments: Sequence[str], environment: Mapping[str, str], run_as: RunAs | None = None
+) -> Launched:
     """Start QEMU and wait until its sockets listen; its guest does not run yet.
 
     Args:
@@ -111,6 +116,7 @@ async def launch(home: Home, program: str, arguments: list[str], environment: Ma
         program: QEMU.
         arguments: those of plan.machine.
         environment: added to ours.
+        run_as: whom it becomes, as the arguments say too; the images are made that user's first.
 
     Raises:
         AlreadyRuns: a QEMU of this domain lives.
@@ -119,6 +125,11 @@ async def launch(home: Home, program: str, arguments: list[str], environment: Ma
     home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _lock(home.folder) as lock:
+        if run_as is not None:
+            try:
+                await asyncio.to_thread(hand_over, run_as)
+            except ImageError as error:
+                raise LaunchFailed(str(error)) from error
         for stale in home.folder.glob("*.sock"):
             stale.unlink()
         ours, theirs = socket.socketpair()
