@@ -19,7 +19,7 @@ from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.process import born, ends
-from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
+from blockferry.qemu.session import BadReply, CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
 
@@ -155,9 +155,13 @@ class Link:
             # The second try is for a connection that had broken without our noticing.
             try:
                 seen = await self._look()
+            except BadReply:
+                raise
             except LostReply:
                 await self.connect()
                 seen = await self._look()
+        except BadReply as bad:
+            raise errors.QmpUnreachable(qmp=self.record.qmp, reason=str(bad)) from bad
         except LostReply as lost:
             raise errors.GuestGone(domain=self.name, reason=lost.reason) from lost
         except CommandRefused as refusal:

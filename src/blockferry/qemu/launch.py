@@ -31,6 +31,8 @@ LOCK_DESCRIPTOR = FOLDER_DESCRIPTOR + 1
 CONTROL_DESCRIPTOR = FOLDER_DESCRIPTOR + 2
 # QEMU answers within half a second; a loaded machine gets a hundred times that.
 ANSWER_SECONDS = 60.0
+# Its greeting, its answer, and events in between are some hundred bytes.
+ANSWER_BYTES = 64 << 10
 LAST_WORDS_BYTES = 4096
 SAID_LINES = 5
 
@@ -210,7 +212,7 @@ async def _answers(ours: socket.socket) -> bool:
             more = await loop.sock_recv(ours, 4096)
             if not more:
                 return False
-            said += more
+            said = (said + more)[-ANSWER_BYTES:]
     except OSError:
         return False
     return True

@@ -26,8 +26,11 @@ from qemu.qmp import (
     Runstate,
 )
 from qemu.qmp import StateError as QmpStateError
+from qemu.qmp.error import ProtocolError
+from qemu.qmp.models import Greeting
 
 from blockferry import errors
+from blockferry.qemu.replies import NotUnderstood, check_message, check_reply, shorten
 from blockferry.sockets import connect_unix
 
 # Called before and after every command with ("before"|"after", command): for logs, and for tests that die there.
@@ -52,18 +55,71 @@ class LostReply(Exception):
         self.reason = reason
 
 
+# One line of QEMU's: a chain of 200 images on 18 disks is shown in 7 MiB. libvirt has the same bound.
+LINE_BYTES_MAX = 10 << 20
+# Events that nobody has looked at yet. A job of ours says ten, and a QEMU with 256 jobs that all end says 2,000.
+EVENTS_MAX = 10_000
+# So many messages are read before others get their turn.
+MESSAGES_AT_ONCE = 64
+
+
+class BadReply(LostReply):
+    """What came is nothing that QEMU says: it was not carried out as far as anybody knows, and asking again is no use."""
+
+
 class _Client(QMPClient):
-    """qemu.qmp's, without its log of every message.
+    """qemu.qmp's, that believes nothing, and without its log of every message.
 
     It writes each message out as indented text, also when nobody logs: of a guest with 18 disks, half of all the time that
     was spent here, some of it while the guest stood still.
     """
+
+    def __init__(self) -> None:
+        super().__init__("blockferry", LINE_BYTES_MAX)
+        self._messages = 0
+        # Why nothing more is read from it.
+        self.complaint: str | None = None
+
+    async def _do_recv(self) -> Message:
+        self._messages += 1
+        if self._messages % MESSAGES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        try:
+            line = await self._readline()
+            message = Message(line, eager=True)
+            check_message(line, dict(message))
+        except (ValueError, RecursionError) as error:  # too long, no UTF-8, nested too deeply, a number of 5000 digits
+            raise self.give_up(f"it said what can't be read: {shorten(str(error))}") from error
+        except (ProtocolError, NotUnderstood) as error:
+            words = error.error_message if isinstance(error, ProtocolError) else str(error)
+            raise self.give_up(f"it said what can't be understood: {shorten(words)}") from error
+        return message
+
+    def give_up(self, complaint: str) -> ProtocolError:
+        """The error that ends the connection."""
+        self.complaint = complaint
+        return ProtocolError(complaint)
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
+
+
+class _Listener(EventListener):
+    """qemu.qmp's, with an end: who floods us is let go."""
+
+    def __init__(self, client: _Client, names: Iterable[str]) -> None:
+        super().__init__(tuple(names))
+        self._client = client
+
+    async def put(self, event: Message) -> None:
+        """Take an event."""
+        if self._queue.qsize() >= EVENTS_MAX:
+            raise self._client.give_up(f"it said {EVENTS_MAX} events faster than they could be looked at")
+        if self.accept(event):
+            await self._queue.put(event)
 
 
 def _nobody(_when: str, _command: str) -> None:
@@ -84,7 +140,7 @@ class Session:
     # not been answered after this long is given up as unknown, and the connection with it.
     COMMAND_SECONDS = 30.0
 
-    def __init__(self, client: QMPClient, pid: int | None, version: str, witness: Witness) -> None:
+    def __init__(self, client: _Client, pid: int | None, version: str, witness: Witness) -> None:
         self._client = client
         self._ending: asyncio.Task[str] | None = None
         self.pid = pid
@@ -104,7 +160,7 @@ class Session:
             QmpUnreachable: nobody listens, or what listens does not speak QMP.
             QmpBusy: it is accepted and not greeted: somebody else is being served.
         """
-        client = _Client("blockferry")
+        client = _Client()
         client.logger.setLevel(logging.CRITICAL)  # what it would log is raised as well
         try:
             link = await asyncio.wait_for(asyncio.to_thread(connect_unix, Path(path)), timeout)
@@ -121,10 +177,7 @@ class Session:
         except ConnectError as error:
             link.close()
             raise errors.QmpUnreachable(qmp=path, reason=f"{error}") from error
-        greeting = client.greeting
-        version: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
-        words = f"{version.get('major', '?')}.{version.get('minor', '?')}.{version.get('micro', '?')}"
-        return cls(client, pid, words, witness)
+        return cls(client, pid, _version(client.greeting), witness)
 
     @property
     def alive(self) -> bool:
@@ -152,7 +205,7 @@ class Session:
         try:
             await self._client.disconnect()
         except (QMPError, OSError, EOFError) as error:
-            return str(error) or "QEMU closed the connection"
+            return shorten(str(error)) or "QEMU closed the connection"
         return "the connection was closed"
 
     async def execute(self, command: str, *, seconds: float | None = None, **arguments: Any) -> Any:
@@ -179,18 +232,32 @@ class Session:
             await self.close()
             raise LostReply(command, f"no answer within {bound:g} s") from error
         except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
+            if self._client.complaint is not None:
+                raise BadReply(command, self._client.complaint) from error
             raise LostReply(command, str(error) or "the connection broke") from error
+        except ProtocolError as error:
+            await self.close()
+            raise BadReply(command, f"its reply can't be understood: {shorten(error.error_message)}") from error
+        try:
+            check_reply(command, reply)
+        except NotUnderstood as error:
+            await self.close()
+            raise BadReply(command, f"its reply can't be understood: {error}") from error
         self._witness("after", command)
         return reply
 
     @contextlib.contextmanager
     def _listening(self, names: Iterable[str]) -> Iterator[EventListener]:
-        with self._client.listener(tuple(names)) as listener:
+        listener = _Listener(self._client, names)
+        self._client.register_listener(listener)
+        try:
             yield listener
+        finally:
+            self._client.remove_listener(listener)
 
     async def events(self, names: Iterable[str]) -> AsyncIterator[dict[str, Any]]:
         """Events as they come, until the connection ends; the subscription is open from the first wait."""
-        listener = EventListener(tuple(names))
+        listener = _Listener(self._client, names)
         self._client.register_listener(listener)
         gone = asyncio.ensure_future(self.ended())
         event = asyncio.ensure_future(listener.get())
@@ -251,6 +318,13 @@ class Session:
                 finally:
                     gone.cancel()
                     event.cancel()
+
+
+def _version(greeting: Greeting | None) -> str:
+    """QEMU's version, such as `7.2.22`; with question marks in the place of what it does not say."""
+    said: Any = greeting.QMP.version.get("qemu") if greeting is not None else None
+    parts = [said.get(part) if isinstance(said, dict) else None for part in ("major", "minor", "micro")]
+    return ".".join(str(part) if isinstance(part, int) and 0 <= part < 10_000 else "?" for part in parts)
 
 
 def _peer(link: socket.socket) -> int | None:
