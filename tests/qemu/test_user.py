@@ -126,3 +126,21 @@ async def test_a_base_is_not_given_away(guest: Defined) -> None:
     await guest.start()
     assert owner(guest.path / "vda") == (0, 0)
     assert owner(guest.path / "vda.s1") == (USER.pw_uid, USER.pw_gid)
+
+
+async def test_nothing_is_open_to_others(guest: Defined) -> None:
+    """Whatever the mask of who started us, in the state directory and in what is made beside images."""
+    await guest.service.close()
+    before = os.umask(0)
+    try:
+        await guest.reopen_closed()
+        await guest.ask(labelled(guest, "nobody"))
+        (guest.path / "vda").chmod(0o600)
+        await guest.start()
+        await guest.snapshot("s1", only=("vda",))
+    finally:
+        os.umask(before)
+    # The state directory itself is the host process's to make: tests/cli/test_hostprocess.py.
+    found = [path for path in (guest.path / "state").rglob("*") if path.name not in ("run", "log", "domains")]
+    assert {path.name for path in found} >= {"journal.sqlite", "g1", "g1.log", "lock", "qmp.sock"}
+    assert {path.name for path in [*found, guest.path / "vda.s1"] if path.stat().st_mode & 0o077} == set()

@@ -110,11 +110,9 @@ class Executor:
             case steps.ClaimFile():
                 return await self._images.claim(step.path, step.like)
             case steps.CreateImage():
-                return {
-                    "blank": await self._images.create(
-                        step.path, step.format, step.size, step.backing, step.backing_format
-                    )
-                }
+                onto = (step.backing, step.backing_format)
+                made = await self._images.create(step.path, step.format, step.size, *onto, claims.get(step.path))
+                return {"blank": made}
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():

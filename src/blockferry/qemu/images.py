@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
+from blockferry.qemu.folders import folder_of
 from blockferry.qemu.header import BadHeader, Header
 from blockferry.qemu.inspect import inspect_image, read_header, refusal
 from blockferry.qemu.qcow2 import empty_image
@@ -127,14 +128,28 @@ class Images:
         return await asyncio.to_thread(_claim, path, like)
 
     async def create(
-        self, path: str, image_format: str, size: int, backing: str | None, backing_format: str | None
+        self,
+        path: str,
+        image_format: str,
+        size: int,
+        backing: str | None,
+        backing_format: str | None,
+        claim: Mapping[str, Any] | None = None,
     ) -> bool:
         """Write an empty image of `size` bytes into a claimed file; whether one can see that it holds nothing.
+
+        Args:
+            path: the file.
+            image_format: `qcow2` or `raw`.
+            size: bytes.
+            backing: what its header is to name; None for nothing.
+            backing_format: that one's format.
+            claim: what `claim` answered, of a file that we made; any other file is left alone then.
 
         Raises:
             ImageError: in the system's or qemu-img's words.
         """
-        blank = await asyncio.to_thread(_create, path, image_format, size, backing, backing_format)
+        blank = await asyncio.to_thread(_create, path, image_format, size, backing, backing_format, claim)
         if blank is not None:
             return blank
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
@@ -362,11 +377,14 @@ def _kind(mode: int) -> Kind:
 def _claim(path: str, like: str | None) -> dict[str, Any]:
     try:
         model = _stat(like) if like is not None else None
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with folder_of(path) as (folder, name):
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(name, flags, 0o600, dir_fd=folder)
     except FileExistsError as error:
         raise ImageError(f"{path} exists already") from error
     except OSError as error:
-        raise ImageError(f"{error.filename or path}: {error.strerror}") from error
+        where = error.filename if str(error.filename).startswith("/") else path
+        raise ImageError(f"{where}: {error.strerror}") from error
     try:
         if model is not None:
             # QEMU runs as whoever owns its images: a file of root's it could not open.
@@ -393,7 +411,14 @@ def _stat(path: str) -> os.stat_result | None:
         return None
 
 
-def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool | None:
+def _create(
+    path: str,
+    image_format: str,
+    size: int,
+    backing: str | None,
+    backing_format: str | None,
+    claim: Mapping[str, Any] | None,
+) -> bool | None:
     """Write an image into an empty regular file, and onto disk; None where it is none, with nothing done.
 
     Whether one can see that it holds nothing: not on a file system that has no holes, or does not tell.
@@ -403,7 +428,9 @@ def _create(path: str, image_format: str, size: int, backing: str | None, backin
         if stat.S_ISBLK(os.stat(path).st_mode):
             return None
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            ours = claim is None or (found.st_dev, found.st_ino) == (claim["device"], claim["inode"])
+            if not stat.S_ISREG(found.st_mode) or not ours:
                 raise ImageError(f"{path} is not the file that was made there")
             # Nothing of a destination that is made anew is kept; of one that was just claimed there is nothing.
             os.ftruncate(descriptor, 0)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -94,6 +95,15 @@ class Home:
 START_MARK = "=== blockferry starts"
 
 
+# The value of a `secret` object, in QEMU's own syntax and in JSON.
+_SECRET = re.compile(r"""(\bdata["']?\s*[=:]\s*["']?)[^,"'}]*""")
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """A command line as it may be logged: what a definition gives QEMU as a secret is left out."""
+    return [_SECRET.sub(r"\1***", word) if "secret" in word else word for word in command]
+
+
 def find_program(emulator: str | None, arch: str) -> str:
     """The QEMU program of a definition.
 
@@ -160,7 +170,7 @@ def _spawn(home: Home, command: list[str], environment: Mapping[str, str], lock:
         stack.callback(os.close, folder)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, null)
-        os.write(log, f"{START_MARK} {shlex.join(command).replace(chr(10), ' ')}\n".encode())
+        os.write(log, f"{START_MARK} {shlex.join(without_secrets(command)).replace(chr(10), ' ')}\n".encode())
         # Its sockets are made with this mask: 0600, well, 0700 without the bit that means nothing for a socket.
         stack.callback(os.umask, os.umask(0o077))
         # Above all numbers that are given away, so that none is overwritten before it is copied.

@@ -91,7 +91,7 @@ class Observer:
             running=status["running"],
             graph=graph,
             disks=await self._disks(graph, drives),
-            jobs=_jobs(jobs, block_jobs),
+            jobs=read_jobs(jobs, block_jobs),
             capabilities=capabilities,
             pid=self._session.pid,
             **about,
@@ -112,7 +112,7 @@ class Observer:
             named, shape = await asyncio.gather(
                 ask("query-named-block-nodes", flat=True), ask("x-debug-query-block-graph")
             )
-            graph = _graph(named, shape, self._folder())
+            graph = read_graph(named, shape, self._folder())
             shown = {node["name"] for node in shape["nodes"] if node["type"] == "block-driver"}
             if shown == set(graph.nodes):
                 break
@@ -255,7 +255,8 @@ def _ancestors(path: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(len(parts), 2, -1)]
 
 
-def _graph(named: list[dict[str, Any]], shape: dict[str, Any], folder: Path | None) -> Graph:
+def read_graph(named: list[dict[str, Any]], shape: dict[str, Any], folder: Path | None) -> Graph:
+    """The graph of query-named-block-nodes and x-debug-query-block-graph."""
     nodes = {each["node-name"]: _node(each, folder) for each in named}
     names = {each["id"]: each["name"] for each in shape["nodes"]}
     edges = frozenset(
@@ -316,7 +317,8 @@ def _id(qdev: str) -> str:
     return parts[3] if parts[:3] == ["", "machine", "peripheral"] and len(parts) > 3 else qdev
 
 
-def _jobs(jobs: list[dict[str, Any]], block_jobs: list[dict[str, Any]]) -> dict[str, Job]:
+def read_jobs(jobs: list[dict[str, Any]], block_jobs: list[dict[str, Any]]) -> dict[str, Job]:
+    """The jobs of query-jobs and query-block-jobs."""
     more = {each["device"]: each for each in block_jobs}
     return {
         each["id"]: Job(

@@ -85,15 +85,9 @@ class _Client(QMPClient):
         if self._messages % MESSAGES_AT_ONCE == 0:
             await asyncio.sleep(0)
         try:
-            line = await self._readline()
-            message = Message(line, eager=True)
-            check_message(line, dict(message))
-        except (ValueError, RecursionError) as error:  # too long, no UTF-8, nested too deeply, a number of 5000 digits
-            raise self.give_up(f"it said what can't be read: {shorten(str(error))}") from error
-        except (ProtocolError, NotUnderstood) as error:
-            words = error.error_message if isinstance(error, ProtocolError) else str(error)
-            raise self.give_up(f"it said what can't be understood: {shorten(words)}") from error
-        return message
+            return parse_message(await self._readline())
+        except (ValueError, NotUnderstood) as error:  # ValueError: a line that is too long
+            raise self.give_up(f"it said what can't be understood: {shorten(str(error))}") from error
 
     def give_up(self, complaint: str) -> ProtocolError:
         """The error that ends the connection."""
@@ -105,6 +99,22 @@ class _Client(QMPClient):
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
+
+
+def parse_message(line: bytes) -> Message:
+    """A message of QEMU's.
+
+    Raises:
+        NotUnderstood: it is none.
+    """
+    try:
+        message = Message(line, eager=True)
+    except (ValueError, RecursionError) as error:  # no UTF-8, nested too deeply, a number of 5000 digits
+        raise NotUnderstood(str(error)) from error
+    except ProtocolError as error:
+        raise NotUnderstood(error.error_message) from error
+    check_message(line, dict(message))
+    return message
 
 
 class _Listener(EventListener):
