@@ -6,6 +6,7 @@ Shared by fuzz/run.py, and by tests/unit/test_fuzz_corpus.py that gives each its
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from blockferry.qemu.observe import read_graph, read_jobs, require_sound
 from blockferry.qemu.qcow2 import empty_image
 from blockferry.qemu.replies import NotUnderstood, check_reply
 from blockferry.qemu.session import BadReply, LostReply, parse_message
-import itertools
 
 UUID = "1b4f2a53-6f0e-4d4e-9e7b-1c7a3f8f0a11"
 # QEMU's options that are put before a value of ours; what follows one of these is never taken for an option.
