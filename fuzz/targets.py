@@ -149,8 +149,10 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes], str]] = {
         disk,
         [
             _DISK.encode(),
-            b"<disk type='network'><driver type='raw'/><source protocol='nbd' name='x'><host name='h' port='1'/></source>"
-            b"<target dev='sda' bus='scsi'/><address type='drive' controller='0' bus='0' target='0' unit='0'/></disk>",
+            (
+                b"<disk type='network'><driver type='raw'/><source protocol='nbd' name='x'><host name='h' port='1'/></source>"
+                b"<target dev='sda' bus='scsi'/><address type='drive' controller='0' bus='0' target='0' unit='0'/></disk>"
+            ),
             b"<interface type='user'><model type='virtio'/></interface><graphics type='vnc' port='-1' listen='::1'/>",
             b"<channel type='unix'><source mode='bind' path='/a,b=c'/><target type='virtio' name='x'/></channel>",
             b"<controller type='pci' index='1' model='pcie-root-port'/><serial type='file'><source path='/-a'/></serial>",
@@ -160,10 +162,14 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes], str]] = {
     "snapshot": (
         snapshot,
         [
-            b"<domainsnapshot><name>a</name><disks><disk name='vda' snapshot='external'><driver type='qcow2'/>"
-            b"<source file='/a'/><mirror file='/b'/></disk></disks></domainsnapshot>",
-            b"<domainsnapshot><name>a</name><state>running</state><creationTime>1</creationTime><parent><name>b</name>"
-            b"</parent><disks><disk name='vda'><source file='/a'/></disk></disks></domainsnapshot>",
+            (
+                b"<domainsnapshot><name>a</name><disks><disk name='vda' snapshot='external'><driver type='qcow2'/>"
+                b"<source file='/a'/><mirror file='/b'/></disk></disks></domainsnapshot>"
+            ),
+            (
+                b"<domainsnapshot><name>a</name><state>running</state><creationTime>1</creationTime><parent><name>b</name>"
+                b"</parent><disks><disk name='vda'><source file='/a'/></disk></disks></domainsnapshot>"
+            ),
         ],
         "domainsnapshot name description disks disk source mirror driver memory state creationTime parent cookie",
     ),

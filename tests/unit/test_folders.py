@@ -55,7 +55,7 @@ def test_a_claim_that_is_swapped(shared: Path) -> None:
         os.unlink(new)
         swap(victim, new)
         with pytest.raises(ImageError):
-            _create(new, "qcow2", 1 << 20, None, None, claim)
+            _create(new, "qcow2", 1 << 20, None, None, claim=claim)
         assert victim.read_bytes() == b"precious"
 
 

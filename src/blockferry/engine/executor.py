@@ -111,7 +111,7 @@ class Executor:
                 return await self._images.claim(step.path, step.like)
             case steps.CreateImage():
                 onto = (step.backing, step.backing_format)
-                made = await self._images.create(step.path, step.format, step.size, *onto, claims.get(step.path))
+                made = await self._images.create(step.path, step.format, step.size, *onto, claim=claims.get(step.path))
                 return {"blank": made}
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}

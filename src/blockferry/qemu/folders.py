@@ -39,14 +39,7 @@ def _walk(folder: str) -> int:
             found = os.stat(name, dir_fd=here, follow_symlinks=False)
             if stat.S_ISLNK(found.st_mode):
                 links += 1
-                if links > _LINKS_MAX:
-                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
-                if found.st_uid not in (0, os.geteuid()):
-                    words = (
-                        f"{name} is a symbolic link that user {found.st_uid} has made: name the folder that it leads to"
-                    )
-                    raise OSError(errno.ELOOP, words, folder)
-                target = os.readlink(name, dir_fd=here)
+                target = _target(name, here, found.st_uid, links)
                 left += target.split("/")[::-1]
                 name = "/" if target.startswith("/") else "."
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,3 +49,13 @@ def _walk(folder: str) -> int:
         os.close(here)
         raise
     return here
+
+
+def _target(name: str, folder: int, owner: int, links: int) -> str:
+    """What a link leads to, if it may be followed."""
+    if links > _LINKS_MAX:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if owner not in (0, os.geteuid()):
+        words = f"{name} is a symbolic link that user {owner} has made: name the folder that it leads to"
+        raise OSError(errno.ELOOP, words)
+    return os.readlink(name, dir_fd=folder)

@@ -134,6 +134,7 @@ class Images:
         size: int,
         backing: str | None,
         backing_format: str | None,
+        *,
         claim: Mapping[str, Any] | None = None,
     ) -> bool:
         """Write an empty image of `size` bytes into a claimed file; whether one can see that it holds nothing.
@@ -149,7 +150,7 @@ class Images:
         Raises:
             ImageError: in the system's or qemu-img's words.
         """
-        blank = await asyncio.to_thread(_create, path, image_format, size, backing, backing_format, claim)
+        blank = await asyncio.to_thread(_create, path, image_format, size, backing, backing_format, claim=claim)
         if blank is not None:
             return blank
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
@@ -417,6 +418,7 @@ def _create(
     size: int,
     backing: str | None,
     backing_format: str | None,
+    *,
     claim: Mapping[str, Any] | None,
 ) -> bool | None:
     """Write an image into an empty regular file, and onto disk; None where it is none, with nothing done.
