@@ -3,8 +3,8 @@
 # make check    ruff, mypy --strict, import-linter, the house tests
 # make setup    .venv and the system's packages
 # make chaos    crashes and faults chosen by a seed, for as long as asked: make chaos SECONDS=3600 [SEED=7]
-# make fuzz     1,050,000 inputs to all that reads what others write: about six minutes on two cores of its own, and as long
-#               as it takes on a machine that is busy (FUZZ="--inputs 5000000 qmp api")
+# make fuzz     1,050,000 inputs to all that reads what others write: about a minute of processor time a target, two at a time
+#               (21 minutes at a load of 20); FUZZ="--inputs 5000000 qmp api" for more of some
 # make bench    benchmarks/, with a libvirtd of its own beside it (BENCH="--docs" writes docs/performance.*)
 SHELL := /bin/bash
 BIN := .venv/bin
