@@ -55,9 +55,9 @@ class LostReply(Exception):
         self.reason = reason
 
 
-# One line of QEMU's: a chain of 200 images on 18 disks is shown in 7 MiB. libvirt has the same bound.
+# One line of QEMU's, as long chains on many disks make it; libvirt has the same bound.
 LINE_BYTES_MAX = 10 << 20
-# Events that nobody has looked at yet. A job of ours says ten, and a QEMU with 256 jobs that all end says 2,000.
+# Events that nobody has looked at yet: far more than many jobs that all end at once say.
 EVENTS_MAX = 10_000
 # So many messages are read before others get their turn.
 MESSAGES_AT_ONCE = 64

@@ -7,7 +7,7 @@ import contextlib
 import os
 import resource
 
-# To check an image of many terabytes takes minutes; to map one that is in pieces, as much memory as this.
+# Generous: to check an image of many terabytes may take minutes, and to map one in pieces a lot of memory.
 SECONDS = 600.0
 MEMORY_BYTES = 4 << 30
 PRINTED_BYTES_MAX = 64 << 20
