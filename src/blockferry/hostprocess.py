@@ -68,6 +68,11 @@ def default_state_dir() -> Path:
     return Path(home) / "blockferry"
 
 
+def default_storage_roots() -> tuple[str, ...]:
+    """The folders in which images may lie unless told: BLOCKFERRY_STORAGE_ROOTS, divided by colons as PATH."""
+    return tuple(each for each in os.environ.get("BLOCKFERRY_STORAGE_ROOTS", "").split(os.pathsep) if each)
+
+
 # --- the directory --------------------------------------------------------------------------------------------
 
 

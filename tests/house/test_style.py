@@ -20,6 +20,7 @@ MAY_SLEEP = {
     "engine/progress.py": "samples a job's progress once a second",
     "interfaces/api/events.py": "sleep(0): one turn of the loop",
     "interfaces/daemon.py": "looks once a second whether it is idle",
+    "qemu/session.py": "sleep(0): one turn of the loop, whatever one QEMU says",
     "testing/demo.py": "lets a guest write for a while, to be watched",
     "testing/nbd.py": "qemu-nbd does not say when it listens",
     "testing/proxy.py": "a reply that is late is what it is there for",

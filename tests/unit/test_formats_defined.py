@@ -153,7 +153,7 @@ def test_a_running_guest_is_read_again_as_its_definition() -> None:
     found = parse_definition(live_xml(EVERYTHING, seen, {}))
     before = parse_definition(EVERYTHING)
     expected = [
-        msgspec.structs.replace(each, source=Source(kind="block", where="/dev/c", format="qcow2"))
+        msgspec.structs.replace(each, source=Source(kind="block", where="/dev/c", format="qcow2"), backings=("/b",))
         if each.target == "sda"
         else each
         for each in before.disks

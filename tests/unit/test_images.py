@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.qemu.images import ImageError, _claim
+from blockferry.qemu.images import _claim
+from blockferry.qemu.tool import ImageError
 
 
 def test_a_claim_that_fails_leaves_no_file(tmp_path: Path) -> None:

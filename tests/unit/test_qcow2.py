@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.qemu.qcow2 import BACKING_NAME_MAX, empty_image
+from blockferry.qemu.header import BACKING_NAME_MAX
+from blockferry.qemu.qcow2 import empty_image
 from blockferry.testing import check_image, find_qemu
 
 GIB = 1 << 30

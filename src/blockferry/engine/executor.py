@@ -14,12 +14,13 @@ from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
 from blockferry.plan import steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
-from blockferry.qemu.images import ImageError, Images
+from blockferry.qemu.images import Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
 from blockferry.qemu.nbd import flushes, reachable
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.process import born, ends, kill
 from blockferry.qemu.session import CommandRefused, LostReply, Session
+from blockferry.qemu.tool import ImageError
 
 # Draining and switching took 83 ms for 8 disks. Of a job that is not waited for in a window, whose deadline is another.
 WINDOW_SECONDS = 10.0
@@ -115,11 +116,9 @@ class Executor:
             case steps.ClaimFile():
                 return await self._images.claim(step.path, step.like)
             case steps.CreateImage():
-                return {
-                    "blank": await self._images.create(
-                        step.path, step.format, step.size, step.backing, step.backing_format
-                    )
-                }
+                onto = (step.backing, step.backing_format)
+                made = await self._images.create(step.path, step.format, step.size, *onto, claim=claims.get(step.path))
+                return {"blank": made}
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():
@@ -523,7 +522,14 @@ class Executor:
 
     async def _launch(self, step: steps.Launch) -> dict[str, Any]:
         try:
-            launched = await launch(self._home, step.program, step.arguments, step.environment, step.templates)
+            launched = await launch(
+                self._home,
+                step.program,
+                step.arguments,
+                step.environment,
+                templates=step.templates,
+                run_as=step.run_as,
+            )
         except (LaunchFailed, AlreadyRuns) as failure:
             raise StepFailed(str(failure)) from failure
         return {"pid": launched.pid, "born": launched.born}

@@ -29,10 +29,12 @@ from blockferry.plan.plan import Plan, is_ours
 from blockferry.plan.recover import Decision
 from blockferry.plan.resting import GONE, stamped_files, to_rest
 from blockferry.plan.steps import Step
-from blockferry.qemu.images import ImageError, Images
+from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.process import ends, status_of
+from blockferry.qemu.replies import shorten
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
+from blockferry.qemu.tool import ImageError
 
 # So long a request waits for others. Twenty at once take two seconds; an end of QEMU, the longest of operations, up to twenty.
 BUSY_SECONDS = 30.0
@@ -509,13 +511,13 @@ class Keeper(Link):
             case "RESUME":
                 self._say("domain-resumed", None)
             case "SHUTDOWN":
-                self._say("domain-shutdown", None, reason=str(data.get("reason", "")))
+                self._say("domain-shutdown", None, reason=shorten(data.get("reason", "")))
                 if self.record.defined:
                     self._spawn(self._check_soon())
             # A stream is forgotten by QEMU with its end: this is all that is ever said of it.
-            case "BLOCK_JOB_COMPLETED" if data.get("error"):
-                self._last_words[data["device"]] = data["error"]
-            case "BLOCK_JOB_CANCELLED":
+            case "BLOCK_JOB_COMPLETED" if data.get("error") and is_ours(data["device"], self._journal.tag):
+                self._last_words[data["device"]] = shorten(data["error"])
+            case "BLOCK_JOB_CANCELLED" if is_ours(data["device"], self._journal.tag):
                 self._last_words[data["device"]] = "somebody else cancelled its job"
             case "JOB_STATUS_CHANGE" if is_ours(str(data.get("id", "")), self._journal.tag):
                 job = next((each for each in self.active() if each.job == data["id"]), None)

@@ -20,7 +20,7 @@ from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.process import born, ends
-from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
+from blockferry.qemu.session import BadReply, CommandRefused, LostReply, Session, Witness
 
 CONNECT_SECONDS = 5.0
 
@@ -189,11 +189,15 @@ class Link:
         try:
             try:
                 return await ask()
+            except BadReply:
+                raise
             except LostReply as lost:
                 if lost.seconds is not None:
                     raise
                 await self.connect()
                 return await ask()
+        except BadReply as bad:
+            raise errors.QmpUnreachable(qmp=self.record.qmp, reason=str(bad)) from bad
         except LostReply as lost:
             if lost.seconds is not None:
                 raise errors.QmpTimeout(domain=self.name, command=lost.command, seconds=lost.seconds) from lost

@@ -31,8 +31,9 @@ from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may
 from blockferry.plan.snapshot import in_part
 from blockferry.plan.waves import Wave, waves
 from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
-from blockferry.qemu.images import ImageError, Images
+from blockferry.qemu.images import Images
 from blockferry.qemu.session import CommandRefused, LostReply
+from blockferry.qemu.tool import ImageError
 
 # A QEMU that was killed closes its sockets a moment before its process has ended.
 DYING_SECONDS = 2.0

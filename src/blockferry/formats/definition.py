@@ -26,6 +26,8 @@ _MEMORY_MIN = 1 << 20
 # What QEMU's own address spaces end at, and far above what a host has.
 _MEMORY_MAX = 1 << 52
 _IOTHREADS_MAX = 1024
+# Of passwd(5) and group(5), or their numbers after a `+`.
+_LABEL = re.compile(r"\+?[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:\+?[A-Za-z0-9_][A-Za-z0-9_.-]{0,31})?")
 # As libvirt's schema.
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Said of every guest by libvirt's own dumps, and what QEMU or we do anyway.
@@ -38,7 +40,6 @@ _HARMLESS = (
     "on_reboot",
     "on_crash",
     "on_lockfailure",
-    "seclabel",
     "resource",
 )
 
@@ -71,6 +72,7 @@ def parse_definition(xml: str) -> Definition:
         plugged = xmlio.document("devices")
     disks, controllers = devices.disks(reading, plugged), devices.controllers(reading, plugged)
     arguments, environment = _commandline(reading, root)
+    user, relabel = _user(reading, root)
     definition = Definition(
         name=name,
         uuid=_uuid(reading, root),
@@ -94,11 +96,37 @@ def parse_definition(xml: str) -> Definition:
         video=devices.video(reading, plugged),
         rng=devices.rng(reading, plugged),
         balloon=devices.balloon(reading, plugged),
+        user=user,
+        relabel=relabel,
         arguments=arguments,
         environment=environment,
     )
     _check(root, definition)
     return msgspec.structs.replace(definition, ignored=reading.ignored())
+
+
+def _user(reading: Reading, root: Element) -> tuple[str | None, bool]:
+    """Whom QEMU runs as, and whether images become that user's: libvirt's DAC label, of a static one.
+
+    A dynamic one shows whom libvirt has chosen, and other models (selinux, apparmor) are libvirt's alone.
+    """
+    found: tuple[str | None, bool] = (None, False)
+    for element in root.findall("seclabel"):
+        if element.get("model") != "dac" or element.get("type") != "static":
+            reading.keep(element)
+            continue
+        reading.mark(element)
+        reading.get(element, "model")
+        reading.get(element, "type")
+        relabel = bool(reading.flag(element, "relabel"))
+        label = reading.text(element, "label")
+        reading.harmless(element, "imagelabel", "baselabel")
+        if label is None or not _LABEL.fullmatch(label):
+            refuse(element, "its <label> is to be USER or USER:GROUP")
+        if found[0] is not None:
+            refuse(element, "only one user can be said")
+        found = label, relabel
+    return found
 
 
 def _uuid(reading: Reading, root: Element) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from urllib.parse import quote, unquote
 
 from blockferry.formats import xmlio
-from blockferry.formats.names import NBD_EXPORT_NAME_MAX, NBD_PORT
+from blockferry.formats.names import NBD_EXPORT_NAME_MAX, NBD_PORT, path_flaw
 from blockferry.formats.reading import Reading, at, refuse, require_path
 from blockferry.formats.xmlio import Element
 from blockferry.model.definition import (
@@ -111,6 +111,7 @@ def _disk(reading: Reading, element: Element) -> DiskDef:
         bus=bus,
         device="cdrom" if device == "cdrom" else "disk",
         source=source,
+        backings=_backings(element),
         read_only=read_only,
         cache=reading.get(driver, "cache", among=_CACHES),
         io=_io(reading, driver),
@@ -123,6 +124,16 @@ def _disk(reading: Reading, element: Element) -> DiskDef:
         blocks=_blocks(reading, element),
         address=address(reading, element),
     )
+
+
+def _backings(element: Element) -> tuple[str, ...]:
+    """The files that a disk's chain is said to have; one that can't be a path is none."""
+    named = [
+        source.get("file") or source.get("dev") or ""
+        for backing in element.iter("backingStore")
+        for source in backing.findall("source")
+    ]
+    return tuple(file for file in named if path_flaw(file) is None)
 
 
 def _bus(name: str) -> str:

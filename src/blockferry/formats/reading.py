@@ -122,9 +122,10 @@ class Reading:
         """Children that say nothing of what the guest is made of, with all that is in them."""
         for tag in tags:
             for found in parent.findall(tag):
-                self._keep(found)
+                self.keep(found)
 
-    def _keep(self, element: Element) -> None:
+    def keep(self, element: Element) -> None:
+        """Understand this element with all that is in it."""
         for each in element.iter():
             self._known.add(each)
             self._known.update((each, str(name)) for name in each.attrib)

@@ -16,12 +16,20 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockferry.errors import BlockferryError, InternalError
-from blockferry.hostprocess import WINDOW_SECONDS, Lock, Ownership, StateDir, default_state_dir, prepare_state_dir
+from blockferry.hostprocess import (
+    WINDOW_SECONDS,
+    Lock,
+    Ownership,
+    StateDir,
+    default_state_dir,
+    default_storage_roots,
+    prepare_state_dir,
+)
 
 if TYPE_CHECKING:
     from blockferry.client import Ferry
@@ -31,20 +39,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger("blockferry.host")
 
 
-async def open_service(state_dir: Path, window_seconds: float = WINDOW_SECONDS) -> Service:
+async def open_service(
+    state_dir: Path, window_seconds: float = WINDOW_SECONDS, storage_roots: Sequence[str] | None = None
+) -> Service:
     """Wire the parts of a service. The caller owns the state directory.
+
+    Args:
+        state_dir: an absolute path.
+        window_seconds: how long a guest may stand still before its window is left.
+        storage_roots: the folders in which images may lie; None for those of BLOCKFERRY_STORAGE_ROOTS.
 
     Raises:
         StateDirUnusable: its journal can't be opened.
+        BadRequest: a storage root is no absolute path.
     """
     from blockferry.service import Service
 
-    return await Service.open(state_dir, window_seconds=window_seconds)
+    roots = default_storage_roots() if storage_roots is None else tuple(storage_roots)
+    return await Service.open(state_dir, window_seconds=window_seconds, storage_roots=roots)
 
 
 @contextlib.asynccontextmanager
 async def open_ferry(
-    state_dir: str | os.PathLike[str] | None = None, *, window_seconds: float = WINDOW_SECONDS
+    state_dir: str | os.PathLike[str] | None = None,
+    *,
+    window_seconds: float = WINDOW_SECONDS,
+    storage_roots: Sequence[str] | None = None,
 ) -> AsyncIterator[Ferry]:
     """Open a service inside this process, which owns the state directory until the block ends.
 
@@ -53,8 +73,11 @@ async def open_ferry(
     Args:
         state_dir: where state is kept; the default is the command's.
         window_seconds: how long a guest may stand still before a pivot, a finish or a reopen is left.
+        storage_roots: absolute paths of the folders in which images may lie. None: those of BLOCKFERRY_STORAGE_ROOTS; none
+            at all: images that callers name, and what is in or below their folders.
 
     Raises:
+        BadRequest: a storage root is no absolute path.
         StateDirBusy: another process owns it; `blockferry.connect` talks to a host process.
         StateDirUnusable: it can't be made, read or trusted.
     """
@@ -64,7 +87,7 @@ async def open_ferry(
     prepare_state_dir(state)
     lock = Lock.take(state)
     try:
-        service = await open_service(state.path, window_seconds)
+        service = await open_service(state.path, window_seconds, storage_roots)
         try:
             yield Ferry(service)
         finally:
@@ -104,6 +127,7 @@ async def serve(
     announce: Announcement,
     *,
     window_seconds: float = WINDOW_SECONDS,
+    storage_roots: Sequence[str] | None = None,
 ) -> None:
     """Open the service, say that it is ready, and serve it until a signal comes or nobody needs it any more.
 
@@ -113,11 +137,12 @@ async def serve(
         idle_exit: seconds without work and without a client after which to end; None for never.
         announce: told when it is ready.
         window_seconds: how long a guest may stand still.
+        storage_roots: see `open_service`.
     """
     from blockferry.interfaces.api import Api
     from blockferry.interfaces.api.server import ApiServer
 
-    service = await open_service(state.path, window_seconds)
+    service = await open_service(state.path, window_seconds, storage_roots)
     try:
         server = ApiServer(Api(service), before_end=ownership.withdraw)
         announce({"kind": "serving", "pid": os.getpid(), "socket": str(state.socket)})
@@ -161,8 +186,15 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_state_dir(state)
         ownership = Ownership.take(state)
         try:
-            window_seconds = options.window_seconds
-            asyncio.run(serve(state, ownership, options.idle_exit, announce, window_seconds=window_seconds))
+            work = serve(
+                state,
+                ownership,
+                options.idle_exit,
+                announce,
+                window_seconds=options.window_seconds,
+                storage_roots=options.storage_root,
+            )
+            asyncio.run(work)
         finally:
             ownership.give_up()
     except BlockferryError as error:
@@ -187,6 +219,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--idle-exit", type=float, metavar="SECONDS", help="end after that long without work")
     parser.add_argument("--ready-fd", type=int, metavar="N", help="where to say that it is ready, as a line of JSON")
+    parser.add_argument(
+        "--storage-root", action="append", metavar="DIR", help="where images may lie; can be given again"
+    )
     parser.add_argument("--detach", action="store_true", help="go on in a process of its own")
     return parser.parse_args(arguments)
 

@@ -49,6 +49,7 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
         bus: `virtio`, `scsi`, `sata`, `ide`, `nvme`, `usb`.
         device: `disk` or `cdrom`.
         source: its active image; None for an empty cdrom.
+        backings: the files that its `<backingStore>` names: what its headers say is the chain, and these may be in it.
         read_only: whether the guest may not write to it.
         cache: libvirt's cache mode.
         io: `native`, `threads`, `io_uring`.
@@ -66,6 +67,7 @@ class DiskDef(msgspec.Struct, frozen=True, kw_only=True):
     bus: str
     device: Literal["disk", "cdrom"] = "disk"
     source: Source | None = None
+    backings: tuple[str, ...] = ()
     read_only: bool = False
     cache: str | None = None
     io: str | None = None
@@ -174,6 +176,26 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         return {self.nvram: self.template} if self.nvram is not None and self.template is not None else {}
 
 
+class RunAs(msgspec.Struct, frozen=True, kw_only=True):
+    """Another user that QEMU runs as.
+
+    Attributes:
+        words: the option, as this QEMU has it.
+        uid: the user's number.
+        gid: the group's.
+        relabel: whether the images that the guest writes to become the user's.
+        written: those images.
+        read: those that it only reads, which stay whose they are: others may stand on them.
+    """
+
+    words: tuple[str, ...]
+    uid: int
+    gid: int
+    relabel: bool = False
+    written: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
+
+
 class Definition(msgspec.Struct, frozen=True, kw_only=True):
     """A guest.
 
@@ -200,6 +222,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
         video: QEMU's device for a screen; None for none.
         rng: the host's source of the guest's random numbers.
         balloon: whether the guest has a memory balloon.
+        user: whom QEMU runs as, of `<seclabel model='dac'>`, as libvirt writes it: USER or USER:GROUP; None for our own.
+        relabel: whether the images that the guest writes to become the user's.
         arguments: what `qemu:commandline` adds.
         environment: what it adds to QEMU's environment.
         ignored: elements that are kept and do nothing, each as a path in the document.
@@ -227,9 +251,17 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     video: str | None = None
     rng: str | None = None
     balloon: bool = False
+    user: str | None = None
+    relabel: bool = False
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = {}
     ignored: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The images that it names, paths and URIs: of each disk its active one, and what it says that is in its chain."""
+        named = ((disk.source.where if disk.source is not None else "", *disk.backings) for disk in self.disks)
+        return tuple(file for files in named for file in files if file)
 
     @property
     def agent(self) -> bool:

@@ -62,6 +62,10 @@ def nbd_options(uri: str) -> dict[str, Any]:
         port = parts.port or NBD_PORT
     except ValueError as error:
         raise errors.DestinationUnusable(path=uri, reason=str(error)) from error
+    if parts.username is not None or parts.password is not None:
+        # NBD has no users; whoever writes one writes a password next, which would be kept and shown.
+        hidden = f"{parts.scheme}://***@{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise errors.DestinationUnusable(path=hidden, reason="an NBD URI has no user and no password")
     export = unquote(parts.path.removeprefix("/"))
     if len(export) > NBD_EXPORT_NAME_MAX:
         raise errors.DestinationUnusable(path=uri, reason="its export name is over 4096 bytes")

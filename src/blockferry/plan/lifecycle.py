@@ -8,7 +8,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.model.blockjob import BlockJob, Mirror
-from blockferry.model.definition import Definition
+from blockferry.model.definition import Definition, RunAs
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.plan.machine import arguments
@@ -37,6 +37,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
         chains: each disk's images, top first.
         resting: the mirrors that are to be established again, each with what it stands on and what is there of it.
         paused: whether the guest is to stay paused.
+        run_as: whom QEMU is to become; None for who starts it.
     """
 
     definition: Definition
@@ -44,6 +45,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     chains: Mapping[str, tuple[ImageFact, ...]]
     resting: tuple[tuple[Mirror, Ground, Look], ...] = ()
     paused: bool = False
+    run_as: RunAs | None = None
 
 
 def plan_start(start: Start) -> Plan:
@@ -60,7 +62,7 @@ def plan_start(start: Start) -> Plan:
         for image in chain:
             if image.problem:
                 raise errors.ImageUnsuitable(path=image.path, reason=image.problem)
-    words = tuple(arguments(definition, chains))
+    words = tuple(arguments(definition, chains, start.run_as))
     established = [establish(mirror, ground, look) for mirror, ground, look in start.resting]
     made = [step for _mirror, steps in established for step in steps]
     # One verb after the other, each for all mirrors at the same time.
@@ -78,6 +80,7 @@ def plan_start(start: Start) -> Plan:
                 arguments=words,
                 environment=definition.environment,
                 templates=definition.boot.templates,
+                run_as=_with_images(start.run_as, definition, chains) if start.run_as is not None else None,
             ),
             *limits,
             *mirroring,
@@ -89,6 +92,15 @@ def plan_start(start: Start) -> Plan:
         settle=() if start.paused else (Resume(first=True),),
         offline=True,
     )
+
+
+def _with_images(who: RunAs, definition: Definition, chains: Mapping[str, tuple[ImageFact, ...]]) -> RunAs:
+    """With the images that QEMU opens as that user."""
+    files = {image.path for chain in chains.values() for image in chain if image.path.startswith("/")}
+    written = {
+        chains[disk.target][0].path for disk in definition.disks if not disk.read_only and chains.get(disk.target)
+    } & files
+    return msgspec.structs.replace(who, written=tuple(sorted(written)), read=tuple(sorted(files - written)))
 
 
 def mirror_of(plan: Plan, index: int) -> str | None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from blockferry.model.definition import AGENT_CHANNEL, Character, Definition, Graphics
+from blockferry.model.definition import AGENT_CHANNEL, Character, Definition, Graphics, RunAs
 from blockferry.model.files import ImageFact
 from blockferry.plan.plugs import Slots, device, disk_arguments
 
@@ -21,19 +21,22 @@ AGENT_SOCKET = "agent.sock"
 VNC_FIRST_PORT = 5900
 
 
-def arguments(definition: Definition, chains: Mapping[str, tuple[ImageFact, ...]]) -> list[str]:
+def arguments(
+    definition: Definition, chains: Mapping[str, tuple[ImageFact, ...]], run_as: RunAs | None = None
+) -> list[str]:
     """QEMU's arguments, its program left out. The guest does not run yet (-S), and stays when it shuts down.
 
     Args:
         definition: the guest.
         chains: by target, the images of each disk that has one, top first, as their headers say.
+        run_as: whom QEMU is to become; None for who starts it.
 
     Raises:
         InvalidXml: a device is plugged into what is not there.
     """
     slots = Slots(definition)
     return [
-        *_machine(definition),
+        *_machine(definition, run_as),
         *_firmware(definition),
         *_boot(definition),
         *_objects(definition),
@@ -52,7 +55,7 @@ def option(text: str) -> str:
     return text.replace(",", ",,")
 
 
-def _machine(definition: Definition) -> list[str]:
+def _machine(definition: Definition, run_as: RunAs | None) -> list[str]:
     machine = definition.machine or "pc"
     flash = definition.boot.loader if definition.boot.loader_type == "pflash" else None
     parts = [machine, *(["pflash0=pflash0"] if flash else []), *(["pflash1=pflash1"] if definition.boot.nvram else [])]
@@ -64,6 +67,8 @@ def _machine(definition: Definition) -> list[str]:
         smp += [f"sockets={sockets}", f"cores={cores}", f"threads={threads}"]
     bridge = any(each.type == "bridge" for each in definition.interfaces)
     children = "allow" if bridge else "deny"  # QEMU's bridge helper is a program of its own, and setuid
+    # The filter is there before QEMU becomes another user, and would end it then. Afterwards it has no capability left.
+    elevate = "allow" if run_as is not None else children
     cpu = definition.cpu
     if cpu is not None and not definition.kvm:
         # TCG has no host's processor to pass on.
@@ -79,7 +84,8 @@ def _machine(definition: Definition) -> list[str]:
         *["-smp", ",".join(smp)],
         *(["-uuid", definition.uuid] if definition.uuid is not None else []),
         *["-rtc", f"base={'localtime' if definition.localtime else 'utc'}"],
-        *["-sandbox", f"on,obsolete=deny,elevateprivileges={children},spawn={children},resourcecontrol=deny"],
+        *["-sandbox", f"on,obsolete=deny,elevateprivileges={elevate},spawn={children},resourcecontrol=deny"],
+        *(run_as.words if run_as is not None else ()),
         *[
             "-chardev",
             f"socket,id=qmp,path={FOLDER}/{QMP_SOCKET},server=on,wait=off",

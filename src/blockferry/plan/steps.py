@@ -1,7 +1,4 @@
-"""Steps: a verb and its arguments, each with what undoes it. Who carries them out is not said here.
-
-A step that is done twice finds what it did before: names are derived from the operation and the disk.
-"""
+"""Steps: a verb and its arguments, each with what undoes it; done twice, one finds what it did before by its names."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from blockferry.model.blockjob import Mirror
+from blockferry.model.definition import RunAs
 from blockferry.plan import tracking
 from blockferry.plan.verb import Verb
 
@@ -441,6 +439,7 @@ class Launch(Verb, frozen=True, kw_only=True, tag="launch"):
     arguments: tuple[str, ...]
     environment: dict[str, str] = msgspec.field(default_factory=dict)
     templates: dict[str, str] = msgspec.field(default_factory=dict)
+    run_as: RunAs | None = None
 
     def undo(self) -> tuple[Step, ...]:
         """End it: the guest has not run one instruction."""

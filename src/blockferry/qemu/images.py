@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
@@ -10,14 +9,17 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
 from blockferry.qemu.bounded import bounded
-from blockferry.qemu.internal import internal_snapshots
+from blockferry.qemu.folders import folder_of
+from blockferry.qemu.header import BadHeader, Header
+from blockferry.qemu.inspect import inspect_image, read_header, refusal
 from blockferry.qemu.qcow2 import empty_image
+from blockferry.qemu.roots import StorageRoots
+from blockferry.qemu.tool import ImageError, QemuImg
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,89 +30,75 @@ CHAIN_MAX = 200
 FILE_SECONDS = 30.0
 # What was written and not flushed yet may be gigabytes, to a disk that takes 100 MB/s.
 SYNC_SECONDS = 60.0
-# A map or check of an image reads all of its tables: of 2 TiB 256 MiB.
-RUN_SECONDS = 300.0
 # The status with which `qemu-img check` ends for an image that takes up more than it needs, and is in order.
 _LEAKS = 3
-
-
-class ImageError(Exception):
-    """A file operation failed, in the system's or qemu-img's own words."""
 
 
 class Images:
     """Image files on this host.
 
     Args:
+        roots: where they may lie.
         qemu_img: the qemu-img to run; None finds it beside the QEMU that is used, or on PATH.
     """
 
-    def __init__(self, qemu_img: str | None = None) -> None:
-        self.program = qemu_img or os.path.join(os.environ.get("BLOCKFERRY_QEMU_DIR", ""), "qemu-img")
+    def __init__(self, roots: StorageRoots | None = None, qemu_img: str | None = None) -> None:
+        self._roots = roots or StorageRoots()
+        self._tool = QemuImg(qemu_img)
+        self.program = self._tool.program
 
     async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
-        """What each of these paths is; nothing is opened."""
+        """What each of these paths is; of a file that is there it is asked whether it is locked."""
         return {path: await self._fact(path) for path in paths}
 
     async def _fact(self, path: str) -> FileFact:
         try:
-            return await _bounded(_fact, path)
+            return await _bounded(_fact, path, self._roots)
         except ImageError as hung:
             return FileFact(path=path, real=path, kind="other", problem=str(hung))
 
-    async def chain(self, path: str, image_format: str) -> tuple[ImageFact, ...]:
+    async def chain(self, path: str, image_format: str, known: Iterable[str] = ()) -> tuple[ImageFact, ...]:
         """A closed chain's images as their headers say, top first, from `path`, whose format the caller knows.
 
-        A problem ends the chain in a fact that says so; nothing is raised.
+        A problem ends the chain in a fact that says so; nothing is raised, and the file is not opened.
+
+        Args:
+            path: an image that a caller names, or that QEMU has open.
+            image_format: its format.
+            known: others of that kind: what a header names has to be, or to lie near, one of them.
         """
+        try:
+            return await _bounded(self._chain, path, image_format, (path, *known))
+        except ImageError as hung:
+            return (ImageFact(path=path, format=image_format, problem=str(hung)),)
+
+    def _chain(self, path: str, image_format: str, known: tuple[str, ...]) -> tuple[ImageFact, ...]:
         facts: list[ImageFact] = []
         next_path: str | None = path
         next_format: str | None = image_format
         seen: set[str] = set()
         while next_path is not None:
-            fact = await self._image(next_path, next_format, seen)
+            real = os.path.realpath(next_path)
+            problem = _follow_problem(next_format, real in seen or len(seen) >= CHAIN_MAX)
+            problem = problem or (
+                self._roots.refuses_backing(next_path, known) if facts else self._roots.refuses(next_path)
+            )
+            seen.add(real)
+            if problem:
+                facts.append(ImageFact(path=next_path, format=next_format or "", problem=problem))
+                break
+            fact = inspect_image(next_path, real, str(next_format))
             facts.append(fact)
             if fact.problem:
                 break
             next_path, next_format = fact.backing, fact.backing_format
         return tuple(facts)
 
-    async def _image(self, path: str, image_format: str | None, seen: set[str]) -> ImageFact:
-        real = os.path.realpath(path)
-        problem = _follow_problem(path, image_format, real in seen or len(seen) >= CHAIN_MAX)
-        seen.add(real)
-        if problem or image_format is None:
-            return ImageFact(path=path, format=image_format or "", problem=problem or "its format is not known")
-        try:
-            # -U: it may be open in QEMU for reading, or be written by the caller still; the header is all we read.
-            out = await self._run("info", "-U", "--output=json", "-f", image_format, path)
-        except ImageError as error:
-            return ImageFact(path=path, format=image_format, problem=str(error))
-        info: dict[str, Any] = json.loads(out)
-        name = info.get("backing-filename")
-        backing = info.get("full-backing-filename") or name
-        special = _special(info)
-        if special:
-            return ImageFact(path=path, format=image_format, problem=special)
-        if name is not None and ":" in str(name).split("/", 1)[0]:
-            return ImageFact(path=path, format=image_format, problem=f"its backing {name!r} is no plain file name")
-        if backing is not None and not str(backing).startswith("/"):
-            backing = str(Path(path).parent / str(backing))
-        return ImageFact(
-            path=path,
-            format=image_format,
-            virtual_size=info["virtual-size"],
-            backing=backing,
-            backing_format=info.get("backing-filename-format"),
-            real_backing=os.path.realpath(str(backing)) if backing is not None else None,
-            device=is_block_device(path),
-            snapshots=internal_snapshots(info),
-        )
-
     async def holds_data(self, path: str) -> bool:
         """Whether a closed qcow2 overlay has any data of its own."""
+        await _bounded(_require_plain, path)
         alone = {"driver": "qcow2", "file": {"driver": "file", "filename": path}, "backing": None}
-        out = await self._run("map", "-U", "--output=json", f"json:{json.dumps(alone)}")
+        out = await self._tool.run("map", "-U", "--output=json", f"json:{json.dumps(alone)}")
         return any(extent.get("present", extent["data"]) for extent in json.loads(out))
 
     async def data(self, path: str, image_format: str) -> tuple[tuple[int, int], ...]:
@@ -121,9 +109,10 @@ class Images:
         """
         alone: dict[str, Any] = {"driver": image_format, "file": {"driver": "file", "filename": path}}
         if image_format == "qcow2":
+            await _bounded(_require_plain, path)
             alone["backing"] = None
         found: list[tuple[int, int]] = []
-        for each in json.loads(await self._run("map", "--output=json", f"json:{json.dumps(alone)}")):
+        for each in json.loads(await self._tool.run("map", "--output=json", f"json:{json.dumps(alone)}")):
             start, length = each["start"], each["length"]
             if not each["data"]:
                 continue
@@ -140,8 +129,11 @@ class Images:
         """
         if image_format != "qcow2":
             return (await _bounded(os.stat, path)).st_blksize
-        await self._run("check", "-q", "-f", "qcow2", path, good=(0, _LEAKS))
-        return int(json.loads(await self._run("info", "--output=json", "-f", "qcow2", path))["cluster-size"])
+        header = await _bounded(_require_plain, path)
+        # Its backing is none of what is checked: only the image itself is opened.
+        alone = {"driver": "qcow2", "file": {"driver": "file", "filename": path}, "backing": None}
+        await self._tool.run("check", "-q", f"json:{json.dumps(alone)}", good=(0, _LEAKS))
+        return header.cluster
 
     async def claim(self, path: str, like: str | None) -> dict[str, Any]:
         """Create an empty file exclusively, with owner and mode of `like` (0600 without); what it is, to be kept.
@@ -152,19 +144,34 @@ class Images:
         return await _bounded(_claim, path, like)
 
     async def create(
-        self, path: str, image_format: str, size: int, backing: str | None, backing_format: str | None
+        self,
+        path: str,
+        image_format: str,
+        size: int,
+        backing: str | None,
+        backing_format: str | None,
+        *,
+        claim: Mapping[str, Any] | None = None,
     ) -> bool:
         """Write an empty image of `size` bytes into a claimed file; whether one can see that it holds nothing.
+
+        Args:
+            path: the file.
+            image_format: `qcow2` or `raw`.
+            size: bytes.
+            backing: what its header is to name; None for nothing.
+            backing_format: that one's format.
+            claim: what `claim` answered, of a file that we made; any other file is left alone then.
 
         Raises:
             ImageError: in the system's or qemu-img's words.
         """
-        blank = await _bounded(_create, path, image_format, size, backing, backing_format)
+        blank = await _bounded(_create, path, image_format, size, backing, backing_format, claim=claim)
         if blank is not None:
             return blank
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
         onto = ["-u", "-b", backing, "-F", str(backing_format)] if backing else []
-        await self._run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
+        await self._tool.run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
         await _bounded(_sync, (path,))
         return False
 
@@ -205,30 +212,6 @@ class Images:
         """
         await _bounded(_sync, paths)
 
-    async def _run(self, *arguments: str, good: tuple[int, ...] = (0,)) -> str:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                self.program,
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
-        except OSError as error:
-            raise ImageError(f"{self.program} can't be run ({error.strerror}): install qemu-utils") from error
-        try:
-            async with asyncio.timeout(RUN_SECONDS):
-                out, words = await process.communicate()
-        except TimeoutError as error:
-            raise ImageError(f"qemu-img {arguments[0]} has not ended within {RUN_SECONDS:g} s") from error
-        finally:
-            # Not waited for: a process that waits for a file system that hangs can't be killed either.
-            if process.returncode is None:
-                process.kill()
-        if process.returncode not in good:
-            raise ImageError(words.decode(errors="replace").strip().removeprefix("qemu-img: "))
-        return out.decode(errors="replace")
-
 
 async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
     """Call what may hang with the file system that it asks.
@@ -243,28 +226,29 @@ async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.k
         raise ImageError(f"{arguments[0]}: its file system does not answer within {seconds:g} s") from error
 
 
-def _follow_problem(path: str, image_format: str | None, looped: bool) -> str | None:
+def _follow_problem(image_format: str | None, looped: bool) -> str | None:
     if looped:
         return "its chain comes back to itself or is over 200 deep"
     if image_format not in ("qcow2", "raw"):
         return f"its format {image_format!r} is not qcow2 or raw" if image_format else "nothing says what format it has"
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        return error.strerror or str(error)
-    return None if stat.S_ISREG(mode) or stat.S_ISBLK(mode) else "it is neither a file nor a block device"
-
-
-def _special(info: Mapping[str, Any]) -> str | None:
-    """What an image has that can't be carried out; QEMU would find it when it opens the image, or follow it."""
-    if info.get("encrypted"):
-        return "it is encrypted, and no key is given to QEMU"
-    details = info.get("format-specific", {}).get("data", {})
-    if details.get("corrupt"):
-        return "it is marked corrupt: `qemu-img check -r all` repairs it"
-    if details.get("data-file"):
-        return f"its data lie in another file, {details['data-file']}, which is not followed"
     return None
+
+
+def _require_plain(path: str) -> Header:
+    """The header of a qcow2 image that qemu-img may be given.
+
+    Raises:
+        ImageError: it can't be read, or would make it open another file.
+    """
+    try:
+        header = read_header(path)
+    except (OSError, BadHeader) as error:
+        words = error.strerror if isinstance(error, OSError) else f"it {error}"
+        raise ImageError(f"{path}: {words}") from error
+    problem = refusal(header)
+    if problem is not None:
+        raise ImageError(f"{path}: {problem}")
+    return header
 
 
 def aliases(path: str) -> tuple[str, ...]:
@@ -280,8 +264,11 @@ def _identity(found: os.stat_result) -> str:
     return f"device {found.st_rdev}" if stat.S_ISBLK(found.st_mode) else f"{found.st_dev}:{found.st_ino}"
 
 
-def _fact(path: str) -> FileFact:
+def _fact(path: str, roots: StorageRoots) -> FileFact:
     real = os.path.realpath(path)
+    outside = roots.refuses(path)
+    if outside is not None:
+        return FileFact(path=path, real=real, kind="other", problem=outside)
     folder = os.path.dirname(real)
     kind: Kind = "absent"
     allocated = size = 0
@@ -427,11 +414,14 @@ def _kind(mode: int) -> Kind:
 def _claim(path: str, like: str | None) -> dict[str, Any]:
     try:
         model = _stat(like) if like is not None else None
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with folder_of(path) as (folder, name):
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(name, flags, 0o600, dir_fd=folder)
     except FileExistsError as error:
         raise ImageError(f"{path} exists already") from error
     except OSError as error:
-        raise ImageError(f"{error.filename or path}: {error.strerror}") from error
+        where = error.filename if str(error.filename).startswith("/") else path
+        raise ImageError(f"{where}: {error.strerror}") from error
     try:
         if model is not None:
             # QEMU runs as whoever owns its images: a file of root's it could not open.
@@ -458,7 +448,15 @@ def _stat(path: str) -> os.stat_result | None:
         return None
 
 
-def _create(path: str, image_format: str, size: int, backing: str | None, backing_format: str | None) -> bool | None:
+def _create(
+    path: str,
+    image_format: str,
+    size: int,
+    backing: str | None,
+    backing_format: str | None,
+    *,
+    claim: Mapping[str, Any] | None,
+) -> bool | None:
     """Write an image into an empty regular file, and onto disk; None where it is none, with nothing done.
 
     Whether one can see that it holds nothing: not on a file system that has no holes, or does not tell.
@@ -468,7 +466,9 @@ def _create(path: str, image_format: str, size: int, backing: str | None, backin
         if stat.S_ISBLK(os.stat(path).st_mode):
             return None
         with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            ours = claim is None or (found.st_dev, found.st_ino) == (claim["device"], claim["inode"])
+            if not stat.S_ISREG(found.st_mode) or not ours:
                 raise ImageError(f"{path} is not the file that was made there")
             # Nothing of a destination that is made anew is kept; of one that was just claimed there is nothing.
             os.ftruncate(descriptor, 0)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,14 +21,19 @@ from pathlib import Path
 
 import msgspec
 
+from blockferry.model.definition import RunAs
 from blockferry.plan.machine import FOLDER_DESCRIPTOR, QMP_SOCKET
 from blockferry.qemu.process import born
+from blockferry.qemu.tool import ImageError
+from blockferry.qemu.user import hand_over
 
 # After the folder's: QEMU inherits them under these numbers.
 LOCK_DESCRIPTOR = FOLDER_DESCRIPTOR + 1
 CONTROL_DESCRIPTOR = FOLDER_DESCRIPTOR + 2
 # QEMU answers within half a second; a loaded machine gets a hundred times that.
 ANSWER_SECONDS = 60.0
+# Its greeting, its answer, and events in between are some hundred bytes.
+ANSWER_BYTES = 64 << 10
 LAST_WORDS_BYTES = 4096
 SAID_LINES = 5
 
@@ -89,6 +95,15 @@ class Home:
 START_MARK = "=== blockferry starts"
 
 
+# The value of a `secret` object, in QEMU's own syntax and in JSON.
+_SECRET = re.compile(r"""(\bdata["']?\s*[=:]\s*["']?)[^,"'}]*""")
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """A command line as it may be logged: what a definition gives QEMU as a secret is left out."""
+    return [_SECRET.sub(r"\1***", word) if "secret" in word else word for word in command]
+
+
 def find_program(emulator: str | None, arch: str) -> str:
     """The QEMU program of a definition.
 
@@ -104,7 +119,13 @@ def find_program(emulator: str | None, arch: str) -> str:
 
 
 async def launch(
-    home: Home, program: str, arguments: Sequence[str], environment: Mapping[str, str], templates: Mapping[str, str]
+    home: Home,
+    program: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    templates: Mapping[str, str],
+    run_as: RunAs | None = None,
 ) -> Launched:
     """Start QEMU and wait until its sockets listen; its guest does not run yet.
 
@@ -114,6 +135,7 @@ async def launch(
         arguments: those of plan.machine.
         environment: added to ours.
         templates: file -> what it is made from where it is not there; it stays, whatever becomes of the start.
+        run_as: whom it becomes, as the arguments say too; the images are made that user's first.
 
     Raises:
         AlreadyRuns: a QEMU of this domain lives.
@@ -122,6 +144,11 @@ async def launch(
     home.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _lock(home.folder) as lock:
+        if run_as is not None:
+            try:
+                await asyncio.to_thread(hand_over, run_as)
+            except ImageError as error:
+                raise LaunchFailed(str(error)) from error
         for stale in home.folder.glob("*.sock"):
             stale.unlink()
         for path, template in templates.items():
@@ -168,7 +195,7 @@ def _spawn(home: Home, command: list[str], environment: Mapping[str, str], lock:
         stack.callback(os.close, folder)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, null)
-        os.write(log, f"{START_MARK} {shlex.join(command).replace(chr(10), ' ')}\n".encode())
+        os.write(log, f"{START_MARK} {shlex.join(without_secrets(command)).replace(chr(10), ' ')}\n".encode())
         # Its sockets are made with this mask: 0600, well, 0700 without the bit that means nothing for a socket.
         stack.callback(os.umask, os.umask(0o077))
         # Above all numbers that are given away, so that none is overwritten before it is copied.
@@ -220,7 +247,7 @@ async def _answers(ours: socket.socket) -> bool:
             more = await loop.sock_recv(ours, 4096)
             if not more:
                 return False
-            said += more
+            said = (said + more)[-ANSWER_BYTES:]
     except OSError:
         return False
     return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from blockferry.model.domain import Capabilities, Observation, assign_targets, t
 from blockferry.model.graph import Bitmap, Disk, Edge, Graph, Node
 from blockferry.model.job import Job
 from blockferry.qemu.internal import internal_snapshots
-from blockferry.qemu.session import CommandRefused, Session
+from blockferry.qemu.session import BadReply, CommandRefused, LostReply, Session
 
 # QEMU's answers to several commands are of several moments; while a job ends they may disagree. Look again.
 LOOKS = 20
+# A device hangs on a controller on a bridge on a bridge; QEMU takes 256 PCI buses.
+HOPS_MAX = 256
 # Libvirt's words for what is no plain disk; a lun is the host's own device, which takes the guest's SCSI commands as it is.
 DEVICES = {"scsi-cd": "cdrom", "ide-cd": "cdrom", "floppy": "floppy", "scsi-block": "lun", "scsi-generic": "lun"}
 REQUIRED = ("x-debug-query-block-graph", "query-named-block-nodes", "blockdev-add", "blockdev-reopen", "query-jobs")
@@ -97,7 +100,7 @@ class Observer:
     async def jobs(self) -> dict[str, Job]:
         """Every job by its id."""
         ask = self._session.execute
-        return _jobs(*await asyncio.gather(ask("query-jobs"), ask("query-block-jobs")))
+        return read_jobs(*await asyncio.gather(ask("query-jobs"), ask("query-block-jobs")))
 
     async def graph(self) -> Graph:
         """Nodes and edges alone, as of one moment.
@@ -114,10 +117,11 @@ class Observer:
             named, shape = await asyncio.gather(
                 ask("query-named-block-nodes", flat=True), ask("x-debug-query-block-graph")
             )
-            graph = _graph(named, shape, self._folder())
+            graph = read_graph(named, shape, self._folder())
             shown = {node["name"] for node in shape["nodes"] if node["type"] == "block-driver"}
             if shown == set(graph.nodes):
                 break
+        require_sound(graph)
         return graph
 
     def _folder(self) -> Path | None:
@@ -210,19 +214,45 @@ class Observer:
     async def _is_ahci(self, place: str) -> bool:
         return any(["ahci" in str(await self._property(each, "type")) for each in _ancestors(place)])
 
-    async def _pci_address(self, place: str) -> tuple[int, ...]:
+    async def _pci_address(self, place: str, hops: int = 0) -> tuple[int, ...]:
         """Slot and function of the nearest device on a PCI bus at or above `place`, bridges' first."""
+        if hops > HOPS_MAX:
+            raise BadReply("qom-get", "its devices are plugged into each other in a circle")
         for each in _ancestors(place):
             address = await self._property(each, "addr")
             bus = await self._property(each, "parent_bus")
             if isinstance(address, int) and isinstance(bus, str):
                 bridge = bus.rpartition("/")[0]
-                above = await self._pci_address(bridge) if await self._property(bridge, "addr") is not None else ()
+                above = (
+                    await self._pci_address(bridge, hops + 1)
+                    if await self._property(bridge, "addr") is not None
+                    else ()
+                )
                 return (*above, address)
             if isinstance(bus, str) and bus and not place.startswith(bus):
                 # Plugged into a bus elsewhere in the tree, as a USB device is: on from there.
-                return await self._pci_address(bus)
+                return await self._pci_address(bus, hops + 1)
         return ()
+
+
+def require_sound(graph: Graph) -> None:
+    """See that every chain has an end, and is made of nodes that are there.
+
+    Raises:
+        LostReply: QEMU's answers were of several moments, or are none of QEMU's.
+    """
+    below: dict[str, list[str]] = {}
+    for edge in graph.edges:
+        if edge.role in ("backing", "file"):
+            below.setdefault(edge.parent, []).append(edge.child)
+    for child in (each for children in below.values() for each in children):
+        if child not in graph.nodes:
+            raise LostReply("x-debug-query-block-graph", f"node {child!r} is in a chain, and is none")
+    try:
+        # Also where the node above is a device's or a job's: those have no such edges.
+        TopologicalSorter(below).prepare()
+    except CycleError as error:
+        raise BadReply("x-debug-query-block-graph", "a chain of nodes comes back to itself") from error
 
 
 def _ancestors(path: str) -> list[str]:
@@ -230,7 +260,8 @@ def _ancestors(path: str) -> list[str]:
     return ["/".join(parts[:count]) for count in range(len(parts), 2, -1)]
 
 
-def _graph(named: list[dict[str, Any]], shape: dict[str, Any], folder: Path | None) -> Graph:
+def read_graph(named: list[dict[str, Any]], shape: dict[str, Any], folder: Path | None) -> Graph:
+    """The graph of query-named-block-nodes and x-debug-query-block-graph."""
     nodes = {each["node-name"]: _node(each, folder) for each in named}
     names = {each["id"]: each["name"] for each in shape["nodes"]}
     edges = frozenset(
@@ -291,7 +322,8 @@ def _id(qdev: str) -> str:
     return parts[3] if parts[:3] == ["", "machine", "peripheral"] and len(parts) > 3 else qdev
 
 
-def _jobs(jobs: list[dict[str, Any]], block_jobs: list[dict[str, Any]]) -> dict[str, Job]:
+def read_jobs(jobs: list[dict[str, Any]], block_jobs: list[dict[str, Any]]) -> dict[str, Job]:
+    """The jobs of query-jobs and query-block-jobs."""
     more = {each["device"]: each for each in block_jobs}
     return {
         each["id"]: Job(

@@ -39,6 +39,18 @@ async def ask_qemu(path: str) -> Program:
     return Program(path=path, version=words, commands=frozenset(each["name"] for each in commands))
 
 
+async def ask_option(path: str, option: str, parameter: str) -> bool:
+    """Whether a QEMU has that command-line option with that parameter; False as well where it can't be asked."""
+    bare = ("-M", "none", "-nodefaults", "-no-user-config", "-display", "none", "-qmp", "stdio")
+    question = {"execute": "query-command-line-options", "arguments": {"option": option}, "id": 0}
+    told = b'{"execute": "qmp_capabilities"}\n' + json.dumps(question).encode() + b'\n{"execute": "quit"}\n'
+    _problem, out = await _run(path, bare, told)
+    answers = [
+        said["return"] for line in out.splitlines() if (said := _decoded(line)).get("id") == 0 and "return" in said
+    ]
+    return any(each["name"] == parameter for found in answers for option in found for each in option["parameters"])
+
+
 async def ask_qemu_img(path: str) -> Program:
     """Find it, and ask for its version."""
     found = shutil.which(path) or path

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 
+from blockferry.qemu.header import BACKING_NAME_MAX, L1_BYTES_MAX
+
 CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
 # An L2 table has 8192 entries of 8 bytes: one L1 entry stands for 512 MiB.
@@ -16,8 +18,6 @@ REFCOUNT_ORDER = 4  # 16 bits
 HEADER_BYTES = 112
 # Extensions: a type, a length, and data filled up to eight bytes.
 _BACKING_FORMAT, _END = 0xE2792ACA, 0
-# A name that is longer would not fit into the header's cluster; the format's own limit.
-BACKING_NAME_MAX = 1023
 # magic, version, backing offset and length, cluster bits, size, encryption, L1 size and offset, refcount table's offset and
 # clusters, snapshots and their offset; the three feature sets, refcount order, header length, compression and padding.
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ QQQ II 8x")
@@ -32,7 +32,7 @@ def empty_image(size: int, backing: str | None, backing_format: str | None) -> b
         backing_format: that one's format.
 
     Raises:
-        ValueError: the name is longer than the format allows.
+        ValueError: the name is longer than the format allows, or the disk larger than QEMU opens.
     """
     name = backing.encode() if backing is not None else b""
     if len(name) > BACKING_NAME_MAX:
@@ -40,6 +40,8 @@ def empty_image(size: int, backing: str | None, backing_format: str | None) -> b
     extensions = _extension(_BACKING_FORMAT, (backing_format or "").encode()) if backing_format else b""
     extensions += _extension(_END, b"")
     l1_entries = -(-size // L1_ENTRY_BYTES)
+    if l1_entries * 8 > L1_BYTES_MAX:
+        raise ValueError(f"a qcow2 has at most {L1_BYTES_MAX // 8 * L1_ENTRY_BYTES} bytes, not {size}")
     l1_clusters = max(1, -(-l1_entries * 8 // CLUSTER))
     # Clusters in their order: the header, the refcount table, its one block, the L1 table.
     used = 3 + l1_clusters

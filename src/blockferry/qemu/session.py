@@ -26,10 +26,13 @@ from qemu.qmp import (
     Runstate,
 )
 from qemu.qmp import StateError as QmpStateError
+from qemu.qmp.error import ProtocolError
+from qemu.qmp.models import Greeting
 
 from blockferry import errors
 from blockferry.qemu.bounded import bounded
 from blockferry.qemu.process import is_stopped
+from blockferry.qemu.replies import NotUnderstood, check_message, check_reply, shorten
 from blockferry.sockets import connect_unix
 
 # Called before and after every command with ("before"|"after", command): for logs, and for tests that die there.
@@ -55,18 +58,81 @@ class LostReply(Exception):
         self.seconds = seconds
 
 
+# One line of QEMU's, as long chains on many disks make it; libvirt has the same bound.
+LINE_BYTES_MAX = 10 << 20
+# Events that nobody has looked at yet: far more than many jobs that all end at once say.
+EVENTS_MAX = 10_000
+# So many messages are read before others get their turn.
+MESSAGES_AT_ONCE = 64
+
+
+class BadReply(LostReply):
+    """What came is nothing that QEMU says: it was not carried out as far as anybody knows, and asking again is no use."""
+
+
 class _Client(QMPClient):
-    """qemu.qmp's, without its log of every message.
+    """qemu.qmp's, that believes nothing, and without its log of every message.
 
     It writes each message out as indented text, also when nobody logs: of a guest with 18 disks, half of all the time that
     was spent here, some of it while the guest stood still.
     """
+
+    def __init__(self) -> None:
+        super().__init__("blockferry", LINE_BYTES_MAX)
+        self._messages = 0
+        # Why nothing more is read from it.
+        self.complaint: str | None = None
+
+    async def _do_recv(self) -> Message:
+        self._messages += 1
+        if self._messages % MESSAGES_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        try:
+            return parse_message(await self._readline())
+        except (ValueError, NotUnderstood) as error:  # ValueError: a line that is too long
+            raise self.give_up(f"it said what can't be understood: {shorten(str(error))}") from error
+
+    def give_up(self, complaint: str) -> ProtocolError:
+        """The error that ends the connection."""
+        self.complaint = complaint
+        return ProtocolError(complaint)
 
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
     def _cb_inbound(self, msg: Message) -> Message:
         return msg
+
+
+def parse_message(line: bytes) -> Message:
+    """A message of QEMU's.
+
+    Raises:
+        NotUnderstood: it is none.
+    """
+    try:
+        message = Message(line, eager=True)
+    except (ValueError, RecursionError) as error:  # no UTF-8, nested too deeply, a number of 5000 digits
+        raise NotUnderstood(str(error)) from error
+    except ProtocolError as error:
+        raise NotUnderstood(error.error_message) from error
+    check_message(line, dict(message))
+    return message
+
+
+class _Listener(EventListener):
+    """qemu.qmp's, with an end: who floods us is let go."""
+
+    def __init__(self, client: _Client, names: Iterable[str]) -> None:
+        super().__init__(tuple(names))
+        self._client = client
+
+    async def put(self, event: Message) -> None:
+        """Take an event."""
+        if self._queue.qsize() >= EVENTS_MAX:
+            raise self._client.give_up(f"it said {EVENTS_MAX} events faster than they could be looked at")
+        if self.accept(event):
+            await self._queue.put(event)
 
 
 def _nobody(_when: str, _command: str) -> None:
@@ -87,7 +153,7 @@ class Session:
     # not been answered after this long is given up as unknown, and the connection with it.
     COMMAND_SECONDS = 30.0
 
-    def __init__(self, client: QMPClient, pid: int | None, version: str, witness: Witness) -> None:
+    def __init__(self, client: _Client, pid: int | None, version: str, witness: Witness) -> None:
         self._client = client
         self._ending: asyncio.Task[str] | None = None
         self.pid = pid
@@ -107,7 +173,7 @@ class Session:
             QmpUnreachable: nobody listens, or what listens does not speak QMP.
             QmpBusy: it is accepted and not greeted: somebody else is being served.
         """
-        client = _Client("blockferry")
+        client = _Client()
         client.logger.setLevel(logging.CRITICAL)  # what it would log is raised as well
         try:
             link = await bounded(timeout, connect_unix, Path(path))
@@ -124,10 +190,7 @@ class Session:
         except ConnectError as error:
             link.close()
             raise errors.QmpUnreachable(qmp=path, reason=f"{error}") from error
-        greeting = client.greeting
-        version: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
-        words = f"{version.get('major', '?')}.{version.get('minor', '?')}.{version.get('micro', '?')}"
-        return cls(client, pid, words, witness)
+        return cls(client, pid, _version(client.greeting), witness)
 
     @property
     def alive(self) -> bool:
@@ -155,7 +218,7 @@ class Session:
         try:
             await self._client.disconnect()
         except (QMPError, OSError, EOFError) as error:
-            return str(error) or "QEMU closed the connection"
+            return shorten(str(error)) or "QEMU closed the connection"
         return "the connection was closed"
 
     async def execute(self, command: str, *, seconds: float | None = None, **arguments: Any) -> Any:
@@ -182,7 +245,17 @@ class Session:
             await self.close()
             raise LostReply(command, f"no answer within {bound:g} s", bound) from error
         except (ExecInterruptedError, QmpStateError, OSError, EOFError) as error:
+            if self._client.complaint is not None:
+                raise BadReply(command, self._client.complaint) from error
             raise LostReply(command, str(error) or "the connection broke") from error
+        except ProtocolError as error:
+            await self.close()
+            raise BadReply(command, f"its reply can't be understood: {shorten(error.error_message)}") from error
+        try:
+            check_reply(command, reply)
+        except NotUnderstood as error:
+            await self.close()
+            raise BadReply(command, f"its reply can't be understood: {error}") from error
         self._witness("after", command)
         return reply
 
@@ -205,12 +278,16 @@ class Session:
 
     @contextlib.contextmanager
     def _listening(self, names: Iterable[str]) -> Iterator[EventListener]:
-        with self._client.listener(tuple(names)) as listener:
+        listener = _Listener(self._client, names)
+        self._client.register_listener(listener)
+        try:
             yield listener
+        finally:
+            self._client.remove_listener(listener)
 
     async def events(self, names: Iterable[str]) -> AsyncIterator[dict[str, Any]]:
         """Events as they come, until the connection ends; the subscription is open from the first wait."""
-        listener = EventListener(tuple(names))
+        listener = _Listener(self._client, names)
         self._client.register_listener(listener)
         gone = asyncio.ensure_future(self.ended())
         event = asyncio.ensure_future(listener.get())
@@ -284,6 +361,13 @@ def _unanswered(path: str, seconds: float, pid: int | None, *, greeted: bool) ->
     else:
         return errors.QmpBusy(qmp=path, seconds=seconds)
     return errors.QmpUnreachable(qmp=path, reason=reason)
+
+
+def _version(greeting: Greeting | None) -> str:
+    """QEMU's version, such as `7.2.22`; with question marks in the place of what it does not say."""
+    said: Any = greeting.QMP.version.get("qemu") if greeting is not None else None
+    parts = [said.get(part) if isinstance(said, dict) else None for part in ("major", "minor", "micro")]
+    return ".".join(str(part) if isinstance(part, int) and 0 <= part < 10_000 else "?" for part in parts)
 
 
 def _peer(link: socket.socket) -> int | None:

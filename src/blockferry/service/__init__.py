@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from blockferry import errors
 from blockferry.hostprocess import WINDOW_SECONDS
 from blockferry.journal.journal import Journal
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.qemu.images import Images
+from blockferry.qemu.roots import StorageRoots
 from blockferry.service.chains import Chains
 from blockferry.service.desk import Desk, Witness
 from blockferry.service.doctor import Doctor
@@ -19,6 +21,7 @@ from blockferry.service.graphs import Graphs
 from blockferry.service.history import History
 from blockferry.service.jobs import Jobs
 from blockferry.service.lifecycle import Lifecycle
+from blockferry.service.named import named_files
 from blockferry.service.snapshots import Snapshots
 
 __all__ = ["Service"]
@@ -44,19 +47,31 @@ class Service:
 
     @classmethod
     async def open(
-        cls, state_dir: Path, *, witness: Witness = _nobody, window_seconds: float = WINDOW_SECONDS
+        cls,
+        state_dir: Path,
+        *,
+        storage_roots: tuple[str, ...] = (),
+        witness: Witness = _nobody,
+        window_seconds: float = WINDOW_SECONDS,
     ) -> Service:
         """Open the journal, connect to the domains, and settle what was interrupted.
 
         Args:
             state_dir: an absolute path that exists and is ours.
+            storage_roots: absolute paths of the folders in which images may lie; none: what callers name, and what is near.
             witness: told before and after every durable write and QMP command; for logs and tests.
             window_seconds: how long a guest may stand still before its window is left.
 
         Raises:
             StateDirUnusable: the journal can't be opened.
+            BadRequest: a storage root is no absolute path.
         """
-        desk = Desk(Journal(state_dir / "journal.sqlite", witness), Images(), witness, state_dir, window_seconds)
+        for root in storage_roots:
+            if not root.startswith("/"):
+                raise errors.BadRequest(reason=f"storage root {root!r} is not an absolute path")
+        journal = Journal(state_dir / "journal.sqlite", witness)
+        images = Images(StorageRoots(storage_roots, lambda: named_files(journal)))
+        desk = Desk(journal, images, witness, state_dir, window_seconds)
         for record in desk.journal.domains():
             desk.keepers[record.name] = desk.new_keeper(record.name)
         service = cls(desk)

@@ -166,12 +166,13 @@ class Desk:
     async def chains(self, definition: Definition) -> dict[str, tuple[ImageFact, ...]]:
         """Each disk's images as their headers say, top first; an export is taken as it is."""
         found: dict[str, tuple[ImageFact, ...]] = {}
+        known = tuple(definition.images)
         for disk in definition.disks:
             source = disk.source
             if source is not None and source.kind == "network":
                 found[disk.target] = (ImageFact(path=source.where, format=source.format),)
             elif source is not None:
-                found[disk.target] = await self.images.chain(source.where, source.format)
+                found[disk.target] = await self.images.chain(source.where, source.format, known)
         return found
 
     async def chains_to_start(self, definition: Definition) -> dict[str, tuple[ImageFact, ...]]:

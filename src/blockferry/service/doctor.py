@@ -179,10 +179,11 @@ class Doctor:
         """What the header of each image of each chain says, whatever the one above it names."""
         found: dict[str, ImageFact] = {}
         for disk in seen.disks if seen is not None else ():
+            known = [image.file for image in disk.chain]
             for image in disk.chain:
                 if image.file.startswith("/") and image.file not in found and image.format in ("qcow2", "raw"):
                     found = {
-                        fact.path: fact for fact in await self._desk.images.chain(image.file, image.format)
+                        fact.path: fact for fact in await self._desk.images.chain(image.file, image.format, known)
                     } | found
         return found
 
@@ -195,7 +196,8 @@ def _spoken_of(case: Case) -> Iterable[str]:
     for disk in case.seen.disks if case.seen is not None else ():
         yield from (image.file for image in disk.chain)
     for chain in case.closed.values():
-        yield from (image.path for image in chain)
+        # What only a header names, and nothing may follow, is not looked at here either.
+        yield from (image.path for depth, image in enumerate(chain) if depth == 0 or image.problem is None)
     yield from (belief.file for belief in case.beliefs.values())
     yield from (made.path for made in case.made)
     for snapshot in case.snapshots:

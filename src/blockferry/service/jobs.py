@@ -18,8 +18,8 @@ from blockferry.plan import copy as copying
 from blockferry.plan import resume as resumption
 from blockferry.plan.destinations import Files
 from blockferry.plan.disks import find_disk
-from blockferry.qemu.images import ImageError
 from blockferry.qemu.nbd import inspect
+from blockferry.qemu.tool import ImageError
 from blockferry.service.desk import Desk, require_bandwidth, require_path
 from blockferry.service.usage import look_up
 from blockferry.service.windows import run_window

@@ -28,6 +28,7 @@ from blockferry.plan.revert import overlay_of, plan_revert
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
 from blockferry.qemu.session import CommandRefused, LostReply
+from blockferry.qemu.user import NoSuchUser, run_as
 from blockferry.service.desk import Desk
 from blockferry.service.domains import Domains
 from blockferry.service.resting import look
@@ -167,7 +168,8 @@ class Lifecycle:
         definition = parse_definition(self._desk.inactive(keeper.name))
         try:
             program = find_program(definition.emulator, definition.arch)
-        except LaunchFailed as failure:
+            who = await run_as(program, definition.user, definition.relabel) if definition.user is not None else None
+        except (LaunchFailed, NoSuchUser) as failure:
             raise errors.BadRequest(reason=str(failure)) from failure
         chains = await self._desk.chains_to_start(definition)
         disks = {disk.target: disk for disk in definition.disks}
@@ -191,6 +193,7 @@ class Lifecycle:
                     chains=chains,
                     resting=tuple(resting),
                     paused=request.paused,
+                    run_as=who,
                 )
             )
             number, _names = self._desk.names()

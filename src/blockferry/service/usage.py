@@ -31,7 +31,8 @@ async def look_up(
         headers: path -> format, of those whose headers are to be read.
     """
     facts = await desk.images.facts(paths)
-    images = {path: await desk.images.chain(path, image_format) for path, image_format in headers.items()}
+    known = [*paths, *(image.file for disk in (seen.disks if seen is not None else ()) for image in disk.chain)]
+    images = {path: await desk.images.chain(path, image_format, known) for path, image_format in headers.items()}
     return Files(facts=facts, images=images, users=await _users(desk, keeper, seen))
 
 

@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+import re
 import time
 from typing import Any
 
@@ -26,6 +27,8 @@ from blockferry.service import Service
 
 logger = logging.getLogger("blockferry.api")
 BODY_MAX = 4 * 1024 * 1024  # a snapshot's XML with a thousand disks is 300 KiB
+# Who and the password in a URI.
+_USER = re.compile(r"://[^/@\s\"]*@")
 READING = (
     requests.ListDomains,
     requests.ShowDomain,
@@ -162,9 +165,10 @@ def _short(request: requests.Request) -> str:
     fields = msgspec.to_builtins(request)
     if isinstance(fields.get("xml"), str):
         fields["xml"] = f"({len(fields['xml'])} characters)"
-    return " ".join(
+    words = " ".join(
         f"{name}={msgspec.json.encode(value).decode()}" for name, value in fields.items() if value is not None
     )
+    return _USER.sub("://***@", words)
 
 
 def _internal(error: BaseException) -> errors.InternalError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -94,7 +95,8 @@ def read_bytes(text: str) -> int | None:
     """How many bytes `50M`, `1.5G`, `512KiB` or `1048576` are; None for what is no number."""
     text = text.strip().upper().removesuffix("IB").removesuffix("B")
     number, power = (text[:-1], "KMGT".index(text[-1]) + 1) if text[-1:] in set("KMGT") else (text, 0)
-    return int(float(number) * 1024**power) if number.replace(".", "", 1).isdecimal() else None
+    count = float(number) * 1024**power if number.replace(".", "", 1).isdecimal() else math.inf
+    return int(count) if math.isfinite(count) else None
 
 
 class Rate(click.ParamType["int"]):
