@@ -3,13 +3,14 @@
 # make check    ruff, mypy --strict, import-linter, the house tests
 # make setup    .venv and the system's packages
 # make chaos    crashes and faults chosen by a seed, for as long as asked: make chaos SECONDS=3600 [SEED=7]
+# make power    the power fails at every flush of every operation: make power [SEED=7]
 # make bench    benchmarks/, with a libvirtd of its own beside it (BENCH="--docs" writes docs/performance.*)
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.blockferry-stamp
 WORKERS ?= 2
 
-.PHONY: demo test check setup bench chaos packages test-tools clean
+.PHONY: demo test check setup bench chaos power packages test-tools clean
 
 setup: packages $(STAMP)
 
@@ -48,6 +49,9 @@ test: test-tools
 SECONDS ?= 60
 chaos: test-tools
 	@$(BIN)/python tests/chaos/run.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+power: test-tools
+	@$(BIN)/python tests/power/run.py $(if $(SEED),--seed $(SEED))
 
 # libvirt takes part where it can be had; without it, or its binding, the benchmark says so.
 BENCH ?=

@@ -109,14 +109,13 @@ class Executor:
             case steps.ClaimFile():
                 return await self._images.claim(step.path, step.like)
             case steps.CreateImage():
-                return {
-                    "blank": await self._images.create(
-                        step.path, step.format, step.size, step.backing, step.backing_format
-                    )
-                }
+                image = step.path, step.format, step.size, step.backing, step.backing_format
+                return {"blank": await self._images.create(*image)}
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():
+                for node in step.nodes:
+                    await self._qemu_io(node, "flush")
                 await self._images.sync(step.paths)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
@@ -301,15 +300,12 @@ class Executor:
                 raise
 
     async def _count(self, step: tracking.CountAsWritten) -> None:
-        """Write to the scratch node, whose bitmap counts it, and merge that one; HMP says nothing when a write fails."""
+        """Write to the scratch node, whose bitmap counts it, and merge that one."""
         await self._add_bitmap(step.scratch, step.bitmap)
         for offset, length in step.extents:
-            line = f'qemu-io {step.scratch} "write -q -z {offset} {length}"'
-            await self._session.execute("human-monitor-command", command_line=line)
-        counted, wanted = (
-            await self._counted(step.scratch, step.bitmap),
-            sum(length for _offset, length in step.extents),
-        )
+            await self._qemu_io(step.scratch, f"write -q -z {offset} {length}")
+        counted = await self._counted(step.scratch, step.bitmap)
+        wanted = sum(length for _offset, length in step.extents)
         if counted < wanted:
             raise StepFailed(f"QEMU counts {counted} of {wanted} bytes")
         await self._session.execute(
@@ -341,7 +337,7 @@ class Executor:
         """
         before = await self._reads()
         for qdev in disks.values():
-            await self._session.execute("human-monitor-command", command_line=f'qemu-io -d {qdev} "aio_read -q 0 512"')
+            await self._qemu_io(f"-d {qdev}", "aio_read -q 0 512")
         waiting: dict[str, str] = dict(disks)
         dead: dict[str, str] = {}
         deadline = asyncio.get_running_loop().time() + READ_BACK_SECONDS
@@ -353,6 +349,10 @@ class Executor:
                     dead |= {target: "a read fails"} if failed else {}
                     del waiting[target]
         return dead | dict.fromkeys(waiting, f"a read is not answered within {READ_BACK_SECONDS:g} s")
+
+    async def _qemu_io(self, where: str, command: str) -> None:
+        """An access that QMP has no command for; HMP says nothing when it fails."""
+        await self._session.execute("human-monitor-command", command_line=f'qemu-io {where} "{command}"')
 
     async def _reads(self) -> dict[str, tuple[int, int]]:
         """Reads that were answered and reads that failed, by qdev."""
