@@ -114,8 +114,7 @@ class Executor:
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():
-                for node in step.nodes:
-                    await self._qemu_io(node, "flush")
+                await self._flush(step.nodes)
                 await self._images.sync(step.paths)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
@@ -308,12 +307,8 @@ class Executor:
         wanted = sum(length for _offset, length in step.extents)
         if counted < wanted:
             raise StepFailed(f"QEMU counts {counted} of {wanted} bytes")
-        await self._session.execute(
-            "block-dirty-bitmap-merge",
-            node=step.node,
-            target=step.bitmap,
-            bitmaps=[{"node": step.scratch, "name": step.bitmap}],
-        )
+        counts = [{"node": step.scratch, "name": step.bitmap}]
+        await self._session.execute("block-dirty-bitmap-merge", node=step.node, target=step.bitmap, bitmaps=counts)
 
     async def _counted(self, node: str, bitmap: str) -> int:
         found = (await self.graph()).nodes.get(node)
@@ -350,9 +345,15 @@ class Executor:
                     del waiting[target]
         return dead | dict.fromkeys(waiting, f"a read is not answered within {READ_BACK_SECONDS:g} s")
 
-    async def _qemu_io(self, where: str, command: str) -> None:
-        """An access that QMP has no command for; HMP says nothing when it fails."""
-        await self._session.execute("human-monitor-command", command_line=f'qemu-io {where} "{command}"')
+    async def _flush(self, nodes: tuple[str, ...]) -> None:
+        for node in nodes:
+            if words := await self._qemu_io(node, "flush"):
+                raise StepFailed(f"flush {node}: {words}")
+
+    async def _qemu_io(self, where: str, command: str) -> str:
+        """An access that QMP has no command for. HMP says when there is nothing of that name, not when the access fails."""
+        answer = await self._session.execute("human-monitor-command", command_line=f'qemu-io {where} "{command}"')
+        return str(answer).strip()
 
     async def _reads(self) -> dict[str, tuple[int, int]]:
         """Reads that were answered and reads that failed, by qdev."""

@@ -166,8 +166,7 @@ WRITES(pwrite64, (int fd, const void *data, size_t bytes, off64_t at), (fd, data
 WRITES(pwritev, (int fd, const struct iovec *data, int count, off_t at), (fd, data, count, at), at, data, count)
 WRITES(pwritev64, (int fd, const struct iovec *data, int count, off64_t at), (fd, data, count, at), at, data, count)
 
-/* What is written with RWF_DSYNC (a guest's FUA) is on disk when it returns: all of the file is, one may say, as the guest is
- * told nothing of the rest. It is not said: nothing here may look safer than it is. */
+/* What is written with RWF_DSYNC (a guest's FUA) counts as unflushed: nothing here may look safer than it is. */
 WRITES(pwritev2, (int fd, const struct iovec *data, int count, off_t at, int flags), (fd, data, count, at, flags), at, data,
        count)
 WRITES(pwritev64v2, (int fd, const struct iovec *data, int count, off64_t at, int flags), (fd, data, count, at, flags), at,
