@@ -5,13 +5,14 @@
 # make chaos    crashes and faults chosen by a seed, for as long as asked: make chaos SECONDS=3600 [SEED=7]
 # make fuzz     1,050,000 inputs to all that reads what others write: about a minute of processor time a target, two at a time
 #               (21 minutes at a load of 20); FUZZ="--inputs 5000000 qmp api" for more of some
+# make power    the power fails at every flush of every operation: make power [SEED=7]
 # make bench    benchmarks/, with a libvirtd of its own beside it (BENCH="--docs" writes docs/performance.*)
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.blockferry-stamp
 WORKERS ?= 2
 
-.PHONY: demo test check setup bench chaos fuzz packages test-tools clean
+.PHONY: demo test check setup bench chaos power fuzz packages test-tools clean
 
 setup: packages $(STAMP)
 
@@ -50,6 +51,9 @@ test: test-tools
 SECONDS ?= 60
 chaos: test-tools
 	@$(BIN)/python tests/chaos/run.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+
+power: test-tools
+	@$(BIN)/python tests/power/run.py $(if $(SEED),--seed $(SEED))
 
 FUZZ ?=
 fuzz: setup

@@ -11,6 +11,7 @@ Only the standard library, and the error tree only when something is wrong: the 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -84,7 +85,7 @@ def prepare_state_dir(state: StateDir) -> None:
             directory of ours is closed to them; the mode of one with something in it is not ours to change.
     """
     try:
-        state.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folders(state.path)
         if _check_ours(state, state.path) & OTHERS:
             if os.listdir(state.path):
                 raise _unusable(state, f"others may enter it and it is not empty; `chmod 700 {state}` if it is ours")
@@ -95,6 +96,20 @@ def prepare_state_dir(state: StateDir) -> None:
                 folder.chmod(0o700)
     except OSError as error:
         raise _unusable(state, _words(error)) from error
+
+
+def _make_folders(path: Path) -> None:
+    """Make a folder and those above it, their names on disk: a journal that nobody finds has recorded nothing."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in missing:
+        # One that we may enter and write to, and not read, can't be synced.
+        with contextlib.suppress(PermissionError):
+            descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _check_ours(state: StateDir, folder: Path) -> int:

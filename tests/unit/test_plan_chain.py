@@ -448,7 +448,13 @@ def close(*roots: str) -> list[RemoveNode]:
 def test_end_of_a_commit_needs_no_instant() -> None:
     job = job_of(commit("/two", "/low.raw", DELETE))
     made = plan_end(SEEN, job, ())
-    assert made.prepare == (FinalizeJobs(jobs=(job.job,)), RequireBacking(node="vda-n", backing="vda-n3"))
+    files = ("/top", "/low.raw")
+    assert made.prepare == (
+        SyncFiles(paths=files, nodes=("vda-n3",)),
+        FinalizeJobs(jobs=(job.job,)),
+        SyncFiles(paths=files),
+        RequireBacking(node="vda-n", backing="vda-n3"),
+    )
     assert made.window is None
     assert (made.record.authoritative, made.record.ended) == ({"vda": "/top"}, {"vda": "done"})
     assert list(made.settle) == [
@@ -490,7 +496,12 @@ def test_end_of_a_rebase_flushes_before_the_header_changes(
     made = plan_end(seen, job, ALL)
     assert made.prepare == (SyncFiles(paths=("/top",)),)
     assert made.window is not None
-    assert made.window.steps == (Stop(), FinalizeStream(job=job.job), RequireBacking(node="vda-n", backing=node))
+    assert made.window.steps == (
+        Stop(),
+        FinalizeStream(job=job.job),
+        SyncFiles(paths=("/top",)),
+        RequireBacking(node="vda-n", backing=node),
+    )
     assert made.window.resume == seen.running
     assert [step for step in made.settle if isinstance(step, Resume)] == ([Resume()] if seen.running else [])
     # What snapshots keep is in files that are left as they are.
@@ -504,7 +515,9 @@ def test_end_of_a_fill_is_the_begin_of_its_mirror() -> None:
     made = plan_end(SEEN, job, ALL)
     assert job.then is not None
     assert made.prepare == (
+        SyncFiles(paths=(job.top.file,), nodes=("x",)),
         FinalizeStream(job="f"),
+        SyncFiles(paths=(job.top.file,)),
         RequireBacking(node="x", backing="vda-n3"),
         StartMirror.of(job.then, "top", 3),
     )
@@ -521,13 +534,14 @@ ENDS = {
 
 
 @pytest.mark.parametrize("what", sorted(ENDS))
-def test_an_end_that_the_graph_shows_is_only_recorded(what: str) -> None:
+def test_an_end_that_the_graph_shows_is_only_flushed_and_recorded(what: str) -> None:
     """A crash or a lost reply came after it: the record is the one that it would have been."""
     job, after = ENDS[what]
     assert not has_ended(job, SEEN)
     assert has_ended(job, after)
     made, before = plan_end(after, job, ALL), plan_end(SEEN, job, ALL)
-    assert (made.prepare, made.window) == ((), None)
+    files = {"commit": ("/top", "/low.raw"), "active-commit": ("/low.raw",)}.get(what, ("/top",))
+    assert (made.prepare, made.window) == ((SyncFiles(paths=files),), None)
     assert made.record == before.record
     assert [step for step in before.settle if not isinstance(step, Resume)] == list(made.settle)
 

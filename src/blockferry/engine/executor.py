@@ -122,6 +122,7 @@ class Executor:
             case steps.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case steps.SyncFiles():
+                await self._flush(step.nodes)
                 await self._images.sync(step.paths)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
@@ -306,23 +307,16 @@ class Executor:
                 raise
 
     async def _count(self, step: tracking.CountAsWritten) -> None:
-        """Write to the scratch node, whose bitmap counts it, and merge that one; HMP says nothing when a write fails."""
+        """Write to the scratch node, whose bitmap counts it, and merge that one."""
         await self._add_bitmap(step.scratch, step.bitmap)
         for offset, length in step.extents:
-            line = f'qemu-io {step.scratch} "write -q -z {offset} {length}"'
-            await self._session.execute("human-monitor-command", command_line=line)
-        counted, wanted = (
-            await self._counted(step.scratch, step.bitmap),
-            sum(length for _offset, length in step.extents),
-        )
+            await self._qemu_io(step.scratch, f"write -q -z {offset} {length}")
+        counted = await self._counted(step.scratch, step.bitmap)
+        wanted = sum(length for _offset, length in step.extents)
         if counted < wanted:
             raise StepFailed(f"QEMU counts {counted} of {wanted} bytes")
-        await self._session.execute(
-            "block-dirty-bitmap-merge",
-            node=step.node,
-            target=step.bitmap,
-            bitmaps=[{"node": step.scratch, "name": step.bitmap}],
-        )
+        counts = [{"node": step.scratch, "name": step.bitmap}]
+        await self._session.execute("block-dirty-bitmap-merge", node=step.node, target=step.bitmap, bitmaps=counts)
 
     async def _counted(self, node: str, bitmap: str) -> int:
         found = (await self.graph()).nodes.get(node)
@@ -340,6 +334,16 @@ class Executor:
     async def read_back(self, disks: Mapping[str, str]) -> dict[str, str]:
         """Those of these disks (target -> drive) that do not answer a read, with the reason."""
         return await readback.read_back(self._session, disks, self._within(readback.READ_BACK_SECONDS))
+
+    async def _flush(self, nodes: tuple[str, ...]) -> None:
+        for node in nodes:
+            if words := await self._qemu_io(node, "flush"):
+                raise StepFailed(f"flush {node}: {words}")
+
+    async def _qemu_io(self, where: str, command: str) -> str:
+        """An access that QMP has no command for. HMP says when there is nothing of that name, not when the access fails."""
+        answer = await self._session.execute("human-monitor-command", command_line=f'qemu-io {where} "{command}"')
+        return str(answer).strip()
 
     # --- jobs -------------------------------------------------------------------------------------------------
 

@@ -411,12 +411,20 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
 
 
 def _before(job: ChainJob, disk: Disk, *, done: bool) -> tuple[Step, ...]:
-    if done:
-        return ()
-    if job.type == "commit":
-        return (FinalizeJobs(jobs=(job.job,)), _require_end(job))
-    files = (disk.active.file, *((job.base.file,) if job.type == "active-commit" and job.base else ()))
-    return (SyncFiles(paths=tuple(file for file in files if file.startswith("/"))),)
+    """What precedes the record, so that a power loss after it finds what it says.
+
+    QEMU finalizes a commit by writing the base's name into the header of the image above, which may reach the disk before
+    what it has written into the base and its tables; those are flushed before. The header is before the record: files that
+    have left the chain are removed after it.
+    """
+    above = _above(disk, job) if job.type == "commit" else disk.active.file
+    base = job.base.file if job.base is not None and job.type != "rebase" else None
+    files = tuple(file for file in dict.fromkeys((above, base)) if file and file.startswith("/"))
+    synced = SyncFiles(paths=files)
+    if done or job.type != "commit":
+        return (synced,)
+    flushed = SyncFiles(paths=files, nodes=(_base(job).node,))
+    return (flushed, FinalizeJobs(jobs=(job.job,)), synced, _require_end(job))
 
 
 def _require_end(job: ChainJob) -> Step:
@@ -428,11 +436,13 @@ def _window(seen: Observation, job: ChainJob, disk: Disk) -> Window:
 
     A commit's base and overlay are the same while the guest stands still. A rebased image's header changes at the
     finalize, and QEMU does not flush what was pulled in before: `stop` does, also on a guest that is paused already
-    (without it, QEMU killed right afterwards lost clusters, on 7.2 and 10.0).
+    (without it, QEMU killed right afterwards lost clusters, on 7.2 and 10.0). The header is on disk before the record,
+    after which nobody keeps the images that it named.
     """
     jobs = (job.job,)
     if job.type == "rebase":
-        steps: tuple[Step, ...] = (Stop(), FinalizeStream(job=job.job), _require_end(job))
+        header = SyncFiles(paths=(disk.active.file,) if disk.active.file.startswith("/") else ())
+        steps: tuple[Step, ...] = (Stop(), FinalizeStream(job=job.job), header, _require_end(job))
     else:
         steps = (
             *([Stop()] if seen.running else []),
@@ -449,10 +459,18 @@ def _end_fill(job: ChainJob) -> Plan:
     mirror = job.then
     if mirror is None:
         raise AssertionError(job)
+    # As in a rebase, what was pulled in is on disk before the header that says so, and that before anybody relies on it.
+    files = (job.top.file,) if job.top.file.startswith("/") else ()
     return Plan(
         what="job-end",
         text=f"the lower layers of {job.target} are in {job.top.file}: mirror the active one",
-        prepare=(FinalizeStream(job=job.job), _require_end(job), StartMirror.of(mirror, "top", job.speed)),
+        prepare=(
+            SyncFiles(paths=files, nodes=(job.top.node,)),
+            FinalizeStream(job=job.job),
+            SyncFiles(paths=files),
+            _require_end(job),
+            StartMirror.of(mirror, "top", job.speed),
+        ),
         record=Record(authoritative={job.target: mirror.source}, jobs=(mirror,)),
     )
 

@@ -63,9 +63,10 @@ class RemoveFile(Verb, frozen=True, kw_only=True, tag="remove-file"):
 
 
 class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
-    """Write files' dirty pages to disk, so that the flush in the window is short."""
+    """Write files' dirty pages to disk; before that, what QEMU itself still holds back of the images of `nodes`."""
 
     paths: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

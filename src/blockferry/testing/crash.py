@@ -82,13 +82,15 @@ class _Case(msgspec.Struct, frozen=True, kw_only=True):
     to_the_end: bool = False
     pen: PenPlan | None = None
     reply_seconds: float | None = None
+    marks: str | None = None
 
 
 class _Witness:
     """Counts boundaries; has the guest write, and accidents happen, at them."""
 
-    def __init__(self, accidents: tuple[Accident, ...], pen: PenPlan | None) -> None:
+    def __init__(self, accidents: tuple[Accident, ...], pen: PenPlan | None, marks: str | None) -> None:
         self.counting = False
+        self._marks = os.open(marks, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) if marks is not None else None
         self.passed: list[str] = []
         self._accidents = accidents
         self._every = pen.every if pen is not None else 1
@@ -108,6 +110,8 @@ class _Witness:
                 self._pen.doubt()
             _happen(accident)
         self.passed.append(f"{when} {what}")
+        if self._marks is not None:
+            os.write(self._marks, f"{when} {what}\n".encode())
 
 
 def _happen(accident: Accident) -> None:
@@ -169,8 +173,8 @@ async def _carry_out(case: _Case, witness: _Witness) -> str | None:
     try:
         for request in case.requests:
             await service.submit(request)
-            if case.to_the_end:
-                await _worked_out(service, str(getattr(request, "domain", "")))
+            if case.to_the_end and (domain := getattr(request, "domain", None)) is not None:
+                await _worked_out(service, domain)
     except errors.BlockferryError as error:
         return error.code
     finally:
@@ -206,7 +210,7 @@ def _child(case: _Case, answer: int) -> None:
     if case.reply_seconds is not None:
         Session.COMMAND_SECONDS = case.reply_seconds
     try:
-        witness = _Witness(case.accidents, case.pen)
+        witness = _Witness(case.accidents, case.pen, case.marks)
         error = asyncio.run(_carry_out(case, witness))
         said = {"boundaries": witness.passed, "error": error}
     except BaseException:  # noqa: BLE001 - the top of a process: the parent is told, and nothing is unwound further
@@ -234,14 +238,19 @@ def _serve() -> None:
 
 
 class Crasher:
-    """A process that carries requests out in children that die when told."""
+    """A process that carries requests out in children that die when told.
 
-    def __init__(self) -> None:
+    Args:
+        under: what its command line begins with: a program that watches it.
+    """
+
+    def __init__(self, under: Sequence[str] = ()) -> None:
+        self._under = under
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "blockferry.testing.crash"],
+            [*self._under, sys.executable, "-m", "blockferry.testing.crash"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -268,6 +277,7 @@ class Crasher:
         to_the_end: bool = False,
         pen: PenPlan | None = None,
         reply_seconds: float | None = None,
+        marks: Path | None = None,
     ) -> CrashResult:
         """Open the state directory in a new process, carry the requests out, and have accidents happen to it.
 
@@ -280,6 +290,7 @@ class Crasher:
             to_the_end: wait after each request until its jobs that end by themselves have ended.
             pen: what the guest writes meanwhile.
             reply_seconds: how long a reply of QEMU's is waited for, rather than as in earnest.
+            marks: a file to which each boundary is written when it is passed, for whoever traces the process.
         """
         process = self._process
         assert process is not None
@@ -294,6 +305,7 @@ class Crasher:
             to_the_end=to_the_end,
             pen=pen,
             reply_seconds=reply_seconds,
+            marks=str(marks) if marks is not None else None,
         )
         process.stdin.write(msgspec.json.encode(case).decode() + "\n")
         process.stdin.flush()
