@@ -6,7 +6,8 @@
 # make fuzz     1,050,000 inputs to all that reads what others write: about a minute of processor time a target, two at a time
 #               (21 minutes at a load of 20); FUZZ="--inputs 5000000 qmp api" for more of some
 # make power    the power fails at every flush of every operation: make power [SEED=7]
-# make bench    benchmarks/, with a libvirtd of its own beside it (BENCH="--docs" writes docs/performance.*)
+# make bench    benchmarks/, half an hour, with a libvirtd of its own beside it (BENCH="--docs" writes the figures of
+#               docs/performance.md; BENCH="--quick" is for trying)
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.blockferry-stamp
@@ -69,6 +70,8 @@ bench: setup
 		-r benchmarks/requirements-libvirt.txt
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/storage.py $(BENCH)
+	$(BIN)/python benchmarks/moves.py $(BENCH)
+	$(BIN)/python benchmarks/many.py $(BENCH)
 
 clean:
 	rm -rf .venv .cache .mypy_cache .ruff_cache

@@ -52,11 +52,11 @@ def _empty(binaries: QemuBinaries, folder: Path) -> list[Image]:
     return [Image(target, make_image(binaries, path, "qcow2", 1024 * MIB), "qcow2") for target, path in paths.items()]
 
 
-def _small(_binaries: QemuBinaries, folder: Path) -> list[Image]:
+def small(_binaries: QemuBinaries, folder: Path) -> list[Image]:
     """Eight full raw images of 64 MiB."""
     images = [Image(target, folder / f"{target}.img", "raw") for target in targets(DISKS)]
     for image in images:
-        _fill(image.path, SMALL_BYTES)
+        fill(image.path, SMALL_BYTES)
     return images
 
 
@@ -69,7 +69,7 @@ def _full(image_format: str, size: int) -> Prepare:
 
     def prepare(binaries: QemuBinaries, folder: Path) -> list[Image]:
         raw, disk = folder / "full", folder / f"disk.{image_format}"
-        _fill(raw, size)
+        fill(raw, size)
         convert = [str(binaries.img), "convert", "-f", "raw", "-O", image_format, str(raw), str(disk)]
         subprocess.run(convert, check=True, stdin=subprocess.DEVNULL)
         raw.unlink()
@@ -78,7 +78,8 @@ def _full(image_format: str, size: int) -> Prepare:
     return prepare
 
 
-def _fill(path: Path, size: int) -> None:
+def fill(path: Path, size: int) -> None:
+    """Make a file without a hole, or anything that repeats."""
     with path.open("wb") as file:
         for _chunk in range(size // CHUNK_BYTES):
             file.write(os.urandom(CHUNK_BYTES))
@@ -125,7 +126,7 @@ def _pivoting(name: str, disks: str, *, writing: bool) -> Case:
         Figure("split", f"pivot of {disks}: the guest's pause", target="at most 80", peer_text="[2]"),
         Figure("pivot", f"pivot of {disks}: the whole call", peer_text="[2]"),
     )
-    return Case(name, figures, _small, _pivot, writing=writing)
+    return Case(name, figures, small, _pivot, writing=writing)
 
 
 def all_cases(copy_bytes: int) -> tuple[Case, ...]:

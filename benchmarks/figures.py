@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 OURS, PEER = "blockferry", "libvirt"
@@ -57,10 +58,7 @@ class Series:
 
     def cell(self, side: str) -> str:
         """`median (min to max)`, or a dash."""
-        values = self.rounds.get(side)
-        if not values:
-            return "-"
-        return f"{_number(statistics.median(values))} ({_number(min(values))} to {_number(max(values))})"
+        return cell(self.rounds.get(side, []))
 
     def ratio(self) -> float | None:
         """The median of blockferry's value divided by libvirt's, pair by pair: drift of the machine falls out."""
@@ -68,8 +66,15 @@ class Series:
         return statistics.median(ours / peer for ours, peer in pairs) if pairs else None
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+def cell(values: list[float], *, digits: int = 1) -> str:
+    """`median (min to max)`, or a dash; `digits` after the point of what is under a hundred."""
+    if not values:
+        return "-"
+    middle, least, most = (
+        f"{value:.0f}" if value >= 100 else f"{value:.{digits}f}"
+        for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} ({least} to {most})"
 
 
 def rows(every: list[Series]) -> list[tuple[str, ...]]:
@@ -98,13 +103,23 @@ HEAD = ("median (min to max)", "n", OURS, PEER, "ratio", "target")
 
 def text_table(every: list[Series]) -> str:
     """The table for a terminal."""
-    table = [HEAD, *rows(every)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEAD))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join(lines)
+    return grid([HEAD, *rows(every)])
 
 
 def markdown_table(every: list[Series]) -> str:
     """The table for docs/performance.md."""
-    lines = [HEAD, ("---", *["---:"] * (len(HEAD) - 2), "---"), *rows(every)]
+    return markdown([HEAD, *rows(every)])
+
+
+def grid(table: Sequence[tuple[str, ...]]) -> str:
+    """A table, its head first, for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join(lines)
+
+
+def markdown(table: Sequence[tuple[str, ...]]) -> str:
+    """A table, its head first, for a page."""
+    head, *below = table
+    lines = [head, ("---", *["---:"] * (len(head) - 2), "---"), *below]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

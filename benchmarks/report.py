@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from figures import NOTES, OURS, PEER, SIDES, Series, markdown_table
@@ -14,6 +16,7 @@ from blockferry.testing import QemuBinaries
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- figures: benchmarks/storage.py --docs -->", "<!-- end of figures -->"
+TITLE_WIDTH = 80
 COLOURS = {OURS: "#1f6f8b", PEER: "#b8b8b8"}
 
 
@@ -59,19 +62,42 @@ def load(begun: tuple[float, float, float], ended: tuple[float, float, float]) -
 
 
 def write(every: list[Series], about: dict[str, str]) -> None:
-    """Put table and machine between the marks of docs/performance.md, and draw docs/performance.png."""
-    page = DOCS / "performance.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    """Put table and machine into docs/performance.md, and draw docs/performance.png."""
     notes = "\n".join(f"- {note}" for note in NOTES)
-    parts = (BEGIN, markdown_table(every), notes, f"| measured on | |\n| --- | --- |\n{rows}", END)
-    page.write_text(before + "\n\n".join(parts) + after)
-    _plot(every, DOCS / "performance.png")
+    put(BEGIN, [markdown_table(every), notes, measured_on(about)])
+    draw(every, DOCS / "performance.png", SIDES, COLOURS)
 
 
-def _plot(every: list[Series], path: Path) -> None:
-    """Every round as a point, every median as a bar; a panel a figure, since their units differ."""
+def measured_on(about: dict[str, str]) -> str:
+    """The table of the machine."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in about.items())
+    return f"| measured on | |\n| --- | --- |\n{rows}"
+
+
+def put(begin: str, parts: list[str]) -> None:
+    """Put these parts between a mark of docs/performance.md and the next end of figures.
+
+    Raises:
+        ValueError: the page has no such mark.
+    """
+    page = DOCS / "performance.md"
+    text = page.read_text()
+    at = text.index(begin)
+    page.write_text("\n\n".join([text[:at] + begin, *parts, text[text.index(END, at) :]]))
+
+
+def draw(
+    every: list[Series], path: Path, sides: Sequence[str], colours: Mapping[str, str], *, say: bool = False
+) -> None:
+    """Every round as a point, every median as a bar; a panel a figure, since their units differ.
+
+    Args:
+        every: the figures.
+        path: of the PNG.
+        sides: in the order in which they are shown.
+        colours: of their bars.
+        say: whether medians are written beside their bars, where they are too far apart for the eye.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -79,19 +105,24 @@ def _plot(every: list[Series], path: Path) -> None:
 
     columns = 2
     lines = (len(every) + columns - 1) // columns
-    drawing, axes = plt.subplots(lines, columns, figsize=(10, 1.5 * lines), squeeze=False)
+    high = 0.5 + 0.25 * max(sum(side in series.rounds for side in sides) for series in every)
+    drawing, axes = plt.subplots(lines, columns, figsize=(10, max(1.5, high) * lines), squeeze=False)
     for panel in axes.flat[len(every) :]:
         panel.set_visible(False)
     for panel, series in zip(axes.flat, every, strict=False):
-        sides = [side for side in SIDES if side in series.rounds]
-        for place, side in enumerate(reversed(sides)):
+        shown = [side for side in sides if side in series.rounds]
+        for place, side in enumerate(reversed(shown)):
             values = series.rounds[side]
-            panel.barh(place, series.median(side), color=COLOURS[side], height=0.6)
+            panel.barh(place, series.median(side), color=colours[side], height=0.6)
             panel.plot(values, [place] * len(values), "o", color="black", markersize=3, alpha=0.6)
-        panel.set_yticks(range(len(sides)), reversed(sides), fontsize=8)
-        panel.set_title(f"{series.figure.text}, {series.figure.unit} {series.figure.peer_text}", fontsize=8, loc="left")
+            if say:
+                panel.annotate(f" {series.median(side):.2f}", (max(values), place), va="center", fontsize=7)
+        panel.set_yticks(range(len(shown)), reversed(shown), fontsize=8)
+        title = f"{series.figure.text}, {series.figure.unit} {series.figure.peer_text}"
+        panel.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=8, loc="left")
         panel.set_xlim(left=0)
         panel.tick_params(axis="x", labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
     drawing.tight_layout()
     drawing.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(drawing)

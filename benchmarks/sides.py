@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import gzip
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from blockferry.testing import build_guest
 from blockferry.testing.guest import BOOT_OPTIONS
+from blockferry.testing.initramfs import newc_archive
 
 MEMORY_MIB = 128
 PROCESSORS = 2
 BOOT_SECONDS = 120.0
+MIB = 1024 * 1024
+# The paced guest writes this much at once, and so often; see paced-init.sh.
+PACED_BYTES = 64 * 1024
+TICKS_PER_SECOND = 5
+PACED_INIT = Path(__file__).with_name("paced-init.sh")
+
+Way = Literal["mirror", "offload", "blockcopy"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,19 @@ def boot(images: list[Image], folder: Path) -> Boot:
     return Boot(kernel, initrd, append, disks, folder / "acks", folder / "console")
 
 
+def paced(images: list[Image], folder: Path, rate: int, span: int) -> Boot:
+    """A guest that writes `rate` bytes a second to these disks, all together, in the first `span` bytes of each.
+
+    Its kernel unpacks one archive over the other: the first process is another than the test kit's.
+    """
+    plain = boot(images, folder)
+    with plain.initrd.open("ab") as initrd:
+        initrd.write(gzip.compress(newc_archive({"init": PACED_INIT.read_bytes()}, ()), compresslevel=1))
+    writes = rate // TICKS_PER_SECOND // PACED_BYTES // len(images)
+    append = f"{BOOT_OPTIONS} bf_disks={','.join(plain.disks)} bf_writes={writes} bf_span={span // PACED_BYTES}"
+    return dataclasses.replace(plain, append=append)
+
+
 def targets(count: int) -> list[str]:
     """Names of disks: vda, vdb..."""
     return [f"vd{chr(ord('a') + index)}" for index in range(count)]
@@ -107,6 +131,23 @@ class Guest(Protocol):
 
     async def pivot(self, copies: dict[str, Path]) -> dict[str, float]:
         """Copy these disks, not measured, and let the guest go over to the copies, measured."""
+        ...
+
+    async def move(self, way: Way, images: list[Image], folder: Path, uri: str | None) -> dict[str, float]:
+        """Move all disks to a folder, under their own names, or the only one to an NBD export: `move`, and `split`.
+
+        `split` is as in `pivot`; a side that pauses nothing has none of one disk.
+
+        Args:
+            way: one that the side knows.
+            images: the disks'.
+            folder: where to.
+            uri: of the export; None for none.
+        """
+        ...
+
+    async def command(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Have QEMU execute a QMP command, past whoever is in charge of it."""
         ...
 
 

@@ -33,7 +33,7 @@ MEMORY_FOLDER = "/dev/shm"  # noqa: S108 (as above)
 
 
 @contextlib.contextmanager
-def _room(place: str) -> Iterator[Path]:
+def room(place: str) -> Iterator[Path]:
     """A new folder that other users may pass through, removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="bfbench-", dir=place))
     folder.chmod(0o711)
@@ -44,7 +44,7 @@ def _room(place: str) -> Iterator[Path]:
 
 
 @contextlib.asynccontextmanager
-async def _sides(folder: Path, binaries: QemuBinaries) -> AsyncIterator[list[Side]]:
+async def warm_sides(folder: Path, binaries: QemuBinaries) -> AsyncIterator[list[Side]]:
     """Whoever takes part: blockferry first."""
     async with contextlib.AsyncExitStack() as stack:
         sides: list[Side] = []
@@ -59,9 +59,9 @@ async def _sides(folder: Path, binaries: QemuBinaries) -> AsyncIterator[list[Sid
         yield sides
 
 
-async def _once(side: Side, case: Case, binaries: QemuBinaries, room: Path) -> dict[str, float]:
+async def _once(side: Side, case: Case, binaries: QemuBinaries, place: Path) -> dict[str, float]:
     """One round of one side, on a new guest and new images."""
-    folder = room / "round"
+    folder = place / "round"
     folder.mkdir()
     try:
         images = case.prepare(binaries, folder)
@@ -78,13 +78,13 @@ async def _once(side: Side, case: Case, binaries: QemuBinaries, room: Path) -> d
         shutil.rmtree(folder)
 
 
-async def _measure(case: Case, rounds: int, sides: list[Side], binaries: QemuBinaries, room: Path) -> list[Series]:
+async def _measure(case: Case, rounds: int, sides: list[Side], binaries: QemuBinaries, place: Path) -> list[Series]:
     """All rounds of a case; a first one is not counted."""
     series = [Series(figure) for figure in case.figures]
     for number in range(rounds + 1):
         order = sides if number % 2 else sides[::-1]
         for side in order:
-            values = await _once(side, case, binaries, room)
+            values = await _once(side, case, binaries, place)
             print(f"{case.name} {number or 'warm-up'} {side.name}: {values}", file=sys.stderr)
             if number:
                 for each in series:
@@ -94,12 +94,16 @@ async def _measure(case: Case, rounds: int, sides: list[Side], binaries: QemuBin
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of each side (7)")
+    parser.add_argument("--rounds", type=int, help="counted rounds of each side (7)")
     parser.add_argument("--cases", help="some only, with commas between them")
-    parser.add_argument("--copy-mib", type=int, default=1024, help="size of the disk that is copied, in MiB (1024)")
+    parser.add_argument("--copy-mib", type=int, help="size of the disk that is copied, in MiB (1024)")
+    parser.add_argument("--quick", action="store_true", help="to try it: 2 rounds, 128 MiB; the figures mean little")
     parser.add_argument("--folder", default=DISK_FOLDER, help=f"where images are made ({DISK_FOLDER})")
     parser.add_argument("--docs", action="store_true", help="write the figures into docs/ too")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.rounds = given.rounds or (2 if given.quick else 7)
+    given.copy_mib = given.copy_mib or (128 if given.quick else 1024)
+    return given
 
 
 async def _run(arguments: argparse.Namespace) -> None:
@@ -109,8 +113,8 @@ async def _run(arguments: argparse.Namespace) -> None:
     binaries = find_qemu("distribution")
     begun = os.getloadavg()
     every: list[Series] = []
-    with _room(arguments.folder) as disk, _room(MEMORY_FOLDER) as memory:
-        async with _sides(disk, binaries) as sides:
+    with room(arguments.folder) as disk, room(MEMORY_FOLDER) as memory:
+        async with warm_sides(disk, binaries) as sides:
             machine = report.machine(disk, binaries, {side.name: side.version for side in sides})
             for case in cases:
                 every += await _measure(case, arguments.rounds, sides, binaries, memory if case.memory else disk)

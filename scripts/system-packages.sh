@@ -3,17 +3,17 @@
 #
 #   scripts/system-packages.sh demo     what `make demo` needs
 #   scripts/system-packages.sh tests    and what the tests need on top
-#   scripts/system-packages.sh bench    and what libvirt's side of `make bench` needs on top; starts no service
+#   scripts/system-packages.sh bench    and what `make bench` needs on top, libvirt's side and XFS; starts no service
 set -euo pipefail
 
 what=${1:-demo}
 packages=(python3-venv qemu-system-x86 qemu-utils busybox-static kmod util-linux)
-# libvirt0 has the schemas that our XML is validated against; e2fsprogs makes file systems for guests, and checks them; the
-# others are what the guest agent is linked with. gcc makes what is preloaded into programs whose storage is to fail or to be
-# recorded; strace shows what was on disk when a command was sent.
-[ "$what" = tests ] && packages+=(git gcc libc6-dev strace libvirt0 e2fsprogs libglib2.0-0 libudev1 libnuma1 liburing2)
+# libvirt0 has the schemas that our XML is validated against; e2fsprogs makes file systems for guests, and checks them;
+# xfsprogs makes one whose files can share blocks; the others are what the guest agent is linked with. gcc makes what is
+# preloaded into programs whose storage is to fail or to be recorded; strace shows what was on disk when a command was sent.
+[ "$what" = tests ] && packages+=(git gcc libc6-dev strace libvirt0 e2fsprogs xfsprogs libglib2.0-0 libudev1 libnuma1 liburing2)
 # The last three build libvirt-python.
-[ "$what" = bench ] && packages+=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-dev pkg-config gcc)
+[ "$what" = bench ] && packages+=(xfsprogs libvirt-daemon libvirt-daemon-driver-qemu libvirt-dev pkg-config gcc)
 
 missing=()
 for package in "${packages[@]}"; do

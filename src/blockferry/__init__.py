@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blockferry.client import BlockJob, Domain, DomainSnapshot, Ferry, connect
+    from blockferry.client import BlockJob, Domain, DomainSnapshot, Ferry, StorageMove, connect
     from blockferry.errors import BlockferryError, Failed, Refused, Unknown
     from blockferry.interfaces.daemon import open_ferry as open  # noqa: A004 (as in the issue: blockferry.open)
     from blockferry.model.flags import BlockCopy, SnapshotCreate, SnapshotDelete
@@ -29,6 +29,7 @@ __all__ = [  # noqa: RUF022 (the most important first)
     "Domain",
     "DomainSnapshot",
     "BlockJob",
+    "StorageMove",
     "SnapshotCreate",
     "SnapshotDelete",
     "BlockCopy",
@@ -47,6 +48,7 @@ _WHERE = {
     "Domain": ("blockferry.client", "Domain"),
     "DomainSnapshot": ("blockferry.client", "DomainSnapshot"),
     "BlockJob": ("blockferry.client", "BlockJob"),
+    "StorageMove": ("blockferry.client", "StorageMove"),
     "SnapshotCreate": ("blockferry.model.flags", "SnapshotCreate"),
     "SnapshotDelete": ("blockferry.model.flags", "SnapshotDelete"),
     "BlockCopy": ("blockferry.model.flags", "BlockCopy"),

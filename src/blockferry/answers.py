@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,18 @@ from blockferry.model.view import (
     InternalSnapshotView,
     JobView,
     MirrorView,
+    MoveDifference,
+    MoveDiskView,
+    MoveFileView,
+    MoveView,
+    MovingView,
     OperationView,
+    PlannedFile,
     SnapshotDiskView,
     SnapshotView,
     StepView,
 )
+from blockferry.plan.destinations import NEW_OVERLAY_BYTES
 
 if TYPE_CHECKING:
     from blockferry.journal.journal import DomainRecord, OperationRecord, StepRecord
@@ -32,7 +40,10 @@ if TYPE_CHECKING:
     from blockferry.model.files import Chains, ImageFact
     from blockferry.model.graph import Disk
     from blockferry.model.job import Job
+    from blockferry.model.move import Move
     from blockferry.model.snapshot import Snapshot, SnapshotDisk
+    from blockferry.plan.destinations import Files
+    from blockferry.plan.placement import Placed
 
 # A mirror in one of these is not shown at its disk any more.
 OVER = frozenset({"pivoted", "finished", "cancelled", "removed"})
@@ -65,6 +76,7 @@ def domain_view(
     problem: tuple[str, str] | None = None,
     current: str | None = None,
     definition: str | None = None,
+    moving: Mapping[str, MovingView] | None = None,
 ) -> DomainView:
     """A domain with its disks.
 
@@ -75,6 +87,7 @@ def domain_view(
         problem: (`gone` or `unreachable`, why) when it could not be observed.
         current: its current snapshot.
         definition: the XML that it is started from, when we start it.
+        moving: the disks that are being moved, by target.
     """
     views = mirror_views(mirrors, seen)
     if seen is None:
@@ -96,7 +109,7 @@ def domain_view(
         state=seen.status,
         pid=seen.pid,
         qemu=seen.capabilities.version,
-        disks=tuple(_disk(disk, shown.get(disk.target)) for disk in seen.disks),
+        disks=tuple(_disk(disk, shown.get(disk.target), (moving or {}).get(disk.target)) for disk in seen.disks),
         agent=record.agent,
         current_snapshot=current,
         xml=domain_xml(record.name, seen, views) if definition is None else live_xml(definition, seen, views),
@@ -150,7 +163,7 @@ def _defined_disk(disk: DiskDef, chain: tuple[ImageFact, ...], mirror: MirrorVie
     )
 
 
-def _disk(disk: Disk, mirror: MirrorView | None) -> DiskView:
+def _disk(disk: Disk, mirror: MirrorView | None, moving: MovingView | None) -> DiskView:
     active = disk.chain[0] if disk.chain else None
     return DiskView(
         target=disk.target,
@@ -165,6 +178,7 @@ def _disk(disk: Disk, mirror: MirrorView | None) -> DiskView:
             ImageView(file=image.file, format=image.format, virtual_size=image.virtual_size) for image in disk.chain
         ),
         mirror=mirror,
+        moving=moving,
     )
 
 
@@ -256,12 +270,12 @@ def _ends(ours: BlockJob) -> tuple[str, str, str]:
 def operation_view(
     record: OperationRecord,
     steps: tuple[StepRecord, ...],
-    jobs: tuple[BlockJob, ...],
+    follows: tuple[str, ...],
     *,
     in_flight: bool,
     frozen_ms: float | None = None,
 ) -> OperationView:
-    """An operation; one that is open and in nobody's hands is `unsettled`."""
+    """An operation; one that is open and in nobody's hands is `unsettled`, and only recovery `follows` then."""
     state: str = record.state
     if record.state not in ENDED and record.state != "in-progress":
         state = "running" if in_flight else "unsettled"
@@ -289,8 +303,159 @@ def operation_view(
             )
             for step in steps
         ),
-        next=next_commands(record, jobs, unsettled=state == "unsettled"),
+        next=("blockferry recover",) if state == "unsettled" else follows,
     )
+
+
+def move_view(
+    move: Move,
+    *,
+    phase: str,
+    at_work: bool,
+    kept: Mapping[str, int],
+    left: tuple[str, ...],
+    left_out: dict[str, str],
+    notes: tuple[str, ...],
+) -> MoveView:
+    """A move as people look at it.
+
+    Args:
+        move: as recorded.
+        phase: what is done next or now.
+        at_work: whether somebody does.
+        kept: by source, bytes of its copy that are on disk.
+        left: images of the old places that are still there.
+        left_out: disks that stay.
+        notes: what to know of it.
+    """
+    verdict = move.verdict
+    files = _move_files(move, kept)
+    stands = move.state == "working" and not at_work
+    return MoveView(
+        domain=move.domain,
+        operation=move.operation,
+        state="standing still" if stands else move.state,
+        phase=phase,
+        disks=tuple(
+            MoveDiskView(
+                target=disk.target,
+                source=disk.source,
+                dest=disk.file,
+                format=disk.file_format,
+                strategy=disk.strategy,
+                why=disk.why,
+            )
+            for disk in move.disks
+        ),
+        files=files,
+        copied=sum(file.copied for file in files),
+        total=sum(file.total for file in files),
+        pivoted=move.pivoted,
+        pause_ms=move.pause_ms,
+        verified=verdict.how if verdict is not None else None,
+        compared=verdict.compared if verdict is not None else 0,
+        differences=tuple(
+            MoveDifference(target=each.target, offset=each.offset, length=each.length)
+            for each in (verdict.differences if verdict is not None else ())
+        ),
+        left=left,
+        reason=move.reason,
+        left_out=left_out,
+        notes=notes,
+        next=next_for(move),
+    )
+
+
+def _move_files(move: Move, kept: Mapping[str, int]) -> tuple[MoveFileView, ...]:
+    return tuple(
+        MoveFileView(
+            source=layer.source,
+            file=layer.file,
+            copied=layer.length if layer.source in move.methods else kept[layer.source],
+            total=layer.length,
+            method=move.methods.get(layer.source),
+        )
+        for layer in move.layers
+    )
+
+
+def moving_views(
+    move: Move, mirrors: Mapping[str, MirrorView], *, phase: str, kept: Mapping[str, int]
+) -> dict[str, MovingView]:
+    """The disks of a move that is not over, by target.
+
+    Args:
+        move: as recorded.
+        mirrors: by target, as `mirror_views`.
+        phase: what is done next or now.
+        kept: by source, bytes of its copy that are on disk.
+    """
+    files = {file.source: file for file in _move_files(move, kept)}
+    found: dict[str, MovingView] = {}
+    for disk in move.disks:
+        mirror = mirrors.get(disk.target)
+        current, total = 0, 0
+        if phase == "copy":
+            current = sum(files[source].copied for source in disk.layers)
+            total = sum(files[source].total for source in disk.layers)
+        elif mirror is not None and mirror.file == disk.file:
+            current, total = mirror.current or 0, mirror.total or 0
+        found[disk.target] = MovingView(
+            operation=move.operation, file=disk.file, state=move.state, phase=phase, current=current, total=total
+        )
+    return found
+
+
+def planned_files(
+    move: Move, placed: tuple[Placed, ...], files: Files, data: Mapping[str, int]
+) -> tuple[PlannedFile, ...]:
+    """The files that a move would make, those below first.
+
+    Args:
+        move: as planned.
+        placed: its disks.
+        files: what is there.
+        data: by source, the bytes of it that hold data.
+    """
+    found = [
+        PlannedFile(
+            file=layer.file,
+            what=f"copy of {layer.source}, outside QEMU",
+            bytes=data.get(layer.source, layer.length),
+            room=data.get(layer.source, layer.length),
+        )
+        for layer in move.layers
+    ]
+    for disk, each in zip(move.disks, placed, strict=True):
+        if disk.overlay is not None:
+            what = f"overlay of {disk.target} until the pivot: what is written meanwhile"
+            found.append(PlannedFile(file=disk.overlay, what=what, bytes=0, room=NEW_OVERLAY_BYTES))
+            continue
+        copied = each.disk.chain[:1] if each.below else each.disk.chain
+        known = [files.facts[image.file] for image in copied if image.file in files.facts]
+        count = sum(data.get(fact.path, fact.size) for fact in known)
+        found.append(PlannedFile(file=disk.file, what=f"mirror of {disk.target}, by QEMU", bytes=count, room=count))
+    return tuple(found)
+
+
+def room_by_place(planned: tuple[PlannedFile, ...], files: Files) -> dict[str, int]:
+    """The bytes that planned files may take up, by the folder of the first one on each file system."""
+    places: dict[int, str] = {}
+    found: dict[str, int] = {}
+    for each in planned:
+        fact = files.facts.get(each.file)
+        if fact is not None and fact.kind != "block":
+            place = places.setdefault(fact.device, os.path.dirname(each.file))
+            found[place] = found.get(place, 0) + each.room
+    return found
+
+
+def next_for(move: Move) -> tuple[str, ...]:
+    """What can be typed now, of a move that is not over."""
+    if move.over:
+        return ()
+    on = f"blockferry operations resume {move.operation}"
+    return (on,) if move.pivoted else (on, f"blockferry operations cancel {move.operation}")
 
 
 def frozen_for(steps: tuple[StepRecord, ...]) -> float | None:
@@ -299,10 +464,8 @@ def frozen_for(steps: tuple[StepRecord, ...]) -> float | None:
     return 1000 * (found[FROZEN_UNTIL] - found[FROZEN_FROM]) if len(found) == 2 else None
 
 
-def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...], *, unsettled: bool = False) -> tuple[str, ...]:
+def next_commands(record: OperationRecord, jobs: tuple[BlockJob, ...]) -> tuple[str, ...]:
     """What can be typed now: the commands that go on with an operation's jobs, or cancel them."""
-    if unsettled:
-        return ("blockferry recover",)
     own = [job for job in jobs if job.state == "active" and (job.operation == record.id or job.job in _jobs(record))]
     copies = [job.copy for job in own if job.copy is not None]
     commands: list[str] = []

@@ -30,6 +30,7 @@ from verdict import (
 from worlds import TARGETS, OwnQemu, Stage, World, definition, open_world, serving, worked_out
 
 from blockferry.model import request as ask
+from blockferry.model import view
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind
 from blockferry.testing.crash import Accident
@@ -212,7 +213,7 @@ async def whole(stage: Stage, folder: Path, name: str) -> Course:
         assert result.error is None, result.error
         async with serving(world) as service:
             states = await require_settled(service)
-            assert "undone" not in states
+            assert ("undone" in states) == operation.undoes
             after = await standing(service)
         assert world.records() != nothing_written(), "the guest has written nothing meanwhile"
         commands = tuple(world.proxy.commands()) if not operation.defined else ()
@@ -228,7 +229,8 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
     async with serving(world) as service:
         for request in (known, *operation.before(world)):
             await service.submit(request)
-            await worked_out(service)
+            if not isinstance(request, ask.MoveStorage):
+                await worked_out(service)
         found = await standing(service), await images_of(service), world.files()
     if operation.crashed:
         await world.qemu.stop()
@@ -261,9 +263,9 @@ async def play(
         if operation.defined:
             final = await stays_defined(world, operation, course, continuing=continuing)
         elif world.qemu.alive:
-            final = await lives(world, operation, course, files, continuing=continuing)
+            final = await lives(world, operation, course, files, continuing=continuing, flushless=case.flushless)
         else:
-            final = await is_gone(world, operation, course, images, leaks=case.sick)
+            final = await is_gone(world, operation, course, images, files, leaks=case.sick, continuing=continuing)
         if world.guest is not None and world.guest.qemu.alive and not case.flushless:
             await world.guest.progress()
         await world.qemu.stop()
@@ -321,19 +323,25 @@ def accidents_of(world: World, mishaps: Sequence[Mishap]) -> tuple[Accident, ...
 
 
 async def lives(
-    world: World, operation: Operation, course: Course, files: set[str], *, continuing: bool
+    world: World, operation: Operation, course: Course, files: set[str], *, continuing: bool, flushless: bool
 ) -> dict[str, tuple[str, str]]:
     """The guest runs: it was done, undone or is in progress, and what is in progress can be gone on with or cancelled."""
     async with serving(world) as service:
         await worked_out(service)
         await require_running(world)
         states = await require_settled(service)
-        require_one_of(await standing(service), course, operation)
-        if "undone" in states and not operation.alone:
-            assert world.files() - files == set(), "files are left of what was undone"
+        if not operation.moves:
+            require_one_of(await standing(service), course, operation)
+            if "undone" in states and not operation.alone:
+                assert world.files() - files == set(), "files are left of what was undone"
         await require_agreement(service, world)
         await require_nothing_left(service, world)
+        if operation.moves and flushless:
+            # No overlay is written down into an image that QEMU can't flush; it stands still, and has said so.
+            return await images_of(service)
         await go_on_or_back(service, continuing=continuing)
+        if operation.moves:
+            await require_moved_or_not(service, world, course, files)
         assert await world.command("query-jobs") == []
         await require_nothing_left(service, world)
         return await images_of(service)
@@ -352,11 +360,42 @@ def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
         assert chain in (course.before.chains[target], course.after.chains[target]), f"{target}: {chain}"
 
 
+async def require_moved_or_not(service: Service, world: World, course: Course, files: set[str]) -> None:
+    """A move is over: the guest is where it was, with no file more or less, or where it was to go."""
+    now = await standing(service)
+    moves = [await service.submit(ask.ShowMove(operation=number)) for number in await moves_of(service, "done")]
+    if any(isinstance(each, view.MoveView) and each.state == "done" for each in moves):
+        assert now == course.after, f"not as it goes: {now}"
+        where = {Path(file).parent.name for file, _format in (await images_of(service)).values()}
+        assert where == {"dst"}, where
+        return
+    assert now.snapshots == course.before.snapshots
+    assert {Path(file).parent.name for file, _format in (await images_of(service)).values()} == {"src"}
+    assert world.files() - files == set(), "files are left of a move that was given up"
+
+
+async def moves_of(service: Service, state: str) -> list[int]:
+    listed = await service.submit(ask.ListOperations())
+    assert isinstance(listed, view.OperationList)
+    return [each.id for each in listed.operations if each.what == "move" and each.state == state]
+
+
 async def go_on_or_back(service: Service, *, continuing: bool) -> None:
     """Do what is offered for what is in progress: go on with it, or cancel it.
 
     A snapshot goes over to its mirrors, all or none: not when one was lost.
     """
+    for number in await moves_of(service, "in-progress"):
+        shown = await service.submit(ask.ShowMove(operation=number))
+        assert isinstance(shown, view.MoveView)
+        if continuing or shown.pivoted:
+            await service.submit(ask.SetMoveSpeed(operation=number, bandwidth=0))
+            await service.submit(ask.ResumeOperation(operation=number))
+            await worked_out(service)
+        else:
+            await service.submit(ask.CancelOperation(operation=number))
+        after = await service.submit(ask.ShowMove(operation=number))
+        assert number not in await moves_of(service, "in-progress"), after
     listed = (await jobs(service)).values()
     working = [job for job in listed if job.state in WORKING]
     copies = tuple(job.disk for job in working if job.snapshot is None)
@@ -396,7 +435,14 @@ async def stays_defined(
 
 
 async def is_gone(
-    world: World, operation: Operation, course: Course, images: dict[str, tuple[str, str]], *, leaks: bool
+    world: World,
+    operation: Operation,
+    course: Course,
+    images: dict[str, tuple[str, str]],
+    files: set[str],
+    *,
+    leaks: bool,
+    continuing: bool,
 ) -> dict[str, tuple[str, str]]:
     """QEMU was killed: the images that doctor names hold everything, and the guest runs on them as if nothing had been."""
     async with serving(world) as service:
@@ -408,7 +454,12 @@ async def is_gone(
         await service.submit(ask.Attach(domain="vm", qmp=str(world.qmp)))
         assert await images_of(service) == now
         await require_settled(service)
-        require_one_of_chains(await standing(service), course, operation)
+        if operation.moves:
+            await go_on_or_back(service, continuing=continuing)
+            await require_moved_or_not(service, world, course, files)
+            now = await images_of(service)
+        else:
+            require_one_of_chains(await standing(service), course, operation)
         await require_agreement(service, world)
         await require_nothing_left(service, world)
     return now

@@ -25,6 +25,8 @@ class Operation:
         defined: whether its guest is one that blockferry starts. It may be shut off before, and afterwards.
         crashed: whether its QEMU was killed before.
         forgets: whether what was written before it is not to be there after it.
+        moves: whether it is a move, or of one: it may be in progress with overlays of its own.
+        undoes: whether an operation is undone by it.
     """
 
     before: Requests
@@ -33,6 +35,8 @@ class Operation:
     defined: bool = False
     crashed: bool = False
     forgets: bool = False
+    moves: bool = False
+    undoes: bool = False
 
 
 def snapshot(name: str, *, mirrors: tuple[str, ...] = (), disks: tuple[str, ...] = TARGETS) -> Requests:
@@ -86,6 +90,24 @@ def resume(world: World) -> list[ask.Request]:
     return [again, ask.PivotJobs(domain="vm", disks=("vda",))]
 
 
+def move(strategy: str, **more: object) -> Requests:
+    return lambda world: [
+        ask.MoveStorage(domain="vm", dest=str(world.folder / "dst"), strategy=strategy, verify="none", **more)  # type: ignore[arg-type]
+    ]
+
+
+# One that will not get far: one byte a second. It has the first number, whatever the attaching before it.
+BEGUN = move("offload", bandwidth=1)
+
+
+def of_move(*requests: Callable[..., ask.Request]) -> Requests:
+    return lambda _world: [request(operation=1) for request in requests]
+
+
+def unlimited(operation: int) -> ask.Request:
+    return ask.SetMoveSpeed(operation=operation, bandwidth=0)
+
+
 TWO_LAYERS = each(snapshot("s1", disks=("vda", "vdb")), snapshot("s2", disks=("vda", "vdb")))
 MIRRORED = snapshot("s1", mirrors=("vda", "sda"))
 PIVOT = on(ask.PivotJobs, disks=("vda",))
@@ -115,6 +137,11 @@ OPERATIONS = {
     "commit-middle": Operation(TWO_LAYERS, middle),
     "delete": Operation(TWO_LAYERS, DELETE, alone=True),
     "resume": Operation(each(copies("vda"), on(ask.CancelJobs, disks=("vda",))), resume),
+    "move": Operation(nothing, move("offload"), moves=True),
+    "move-mirror": Operation(nothing, move("mirror"), moves=True),
+    "move-chain": Operation(TWO_LAYERS, move("offload"), moves=True),
+    "move-resume": Operation(BEGUN, of_move(unlimited, ask.ResumeOperation), moves=True),
+    "move-cancel": Operation(BEGUN, of_move(ask.CancelOperation), moves=True, undoes=True),
     "start": Operation(each(START, MIRRORED, STOP), START, defined=True),
     "start-after-a-crash": Operation(each(START, MIRRORED), START, defined=True, crashed=True),
     "stop": Operation(each(START, MIRRORED), STOP, defined=True),

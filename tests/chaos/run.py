@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import fnmatch
 import itertools
 import random
 import shutil
@@ -26,6 +27,7 @@ from matrix import Case, Course, Tally, choose, play, whole
 from operations import OPERATIONS
 from worlds import Stage, playground
 
+from blockferry.errors import BlockferryError
 from blockferry.testing import QemuVersion
 
 AT_ONCE = 12  # cases of an operation, before it is the next one's turn
@@ -54,7 +56,7 @@ class Session:
         folder = self._folder / str(next(self._numbers))
         try:
             await play(self._stage, folder, case, course, self.tally)
-        except (AssertionError, OSError, ValueError, RuntimeError) as error:
+        except (AssertionError, OSError, ValueError, RuntimeError, BlockferryError) as error:
             self._stage.heal()
             kept = shutil.move(folder, tempfile.mkdtemp(prefix="chaos-failed-"))
             self.failed.append(f'--qemu {self._stage.version} "{case}"')
@@ -68,10 +70,11 @@ class Session:
         for text in cases:
             await self.play(Case.parse(text))
 
-    async def until(self, deadline: float, chance: random.Random) -> None:
-        """Play until then, by the monotonic clock."""
-        while True:
-            for name in chance.sample(sorted(OPERATIONS), len(OPERATIONS)):
+    async def until(self, deadline: float, chance: random.Random, wanted: str) -> None:
+        """Play operations whose names match until then, by the monotonic clock."""
+        names = sorted(fnmatch.filter(OPERATIONS, wanted))
+        while names:
+            for name in chance.sample(names, len(names)):
                 for case in itertools.islice(choose(name, await self.course(name), chance), AT_ONCE):
                     if time.monotonic() > deadline:
                         return
@@ -87,11 +90,11 @@ def session(version: QemuVersion) -> Iterator[Session]:
             yield Session(stage, folder)
 
 
-def for_some_time(version: QemuVersion, seconds: float, seed: int) -> tuple[Tally, list[str]]:
+def for_some_time(version: QemuVersion, seconds: float, seed: int, wanted: str) -> tuple[Tally, list[str]]:
     """A session that long."""
     with session(version) as found:
         chance = random.Random(f"{seed} {version}")  # noqa: S311 - a case has to be found again, not to be a secret
-        asyncio.run(found.until(time.monotonic() + seconds, chance))
+        asyncio.run(found.until(time.monotonic() + seconds, chance, wanted))
         return found.tally, found.failed
 
 
@@ -107,6 +110,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", help="cases by name: «pivot-3 die@17»")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="operations of these names: «move*»")
     parser.add_argument("--qemu", choices=VERSIONS, help="one alone, rather than both")
     arguments = parser.parse_args()
     versions = [arguments.qemu] if arguments.qemu else VERSIONS
@@ -117,7 +121,10 @@ def main() -> None:
         else:
             sys.stdout.write(f"seed {arguments.seed}\n")
             sys.stdout.flush()
-            running = [pool.submit(for_some_time, version, arguments.seconds, arguments.seed) for version in versions]
+            running = [
+                pool.submit(for_some_time, version, arguments.seconds, arguments.seed, arguments.only)
+                for version in versions
+            ]
         for each in running:
             tally, names = each.result()
             total.add(tally)

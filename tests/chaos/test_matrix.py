@@ -25,7 +25,7 @@ from worlds import Stage, open_world, playground
 from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
-CASES = 44  # of each operation on each QEMU
+CASES = 30  # of each operation on each QEMU
 LINUX_CASES = 4
 
 

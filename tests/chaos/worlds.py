@@ -30,7 +30,7 @@ from blockferry.testing import (
     make_image,
     write_pattern,
 )
-from blockferry.testing.crash import WORK_SECONDS, Crasher
+from blockferry.testing.crash import WORK_SECONDS, Crasher, moving
 from blockferry.testing.firmware import idle_firmware
 from blockferry.testing.guest import WritingGuest
 from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
@@ -262,7 +262,7 @@ async def worked_out(service: Service) -> None:
 async def running(service: Service) -> bool:
     jobs = await service.submit(ask.ListJobs(domain="vm"))
     assert isinstance(jobs, view.JobList)
-    return any(job.state == "running" for job in jobs.jobs)
+    return any(job.state == "running" for job in jobs.jobs) or await moving(service)
 
 
 @contextlib.contextmanager

@@ -81,6 +81,30 @@ class Command:
         return line
 
 
+async def line_with(stream: asyncio.StreamReader | None, word: str) -> str:
+    """Read on to the line that has the word."""
+    assert stream is not None
+    while line := (await asyncio.wait_for(stream.readline(), 60)).decode():
+        if word in line:
+            return line
+    raise AssertionError(f"it ended without {word!r}")
+
+
+def read_all(terminal: int) -> str:
+    """What was written to a terminal, until its other side is closed."""
+    said = b""
+    with open(terminal, "rb", buffering=0) as stream:
+        while True:
+            try:
+                chunk = stream.read(65536)
+            except OSError:  # the other side is closed: a terminal's end of file
+                break
+            if not chunk:
+                break
+            said += chunk
+    return said.decode()
+
+
 def owner(state_dir: Path) -> int:
     """The process id in the lock."""
     return int((state_dir / "lock").read_text())

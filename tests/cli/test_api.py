@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from blockferry import errors
-from blockferry.client import HttpTransport
 from blockferry.hostprocess import StateDir
 from blockferry.interfaces.api import Api
 from blockferry.interfaces.api.app import BODY_MAX
@@ -21,6 +20,7 @@ from blockferry.interfaces.api.status import http_status
 from blockferry.model import request as requests
 from blockferry.model.view import Done, Event, View
 from blockferry.sockets import listen_unix
+from blockferry.transport import HttpTransport
 
 
 class Door:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 
 import msgspec
 import pytest
-from commandkit import BLOCKFERRY, DISK_MIB, MIB, Command, owner, stop
+from commandkit import BLOCKFERRY, DISK_MIB, MIB, Command, line_with, owner, read_all, stop
 
 from blockferry.model.view import Event, View
 from blockferry.testing import TestQemu
@@ -24,15 +24,6 @@ SLOW = "2M"  # a copy that takes as long as a test needs, and is let go with `jo
 async def vm1(command: Command, guest: TestQemu) -> TestQemu:
     await command("attach", "vm1", "--qmp", str(guest.qmp))
     return guest
-
-
-async def line_with(stream: asyncio.StreamReader | None, word: str) -> str:
-    """Read on to the line that has the word."""
-    assert stream is not None
-    while line := (await asyncio.wait_for(stream.readline(), 60)).decode():
-        if word in line:
-            return line
-    raise AssertionError(f"it ended without {word!r}")
 
 
 async def test_attach_list_show_detach(command: Command, guest: TestQemu) -> None:
@@ -225,7 +216,7 @@ async def test_the_bar_on_a_terminal(command: Command, vm1: TestQemu) -> None:
         env={**os.environ, "TERM": "xterm"},
     )
     os.close(theirs)
-    drawn = await asyncio.to_thread(_read_all, ours)
+    drawn = await asyncio.to_thread(read_all, ours)
     assert await process.wait() == 0, drawn
     assert "━" in drawn
     assert "MiB/s" in drawn
@@ -235,20 +226,6 @@ async def test_the_bar_on_a_terminal(command: Command, vm1: TestQemu) -> None:
 
 def command_line(command: Command, *arguments: str) -> list[str]:
     return [str(BLOCKFERRY), "--state-dir", str(command.state_dir), *arguments]
-
-
-def _read_all(terminal: int) -> str:
-    said = b""
-    with open(terminal, "rb", buffering=0) as stream:
-        while True:
-            try:
-                chunk = stream.read(65536)
-            except OSError:  # the other side is closed: a terminal's end of file
-                break
-            if not chunk:
-                break
-            said += chunk
-    return said.decode()
 
 
 async def test_completion_asks_a_running_host_process_and_starts_none(command: Command, guest: TestQemu) -> None:
@@ -272,6 +249,8 @@ async def test_completion_asks_a_running_host_process_and_starts_none(command: C
     assert await complete(f"{base} copy vm1 vd") == ["vda", "vdb"]
     assert await complete(f"{base} job pivot vm1 vda vd") == ["vda", "vdb"]
     assert await complete(f"{base} snapshot delete vm1 ") == ["s1"]
+    assert await complete(f"{base} operations show ") == ["1"]
+    assert await complete(f"{base} operations resume ") == [], "a snapshot is over"
     assert "attach" in await complete("blockferry a")
 
 

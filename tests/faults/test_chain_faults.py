@@ -416,17 +416,18 @@ async def which_are_done(
         assert outcome in ("failed", "unknown")
         assert set(ends.values()) <= ({"ready"} if operation.copied else set())
         return (), True
-    assert record.state == ("in-progress" if operation.lasts else "done")
+    lost = {target for target, end in ends.items() if end == "lost"}
+    # A copy whose lower layers could not be brought to their end is lost, and nothing of it works any more.
+    assert record.state == ("in-progress" if operation.lasts and not lost else "done")
     if isinstance(answer, errors.SnapshotInPart) or record.row == "P":
         switched = tuple(target for target in operation.disks if chains[target] != scene.chains[target])
         assert isinstance(answer, errors.OperationUnsettled) or set(answer.switched.split(", ")) == set(switched)
         return switched, False
     if operation.end is None:
         assert outcome in ("done", "unknown")
-        return operation.disks, True
+        return tuple(target for target in operation.disks if target not in lost), True
     assert set(ends) == set(operation.disks)
     assert set(ends.values()) <= {operation.end, "lost"}
-    lost = {target for target, end in ends.items() if end == "lost"}
     assert outcome in ("done", "unknown") or (isinstance(answer, errors.JobFailed) and lost)
     return tuple(target for target in operation.disks if target not in lost), True
 
@@ -451,12 +452,16 @@ def still_working(operation: Operation, done: tuple[str, ...]) -> tuple[str, ...
 
 
 async def nothing_is_left(scene: Scene, operation: Operation, chains: Chains, working: tuple[str, ...]) -> None:
-    """Of our nodes and new files only those that are in a chain or that a job writes to; and no other file is gone."""
+    """Of our nodes and new files only those that are in a chain or that a job writes to; and no other file is gone.
+
+    A lost copy's file stays, and its job names it.
+    """
     rig = scene.rig
     used = {file for chain in chains.values() for file in chain} | {scene.new(target) for target in working}
     assert {opened(node) for name, node in (await rig.nodes()).items() if OURS.match(name)} <= used
     before, now = ({str(rig.path / name.split()[0]) for name in files} for files in (scene.files, rig.files()))
-    assert now - before <= used
+    lost = {job.dest for job in (await rig.jobs()).values() if job.state == "lost" and job.type in ("copy", "fill")}
+    assert now - before <= used | lost
     left = {file for chain in scene.chains.values() for file in chain} - used
     assert before - now == (left if operation.removes else set())
 

@@ -20,6 +20,7 @@ MAY_SLEEP = {
     "engine/progress.py": "samples a job's progress once a second",
     "interfaces/api/events.py": "sleep(0): one turn of the loop",
     "interfaces/daemon.py": "looks once a second whether it is idle",
+    "service/mover.py": "says once a second how far a copy is, and looks how long a pause would be",
     "qemu/session.py": "sleep(0): one turn of the loop, whatever one QEMU says",
     "testing/demo.py": "lets a guest write for a while, to be watched",
     "testing/nbd.py": "qemu-nbd does not say when it listens",
@@ -80,6 +81,13 @@ def test_nobody_sleeps(path: Path) -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"asyncio.sleep", "time.sleep", "sleep"}
     ]
     assert not sleeps or name_of(path) in MAY_SLEEP
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_bound_is_a_timeout(path: Path) -> None:
+    """`async with asyncio.timeout(seconds)`: in Python 3.11 wait_for swallows a cancel that comes with the result."""
+    names = [ast.unparse(node) for node in nodes(path) if isinstance(node, ast.Attribute)]
+    assert "asyncio.wait_for" not in names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

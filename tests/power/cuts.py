@@ -260,7 +260,9 @@ async def _power_is_back(recording: Recording, tally: Tally, *, continuing: bool
             require_contents(world, final, leaks=True)
         else:
             # It looks at the contents before QEMU is started again.
-            await is_gone(world, operation, recording.course, recording.images, leaks=True)
+            await is_gone(
+                world, operation, recording.course, recording.images, set(), leaks=True, continuing=continuing
+            )
     finally:
         await world.qemu.stop()
         _remove_sockets(world.folder)

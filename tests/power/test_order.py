@@ -128,7 +128,7 @@ def tracer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracer]:
         yield Tracer(Stage(stage.version, stage.binaries, crasher, stage.template), folder / "trace")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", DEPENDS)
 def test_what_a_command_depends_on_is_on_disk_before_it_is_sent(name: str, tracer: Tracer, tmp_path: Path) -> None:
     with playground(tmp_path) as folder:
         traced = asyncio.run(tracer.run(name, folder / name))

@@ -36,6 +36,7 @@ class Place:
 
     rig: Rig
     other: TestQemu | None = None
+    operation: int = 0  # of the setting's move
 
     @property
     def path(self) -> Path:
@@ -154,6 +155,16 @@ def copy(dest: str = "DIR/offered/new", disk: str = "vda", **more: Any) -> Asked
     return asked
 
 
+def move(dest: str = "DIR/offered", /, *disks: str, **more: Any) -> Asked:
+    """A move of these disks (`vda`, or `vda=FILE`), or of all."""
+
+    def asked(place: Place) -> ask.Request:
+        named = {place.at(disk.partition("=")[0]): place.at(disk.partition("=")[2]) or None for disk in disks}
+        return ask.MoveStorage(domain="vm1", dest=place.at(dest), disks=named, **more)
+
+    return asked
+
+
 def rebase(disk: str = "sda", **more: Any) -> Asked:
     return lambda place: ask.Rebase(domain="vm1", disk=disk, **place.all_at(more))
 
@@ -200,6 +211,25 @@ async def copying(place: Place, target: str = "vda") -> AsyncIterator[None]:
         yield
     finally:
         await place.rig.ask(ask.CancelJobs(domain="vm1", disks=(target,)))
+
+
+@contextlib.asynccontextmanager
+async def moving(place: Place) -> AsyncIterator[None]:
+    """A move of vda is under way."""
+    begun = await place.rig.ask(move("DIR/offered", "vda=moving", bandwidth=SLOW, verify="none")(place))
+    place.operation = begun.operation
+    try:
+        yield
+    finally:
+        await place.rig.ask(ask.CancelOperation(operation=begun.operation))
+
+
+@contextlib.asynccontextmanager
+async def given_up(place: Place) -> AsyncIterator[None]:
+    """A move of vda was given up."""
+    async with moving(place):
+        pass
+    yield
 
 
 @contextlib.asynccontextmanager

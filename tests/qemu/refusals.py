@@ -26,12 +26,15 @@ from refusal_kit import (
     deserted,
     document,
     encrypted,
+    given_up,
     image,
     layered,
     linked,
     listening,
     loop,
     made,
+    move,
+    moving,
     over,
     overlay,
     overlays,
@@ -101,11 +104,19 @@ NAMES = (
         "no domain 'vm3'",
         lambda _: ask.StartCopy(domain="vm3", disk="vda", dest="/x"),
     ),
+    Row(
+        "no such domain",
+        "move",
+        errors.NoSuchDomain,
+        "no domain 'vm3'",
+        lambda _: ask.MoveStorage(domain="vm3", dest="/x"),
+    ),
     *rows(
         "no such disk",
         {
             "snapshot": overlay(disk="vdx"),
             "copy": copy(disk="vdx"),
+            "move": move("DIR/offered", "vdx"),
             "rebase": rebase("vdx"),
             "commit": commit("vdx"),
             "pivot": lambda _: ask.PivotJobs(domain="vm1", disks=("vdx",)),
@@ -126,7 +137,13 @@ NAMES = (
         "It has: hda, vda, sda, vdb, vdc",
     ),
     *rows(
-        "a disk twice", {"snapshot": xml("<disk name='vda'/><disk name='DIR/vda.img'/>")}, errors.BadRequest, "twice"
+        "a disk twice",
+        {
+            "snapshot": xml("<disk name='vda'/><disk name='DIR/vda.img'/>"),
+            "move": move("DIR/offered", "vda", "DIR/vda.img"),
+        },
+        errors.BadRequest,
+        "twice",
     ),
     *rows("a disk twice, by one name", {"snapshot": xml("<disk name='vda'/>" * 2)}, errors.InvalidXml, "twice"),
     *rows(
@@ -628,19 +645,31 @@ BASES = (
 DISKS = (
     *rows(
         "an empty drive",
-        {"snapshot": overlay(disk="hda"), "copy": copy(disk="hda"), "rebase": rebase("hda"), "commit": commit("hda")},
+        {
+            "snapshot": overlay(disk="hda"),
+            "copy": copy(disk="hda"),
+            "move": move("DIR/offered", "hda"),
+            "rebase": rebase("hda"),
+            "commit": commit("hda"),
+        },
         errors.DiskUnsuitable,
         "hda can't take part: the drive is empty",
     ),
     *rows(
         "a read-only disk",
-        {"snapshot": overlay(disk="vdc"), "copy": copy(disk="vdc"), "rebase": rebase("vdc"), "commit": commit("vdc")},
+        {
+            "snapshot": overlay(disk="vdc"),
+            "copy": copy(disk="vdc"),
+            "move": move("DIR/offered", "vdc"),
+            "rebase": rebase("vdc"),
+            "commit": commit("vdc"),
+        },
         errors.DiskUnsuitable,
         "vdc can't take part: it is read-only",
     ),
     *rows(
         "a disk with a job on it",
-        {"snapshot": overlay(), "copy": copy(), "commit": commit("vda")},
+        {"snapshot": overlay(), "copy": copy(), "move": move(), "commit": commit("vda")},
         errors.DiskBusy,
         "disk vda has a job on it",
         copying,
@@ -821,7 +850,12 @@ WISHES = (
     ),
     *rows(
         "a bandwidth below zero",
-        {"copy": copy(bandwidth=-1), "rebase": rebase(bandwidth=-1), "commit": commit(bandwidth=-1)},
+        {
+            "copy": copy(bandwidth=-1),
+            "move": move(bandwidth=-1),
+            "rebase": rebase(bandwidth=-1),
+            "commit": commit(bandwidth=-1),
+        },
         errors.BadRequest,
         "bytes per second",
     ),
@@ -938,6 +972,103 @@ def taken(place: Place, target: str) -> int:
 
 
 # By the headings of the docs; what is asked at one place for all, and what takes a guest each.
+MOVES = (
+    *rows(
+        "a directory that is not there",
+        {"move": move("DIR/offered/none")},
+        errors.DestinationUnusable,
+        "No such file|does not exist|is not there",
+    ),
+    *rows(
+        "a file that is there already",
+        {
+            "move": move("DIR/offered", "vda=there"),
+            "move --strategy mirror": move("DIR/offered", "vda=there", strategy="mirror"),
+        },
+        errors.DestinationExists,
+        "there exists",
+        image("there"),
+    ),
+    *rows("where the disks are", {"move": move("DIR")}, errors.DestinationExists, "vda.img exists"),
+    *rows("one file for two disks", {"move": move("DIR/offered", "vda=x", "vdb=x")}, errors.DuplicateFile, "offered/x"),
+    *rows(
+        "a file system that is too small for all of it",
+        {
+            "move": move("DIR/offered/small"),
+            "move --strategy mirror": move("DIR/offered/small", strategy="mirror", chain="flatten"),
+        },
+        errors.NoRoom,
+        r"needs (\d+) bytes and its file system has",
+        small(lambda _: 256 * KIB),
+    ),
+    *rows(
+        "raw, and images under it that are kept",
+        {"move": move("DIR/offered", "sda", format="raw")},
+        errors.BadRequest,
+        "--chain flatten",
+    ),
+    *rows(
+        "what can't be offloaded: one image of several, another format",
+        {
+            "move --strategy offload": move("DIR/offered", "sda", chain="flatten", strategy="offload"),
+            "move --strategy offload --format": move("DIR/offered", "vda", format="raw", strategy="offload"),
+        },
+        errors.DiskUnsuitable,
+        "can't be offloaded",
+    ),
+    *rows(
+        "sources to be removed after a sample was compared",
+        {"move": move(verify="sample", delete_source=True)},
+        errors.BadRequest,
+        "verify full",
+    ),
+    *rows(
+        "an NBD server that does not listen",
+        {"move": move("DIR/offered", "vdb=nbd+unix:///t?socket=DIR/offered/none")},
+        errors.DestinationUnusable,
+        "No such file|can't be reached|does not",
+    ),
+    *rows(
+        "a disk that is being moved",
+        {
+            "snapshot": overlay(),
+            "copy": copy(),
+            "move": move("DIR/offered", "vda=elsewhere"),
+            "rebase": rebase("vda"),
+            "commit": commit("vda"),
+        },
+        errors.MoveUnderWay,
+        "disk vda is part of move .*operations cancel",
+        moving,
+    ),
+    *rows(
+        "a guest that is being moved",
+        {"detach": lambda _: ask.Detach(domain="vm1")},
+        errors.MoveUnderWay,
+        "the domain is part of move",
+        moving,
+    ),
+    *rows(
+        "a move that is over",
+        {
+            "operations resume": lambda place: ask.ResumeOperation(operation=place.operation),
+            "operations cancel": lambda place: ask.CancelOperation(operation=place.operation),
+        },
+        errors.MoveNotPossible,
+        "is over",
+        given_up,
+    ),
+    *rows(
+        "an operation that is no move and no copy",
+        {
+            "operations resume": lambda _: ask.ResumeOperation(operation=1),
+            "operations cancel": lambda _: ask.CancelOperation(operation=1),
+        },
+        errors.NothingToResume,
+        "is no move",
+    ),
+)
+
 SECTIONS: dict[str, tuple[Row, ...]] = {
     "Names": NAMES,
     "QMP sockets": SOCKETS,
@@ -950,5 +1081,6 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "NBD": NBD,
     "XML": XML,
     "Wishes": WISHES,
+    "Moves": MOVES,
 }
 ROWS = tuple(row for section in SECTIONS.values() for row in section)

@@ -1,6 +1,7 @@
 """What people read and what is sent, whatever a caller wrote or a header says."""
 
 import json
+import pickle
 
 import msgspec
 import pytest
@@ -33,3 +34,9 @@ def test_message_of(written: str, read: str) -> None:
     error = errors.DestinationExists(path=written)
     assert error.message.startswith(f"{read} exists already, ")
     assert error.path == written
+
+
+def test_an_error_can_be_handed_to_another_process() -> None:
+    error = errors.NoRoom(path="/a", needed=2, available=1)
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert (type(again), again.message) == (errors.NoRoom, error.message)

@@ -15,11 +15,11 @@ from blockferry.model.job import Job
 from blockferry.model.request import Commit, Rebase
 from blockferry.model.snapshot import Snapshot, SnapshotDisk
 from blockferry.plan.chain import NOBODY, Users, has_ended, joined, plan_commit, plan_end, plan_merge, plan_rebase
+from blockferry.plan.files import DropFile, SyncFiles
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.steps import (
     CompleteJobs,
     DismissJobs,
-    DropFile,
     FinalizeJobs,
     FinalizeStream,
     RemoveNode,
@@ -31,7 +31,6 @@ from blockferry.plan.steps import (
     StartMirror,
     StartStream,
     Stop,
-    SyncFiles,
 )
 
 # /top on /two on /one on /low.raw, in nodes vda-n, -n1, -n2, -n3.

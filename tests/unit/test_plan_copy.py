@@ -11,8 +11,9 @@ from blockferry.model.flags import BlockCopy
 from blockferry.model.request import StartCopy
 from blockferry.plan.copy import is_uri, nbd_options, plan_cancel, plan_copy
 from blockferry.plan.destinations import Files
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan
-from blockferry.plan.steps import AddNode, CancelJob, ClaimFile, CreateImage, RemoveNode, RequireSize, StartMirror
+from blockferry.plan.steps import AddNode, CancelJob, RemoveNode, RequireSize, StartMirror
 
 SEEN = observed(Plug("vda"), Plug("vdb", fmt="raw", direct=True), Plug("vdc", filter="mirror_top"))
 

@@ -16,17 +16,9 @@ from blockferry.model.flags import BlockCopy
 from blockferry.model.request import StartCopy
 from blockferry.plan.copy import close_job, plan_cancel, plan_copy
 from blockferry.plan.destinations import Files
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan
-from blockferry.plan.steps import (
-    AddNode,
-    CancelJob,
-    ClaimFile,
-    CreateImage,
-    RemoveNode,
-    RequireSize,
-    StartMirror,
-    StartStream,
-)
+from blockferry.plan.steps import AddNode, CancelJob, RemoveNode, RequireSize, StartMirror, StartStream
 
 # vda: /top on /mid on /low.raw; vdb stands alone, raw.
 SEEN = observed(Plug("vda", file="/top", below=(("/mid", SIZE), ("/low.raw", SIZE))), Plug("vdb", fmt="raw"))

@@ -15,9 +15,9 @@ from blockferry.model.blockjob import ChainJob, Layer
 from blockferry.model.domain import Observation
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.chain import plan_end, plan_merge
+from blockferry.plan.files import DropFile
 from blockferry.plan.history import after_commit, after_forgetting, children, descendants
 from blockferry.plan.plan import Names, Record
-from blockferry.plan.steps import DropFile
 
 NAMES = ("s1", "s2", "s3", "s4")
 BOTH = ("vda", "vdb")

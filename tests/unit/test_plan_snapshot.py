@@ -12,19 +12,10 @@ from blockferry.model.flags import SnapshotCreate
 from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.plan.destinations import Files
+from blockferry.plan.files import ClaimFile, CreateImage, RemoveFile
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.snapshot import Choice, choose, files_of, plan_snapshot
-from blockferry.plan.steps import (
-    AddNode,
-    ClaimFile,
-    CommitDown,
-    CreateImage,
-    Freeze,
-    RemoveFile,
-    StartMirror,
-    TakeSnapshots,
-    Thaw,
-)
+from blockferry.plan.steps import AddNode, CommitDown, Freeze, StartMirror, TakeSnapshots, Thaw
 
 SIZE = 1 << 20
 GIB = 1 << 30

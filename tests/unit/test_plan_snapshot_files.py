@@ -15,9 +15,10 @@ from blockferry.model.flags import SnapshotCreate
 from blockferry.model.graph import Edge
 from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, SnapshotWish
 from blockferry.plan.destinations import Files, header_name
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.snapshot import choose, existing_files, files_of, in_part, plan_snapshot, require_transaction
-from blockferry.plan.steps import AddNode, ClaimFile, CreateImage, StartMirror, TakeSnapshots
+from blockferry.plan.steps import AddNode, StartMirror, TakeSnapshots
 
 TWO = observed(Plug("vda"), Plug("vdb", fmt="raw"))
 REUSE = SnapshotCreate.REUSE_EXT

@@ -1,6 +1,7 @@
 """Which steps are under way at the same time."""
 
-from blockferry.plan.steps import AddNode, ClaimFile, CreateImage, StartMirror, Step, Stop, SyncFiles, TakeSnapshots
+from blockferry.plan.files import ClaimFile, CreateImage, SyncFiles
+from blockferry.plan.steps import AddNode, StartMirror, Step, Stop, TakeSnapshots
 from blockferry.plan.waves import waves
 
 CLAIMS = tuple(ClaimFile(path=f"/{name}") for name in "abc")

@@ -13,18 +13,10 @@ from blockferry.model.graph import Disk, Edge, Graph, Node
 from blockferry.model.job import STATES, Job
 from blockferry.model.operation import OPEN
 from blockferry.plan.copy import plan_cancel
+from blockferry.plan.files import ClaimFile, CreateImage, SyncFiles
 from blockferry.plan.plan import Plan, Record, Window, WindowDisk
 from blockferry.plan.recover import ROWS, Evidence, Interrupted, decide
-from blockferry.plan.steps import (
-    AddNode,
-    ClaimFile,
-    CreateImage,
-    Pair,
-    SetBacking,
-    StartMirror,
-    SyncFiles,
-    TakeSnapshots,
-)
+from blockferry.plan.steps import AddNode, Pair, SetBacking, StartMirror, TakeSnapshots
 
 TARGETS = ("vda", "vdb")
 

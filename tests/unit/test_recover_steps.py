@@ -15,12 +15,11 @@ from blockferry.model.graph import Edge, Graph
 from blockferry.model.job import STATES, Job
 from blockferry.model.operation import OPEN
 from blockferry.plan.chain import has_ended, plan_end
+from blockferry.plan.files import CreateImage, DropFile, SyncFiles
 from blockferry.plan.plan import Plan
 from blockferry.plan.recover import ROWS, Evidence, Interrupted, decide, shows
 from blockferry.plan.steps import (
     AddNode,
-    CreateImage,
-    DropFile,
     FinalizeJobs,
     FinalizeStream,
     Pair,
@@ -30,7 +29,6 @@ from blockferry.plan.steps import (
     StartMirror,
     StartStream,
     Step,
-    SyncFiles,
     TakeSnapshots,
 )
 

@@ -12,7 +12,7 @@ from blockferry.engine import readback
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
 from blockferry.model.job import ENDED, Job
-from blockferry.plan import steps, tracking
+from blockferry.plan import files, steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
@@ -113,15 +113,15 @@ class Executor:
             LostReply: nobody knows.
         """
         match step:
-            case steps.ClaimFile():
+            case files.ClaimFile():
                 return await self._images.claim(step.path, step.like)
-            case steps.CreateImage():
+            case files.CreateImage():
                 onto = (step.backing, step.backing_format)
                 made = await self._images.create(step.path, step.format, step.size, *onto, claim=claims.get(step.path))
                 return {"blank": made}
-            case steps.RemoveFile():
+            case files.RemoveFile():
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
-            case steps.SyncFiles():
+            case files.SyncFiles():
                 await self._flush(step.nodes)
                 await self._images.sync(step.paths)
             case steps.CheckServers():
@@ -129,8 +129,13 @@ class Executor:
                     words = await (flushes(uri) if target in step.flush else reachable(uri))
                     if words:
                         raise StepFailed(f"the server of {target}'s destination does not answer: {words}")
-            case steps.DropFile():
+            case files.DropFile():
                 return {"removed": await self._images.drop(step.path)}
+            case files.NameBacking():
+                await self._images.name_backing(step.path, step.format, step.backing, step.backing_format)
+            case files.RemoveCopy():
+                claimed = {"device": step.device, "inode": step.inode}
+                return {"removed": await self._images.remove(step.path, claimed)}
             case steps.Launch():
                 return await self._launch(step)
             case steps.EndQemu():

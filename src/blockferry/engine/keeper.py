@@ -25,6 +25,7 @@ from blockferry.plan.chain import has_ended, plan_end
 from blockferry.plan.copy import close_job
 from blockferry.plan.leftovers import unused_bitmaps, unused_jobs, unused_nodes
 from blockferry.plan.lifecycle import plan_stop
+from blockferry.plan.move import names_kept
 from blockferry.plan.plan import Plan, is_ours
 from blockferry.plan.recover import Decision
 from blockferry.plan.resting import GONE, stamped_files, to_rest
@@ -336,7 +337,8 @@ class Keeper(Link):
         if stale:
             await self._try_all(stale)
             seen = await self.observe()  # what they used is free
-        await self._try_all((*unused_nodes(seen, tag, jobs), *unused_bitmaps(seen, tag, jobs)))
+        kept = names_kept(self._journal.moves(self.name), tag)
+        await self._try_all((*unused_nodes(seen, tag, jobs, kept), *unused_bitmaps(seen, tag, jobs, kept)))
 
     async def _try_all(self, unused: tuple[Step, ...]) -> None:
         if not unused:

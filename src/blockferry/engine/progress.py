@@ -19,6 +19,8 @@ from blockferry.qemu.session import CommandRefused, LostReply, Session
 SAMPLE_SECONDS = 1.0
 # At low speeds progress comes in bursts: the rate is taken over this many samples.
 SAMPLES = 10
+# When (seconds), and the bytes done and in all.
+Sample = tuple[float, int, int]
 
 
 def state_of(ours: BlockJob, job: Job | None) -> str:
@@ -45,7 +47,7 @@ class Sampler:
     def __init__(self, domain: str) -> None:
         self._domain = domain
         self.running = False
-        self._samples: dict[str, deque[tuple[float, int]]] = {}
+        self._samples: dict[str, deque[Sample]] = {}
 
     async def run(self, session: Session, active: Callable[[], tuple[BlockJob, ...]], bus: Bus) -> None:
         """Publish progress once a second until no job works any more or the connection ends.
@@ -91,16 +93,47 @@ class Sampler:
 
     def _progress(self, ours: BlockJob, state: str, current: int, total: int, now: float) -> Progress:
         samples = self._samples.setdefault(ours.job, deque(maxlen=SAMPLES))
-        samples.append((now, current))
-        (began, first), elapsed = samples[0], now - samples[0][0]
-        rate = (current - first) / elapsed if now > began else None
-        remaining = (total - current) / rate if rate else None
+        samples.append((now, current, total))
+        pace = pace_of(tuple(samples))
+        ready = state == "ready"
         return Progress(
             domain=self._domain,
             disk=ours.target,
             state=state,
             current=current,
             total=total,
-            rate=rate,
-            remaining_seconds=0.0 if state == "ready" else remaining,
+            rate=pace.rate,
+            dirty_rate=pace.dirty_rate,
+            converging=True if ready else pace.converging,
+            remaining_seconds=0.0 if ready else pace.remaining_seconds,
         )
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """At what rates a job goes on; see Progress."""
+
+    rate: float | None = None
+    dirty_rate: float | None = None
+    converging: bool | None = None
+    remaining_seconds: float | None = None
+
+
+def pace_of(samples: tuple[Sample, ...]) -> Pace:
+    """How fast a job has been from the first of these samples to the last.
+
+    What a guest writes to a mirrored disk is added to the job's total (QEMU's block/mirror.c, mirror_run).
+    """
+    (began, first, planned), (now, current, total) = samples[0], samples[-1]
+    if now <= began:
+        return Pace()
+    rate, dirty_rate = (current - first) / (now - began), max(0.0, (total - planned) / (now - began))
+    left = total - current
+    if not rate and not dirty_rate:
+        return Pace(rate=rate, dirty_rate=dirty_rate)
+    converging = rate > dirty_rate or not left
+    return Pace(
+        rate=rate,
+        dirty_rate=dirty_rate,
+        converging=converging,
+        remaining_seconds=(left / (rate - dirty_rate) if left else 0.0) if converging else None,
+    )

@@ -20,11 +20,11 @@ from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
 from blockferry.engine.rescue import Rescue
 from blockferry.journal.journal import Journal, OperationRecord, StepRecord
-from blockferry.model.blockjob import WORKING, ChainJob
+from blockferry.model.blockjob import ChainJob
 from blockferry.model.domain import Observation
 from blockferry.model.operation import OperationState, StepState, Stretch
 from blockferry.model.view import Event
-from blockferry.plan import steps, tracking
+from blockferry.plan import files, steps, tracking
 from blockferry.plan.chain import leave_window
 from blockferry.plan.plan import Plan, Record, Window
 from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen
@@ -41,8 +41,8 @@ DYING_SECONDS = 2.0
 THAW = steps.Thaw().text
 STAYS_FROZEN = "they may still be frozen, and whatever writes in the guest then hangs; thawing is tried again and again"
 
-# These are in progress until the last job that they began has ended.
-LASTING = frozenset({"copy", "rebase", "commit", "delete"})
+# These are in progress until the last job that they began has ended, or the move.
+LASTING = frozenset({"copy", "rebase", "commit", "delete", "move", "move-back"})
 
 Publish = Callable[[tuple[Event, ...]], None]
 
@@ -100,7 +100,7 @@ class Runner:
         try:
             with self._link.stopwatch() as milliseconds:
                 await self._forwards(operation, plan)
-                settled = await self._settle(plan.settle)
+                settled = await self._settle(plan)
                 pause = milliseconds()
             self._finish(operation, plan, settled, pause_ms=pause)
         except (Failure, errors.JournalUnwritable) as error:
@@ -183,7 +183,7 @@ class Runner:
             for (_index, step), intent, result in zip(wave, intents, results, strict=True):
                 if not isinstance(result, Failure):
                     last.append(_outcome(intent, "done", result))
-                    if isinstance(step, steps.ClaimFile):
+                    if isinstance(step, files.ClaimFile):
                         claims[step.path] = result
                     continue
                 failures.append(result)
@@ -257,12 +257,12 @@ class Runner:
         events = news(self._link.name, operation, record, self._journal.jobs(self._link.name))
         self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events))
 
-    async def _settle(self, settle: tuple[steps.Step, ...]) -> tuple[StepRecord, ...]:
-        if not settle:
+    async def _settle(self, plan: Plan) -> tuple[StepRecord, ...]:
+        if not plan.settle:
             return ()
-        executor = await self._executor("settle")
+        executor = self._link.nobody() if plan.offline and not plan.prepare else await self._executor("settle")
         outcomes = []
-        for index, step in enumerate(settle):
+        for index, step in enumerate(plan.settle):
             intent = _intent(index, "settle", step)
             outcome = await _do(executor, step, {})
             self.remember_left(step, outcome)
@@ -288,7 +288,7 @@ class Runner:
         row: str | None = None,
         pause_ms: float | None = None,
     ) -> None:
-        working = {job.operation for job in self._journal.jobs(self._link.name) if job.state in WORKING}
+        working = self._journal.working(self._link.name)
         state: OperationState = "in-progress" if plan.what in LASTING and operation in working else "done"
         self._journal.finish(operation, state, outcomes, row=row, pause_ms=pause_ms)
 
@@ -405,7 +405,7 @@ class Runner:
         return Evidence(seen=seen, dead=dead), executor
 
     async def _was_written(self, record: OperationRecord, path: str) -> bool:
-        overlays = {step.path for step in record.plan.prepare if isinstance(step, steps.ClaimFile)}
+        overlays = {step.path for step in record.plan.prepare if isinstance(step, files.ClaimFile)}
         try:
             return path in overlays and await self._images.holds_data(path)
         except ImageError:
@@ -440,7 +440,7 @@ class Runner:
             case "record" | "settle":
                 if decision.action == "record":
                     await self._record_or_leave(record, evidence, executor)
-                settled = () if evidence.gone else await self._settle(record.plan.settle)
+                settled = () if evidence.gone else await self._settle(record.plan)
                 self._finish(record.id, record.plan, settled, row=row)
             case "wait":
                 pass
@@ -465,7 +465,7 @@ class Runner:
         claims = {
             step.path: begun[index].outcome
             for index, step in enumerate(record.plan.prepare)
-            if isinstance(step, steps.ClaimFile) and index in begun and begun[index].outcome
+            if isinstance(step, files.ClaimFile) and index in begun and begun[index].outcome
         }
         refused = {index for index, step in begun.items() if step.state == "failed"}
         for index in sorted(begun, reverse=True):
@@ -474,11 +474,11 @@ class Runner:
             if (
                 index in keep
                 or begun[index].state == "undone"
-                or (index in refused and isinstance(step, steps.ClaimFile))
+                or (index in refused and isinstance(step, files.ClaimFile))
             ):
                 continue
             for back in reversed(step.undo()):
-                if not gone or isinstance(back, steps.RemoveFile):
+                if not gone or isinstance(back, files.RemoveFile):
                     self.remember_left(back, await _do(executor, back, claims))
             was = begun[index]
             self._journal.step(record.id, _outcome(was, "undone", was.outcome, error=was.error))
@@ -547,7 +547,8 @@ class Runner:
     async def _take_as_it_is(self, record: OperationRecord, window: Window, seen: Observation, row: str | None) -> None:
         """Record where every disk is, then settle that."""
         self._record(record.id, as_it_is(window, seen))
-        outcomes = await self._settle(settle_as_it_is(window, seen, record.plan.settle))
+        settle = settle_as_it_is(window, seen, record.plan.settle)
+        outcomes = await self._settle(msgspec.structs.replace(record.plan, settle=settle))
         self._finish(record.id, record.plan, outcomes, row=row)
 
     async def _look(self, executor: Executor) -> Observation:

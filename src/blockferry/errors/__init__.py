@@ -56,6 +56,14 @@ from blockferry.errors.lifecycle import (
     NotRunning,
     StillRunning,
 )
+from blockferry.errors.moves import (
+    MoveCancelled,
+    MoveDiffers,
+    MoveNotPossible,
+    MoveStands,
+    MoveUnderWay,
+    NothingToResume,
+)
 from blockferry.errors.operations import (
     NoSuchOperation,
     OperationAsItIs,
@@ -121,6 +129,11 @@ __all__ = [
     "JournalUnwritable",
     "MirrorGone",
     "MissingCapability",
+    "MoveCancelled",
+    "MoveDiffers",
+    "MoveNotPossible",
+    "MoveStands",
+    "MoveUnderWay",
     "NoMirror",
     "NoRoom",
     "NoSuchDisk",
@@ -131,6 +144,7 @@ __all__ = [
     "NotDefined",
     "NotResumable",
     "NotRunning",
+    "NothingToResume",
     "OperationAsItIs",
     "OperationFailed",
     "OperationUnsettled",

@@ -41,6 +41,10 @@ class BlockferryError(Exception):
         """The error's own values, by name, as in its template."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def __reduce__(self) -> tuple[type[BlockferryError], tuple[Any, ...]]:
+        """Pickled by its fields: as an exception it has no arguments."""
+        return type(self), tuple(self.fields().values())
+
     def __str__(self) -> str:
         return self.message
 

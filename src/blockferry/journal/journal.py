@@ -20,12 +20,13 @@ import msgspec
 from blockferry import errors
 from blockferry.journal.schema import MIGRATIONS
 from blockferry.model.blockjob import WORKING, BlockJob, JobEnd, Mirror
+from blockferry.model.move import Move, Region
 from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepState, Stretch
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.history import in_order
 from blockferry.plan.plan import Plan, Record
-from blockferry.plan.steps import ClaimFile, CreateImage
 
 # Called before and after every durable write with ("before"|"after", what): for tests that die there.
 Witness = Callable[[str, str], None]
@@ -295,6 +296,8 @@ class Journal:
                 self._end_job(domain, target, end, record.reason)
             for job in record.jobs:
                 self._put_job(job)
+            if record.move is not None:
+                self._put_move(record.move)
             self._put_images(domain, record)
             for step in steps:
                 self._put_step(operation, step)
@@ -414,12 +417,19 @@ class Journal:
             if job.target == target:
                 self._put_job(msgspec.structs.replace(job, state=end, reason=reason))
 
+    def working(self, domain: str) -> frozenset[int]:
+        """The numbers of a domain's operations whose jobs work, or whose move is not over."""
+        jobs = {job.operation for job in self.jobs(domain) if job.state in WORKING}
+        return frozenset(jobs | {move.operation for move in self.moves(domain) if not move.over})
+
     def _close_in_progress(self, domain: str) -> None:
-        """An operation in progress ends with its last job."""
-        working = {job.operation for job in self.jobs(domain) if job.state in WORKING}
+        """An operation in progress ends with its last job, or its move: undone, if that was given up."""
+        given_up = {move.operation for move in self.moves(domain) if move.state == "cancelled"}
+        working = self.working(domain)
         for (number,) in self._all("SELECT id FROM operation WHERE domain = ? AND state = 'in-progress'", (domain,)):
             if number not in working:
-                self._db.execute("UPDATE operation SET state = 'done', ended = ? WHERE id = ?", (time.time(), number))
+                state = "undone" if number in given_up else "done"
+                self._db.execute("UPDATE operation SET state = ?, ended = ? WHERE id = ?", (state, time.time(), number))
 
     def jobs(self, domain: str) -> tuple[BlockJob, ...]:
         """The newest job of each disk, by target: those that work, and how the others ended."""
@@ -456,6 +466,54 @@ class Journal:
                 )
                 for target, why in lost.items()
             )
+
+    # --- moves ------------------------------------------------------------------------------------------------
+
+    def _put_move(self, move: Move) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO move VALUES (?, ?, ?)", (move.operation, move.domain, msgspec.json.encode(move))
+        )
+
+    def put_move(self, move: Move) -> None:
+        """Remember a move as it is now."""
+        with self._write("move"):
+            self._put_move(move)
+            self._close_in_progress(move.domain)
+
+    def moves(self, domain: str | None = None) -> tuple[Move, ...]:
+        """All moves, of one domain or of all, oldest first; those that have ended too."""
+        rows = self._all("SELECT record FROM move WHERE ?1 IS NULL OR domain = ?1 ORDER BY operation", (domain,))
+        return tuple(msgspec.json.decode(row[0], type=Move) for row in rows)
+
+    def move(self, operation: int) -> Move | None:
+        """The move of that operation's number."""
+        rows = self._all("SELECT record FROM move WHERE operation = ?", (operation,))
+        return msgspec.json.decode(rows[0][0], type=Move) if rows else None
+
+    def put_regions(self, operation: int, file: str, regions: tuple[Region, ...]) -> None:
+        """Remember which regions of a copy have reached the disk."""
+        with self._write("regions"):
+            for region in regions:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO region VALUES (?, ?, ?, ?)",
+                    (operation, file, region.start, msgspec.json.encode(region)),
+                )
+
+    def regions(self, operation: int, file: str) -> tuple[Region, ...]:
+        """The regions of a copy that have reached the disk."""
+        rows = self._all("SELECT record FROM region WHERE operation = ? AND file = ? ORDER BY start", (operation, file))
+        return tuple(msgspec.json.decode(row[0], type=Region) for row in rows)
+
+    def put_storage(self, folder: str, bandwidth: int) -> None:
+        """Remember how many bytes per second all moves together may write to the storage of a folder; 0 forgets it."""
+        with self._write("storage"):
+            self._db.execute("DELETE FROM storage WHERE folder = ?", (folder,))
+            if bandwidth:
+                self._db.execute("INSERT INTO storage VALUES (?, ?)", (folder, bandwidth))
+
+    def storages(self) -> dict[str, int]:
+        """By folder, the bytes per second that all moves together may write to its storage."""
+        return dict(self._all("SELECT folder, bandwidth FROM storage ORDER BY folder"))
 
     # --- events -----------------------------------------------------------------------------------------------
 

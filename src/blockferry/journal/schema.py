@@ -37,4 +37,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Guests that we start.
         "CREATE TABLE definition (domain TEXT PRIMARY KEY, record BLOB NOT NULL) STRICT",
     ),
+    (
+        # Moves, and what of the images that are copied outside QEMU has reached the disk.
+        "CREATE TABLE move (operation INTEGER PRIMARY KEY, domain TEXT NOT NULL, record BLOB NOT NULL) STRICT",
+        (
+            "CREATE TABLE region ("
+            " operation INTEGER NOT NULL, file TEXT NOT NULL, start INTEGER NOT NULL, record BLOB NOT NULL,"
+            " PRIMARY KEY (operation, file, start)) STRICT"
+        ),
+        "CREATE TABLE storage (folder TEXT PRIMARY KEY, bandwidth INTEGER NOT NULL) STRICT",
+    ),
 )

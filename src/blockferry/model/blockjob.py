@@ -48,6 +48,7 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
         multi_conn: whether the destination is an export of a server that takes several clients at a time, so that we can
             ask it for a flush.
         exact: whether the bitmap counts all that the destination lacks as well, as a resumed copy's does.
+        move: the operation of the move that it is of.
     """
 
     domain: str
@@ -75,6 +76,7 @@ class Mirror(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="m
     blank: bool = False
     multi_conn: bool = False
     exact: bool = False
+    move: int | None = None
 
     @property
     def type(self) -> str:

@@ -35,6 +35,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
         uuid: the guest's.
         memory: bytes.
         vcpus: how many.
+        held: target -> the move that its disk is part of, and that keeps all others off it.
     """
 
     status: str
@@ -47,6 +48,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     uuid: str | None = None
     memory: int = 0
     vcpus: int = 0
+    held: dict[str, int] = {}
 
     def disk(self, target: str) -> Disk | None:
         """The disk of that target."""

@@ -91,7 +91,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         current: bytes done.
         total: bytes in all.
         rate: bytes per second over the last samples; None for the first.
-        remaining_seconds: at that rate; None when it can't be said.
+        dirty_rate: bytes per second that the guest adds to what is to be copied; None for the first sample.
+        converging: whether it gets ready at these rates; None when it can't be said.
+        remaining_seconds: at these rates; None when it can't be said, and while it does not converge.
         reason: why a mirror was lost.
     """
 
@@ -101,5 +103,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     current: int
     total: int
     rate: float | None = None
+    dirty_rate: float | None = None
+    converging: bool | None = None
     remaining_seconds: float | None = None
     reason: str | None = None

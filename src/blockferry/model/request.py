@@ -5,8 +5,11 @@ On the wire a request is a JSON object whose `request` member says which one it 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
+from blockferry.model.move import Verify
 from blockferry.model.snapshot import SnapshotWish
 
 
@@ -228,6 +231,66 @@ class SetJobSpeed(_Request, frozen=True, kw_only=True, tag="job-speed"):
     bandwidth: int
 
 
+class MoveStorage(_Request, frozen=True, kw_only=True, tag="move"):
+    """Move a guest's disks to the directory `dest` while it runs; all go over at one instant or none does.
+
+    `disks` are those that are moved, each to a file of that name (None: its own name), a block device or an NBD URI; nothing
+    there means all. `format` is the new images', `keep` each its own; `chain` keeps the images under the active ones or makes
+    one image of each disk. `bandwidth` is bytes per second of the whole move, 0 for no limit; `max_pause_ms` keeps it
+    mirroring while a longer pause is to be expected; `converge` makes the guest's writes wait for the destination.
+    `verify` compares source and destination afterwards; `delete_source` removes the sources at the end.
+    """
+
+    domain: str
+    dest: str
+    disks: dict[str, str | None] = {}
+    format: Literal["keep", "qcow2", "raw"] = "keep"
+    chain: Literal["keep", "flatten"] = "keep"
+    strategy: Literal["auto", "mirror", "offload"] = "auto"
+    bandwidth: int = 0
+    max_pause_ms: int | None = None
+    verify: Verify = "full"
+    delete_source: bool = False
+    converge: bool = False
+    dry_run: bool = False
+
+
+class ShowMove(_Request, frozen=True, kw_only=True, tag="move-show"):
+    """A move, by the number of its operation."""
+
+    operation: int
+
+
+class SetMoveSpeed(_Request, frozen=True, kw_only=True, tag="move-speed"):
+    """Limit a move that is not over to `bandwidth` bytes per second; 0 lifts the limit."""
+
+    operation: int
+    bandwidth: int
+
+
+class SetStorageSpeed(_Request, frozen=True, kw_only=True, tag="storage-speed"):
+    """Limit what all moves together write to the file system of `folder` to `bandwidth` bytes per second; 0 lifts that."""
+
+    folder: str
+    bandwidth: int
+
+
+class ListStorages(_Request, frozen=True, kw_only=True, tag="storage-list"):
+    """The storages that have a limit."""
+
+
+class ResumeOperation(_Request, frozen=True, kw_only=True, tag="operation-resume"):
+    """Go on with a move that stands still, or with a copy that was cancelled or lost."""
+
+    operation: int
+
+
+class CancelOperation(_Request, frozen=True, kw_only=True, tag="operation-cancel"):
+    """Give up a move whose guest has not gone over yet, or a copy: the guest is where it was."""
+
+    operation: int
+
+
 class ListEvents(_Request, frozen=True, kw_only=True, tag="events"):
     """The events after number `since`, of one domain or of all."""
 
@@ -282,6 +345,13 @@ Request = (
     | FinishJobs
     | CancelJobs
     | SetJobSpeed
+    | MoveStorage
+    | ShowMove
+    | SetMoveSpeed
+    | SetStorageSpeed
+    | ListStorages
+    | ResumeOperation
+    | CancelOperation
     | ListEvents
     | ListOperations
     | ShowOperation

@@ -41,6 +41,21 @@ class MirrorView(msgspec.Struct, frozen=True, kw_only=True):
     total: int | None = None
 
 
+class MovingView(msgspec.Struct, frozen=True, kw_only=True):
+    """That a disk is part of a move which is not over, where it goes, and how far that is.
+
+    `state` and `phase` are the move's; `current` and `total` are bytes: of its images while they are copied outside QEMU, of
+    its mirror then.
+    """
+
+    operation: int
+    file: str
+    state: str
+    phase: str
+    current: int
+    total: int
+
+
 class DiskView(msgspec.Struct, frozen=True, kw_only=True):
     """A disk. `source` and `format` are the active image's, None for an empty drive."""
 
@@ -54,6 +69,7 @@ class DiskView(msgspec.Struct, frozen=True, kw_only=True):
     virtual_size: int | None
     chain: tuple[ImageView, ...]
     mirror: MirrorView | None = None
+    moving: MovingView | None = None
 
 
 class DomainView(_View, frozen=True, kw_only=True, tag="domain"):
@@ -271,14 +287,142 @@ class JobList(_View, frozen=True, kw_only=True, tag="jobs"):
     version: int = VERSION
 
 
+class MoveDiskView(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk of a move: where it comes from and goes to, and which way, with the reason."""
+
+    target: str
+    source: str
+    dest: str
+    format: str
+    strategy: str
+    why: str
+
+
+class MoveFileView(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that is copied outside QEMU.
+
+    `copied` and `total` are bytes, holes with them; `method` is reflink, copy_file_range or read-write once all of it is copied.
+    """
+
+    source: str
+    file: str
+    copied: int
+    total: int
+    method: str | None = None
+
+
+class MoveDifference(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of a disk, from `offset` on, that differ and were not written since the pivot."""
+
+    target: str
+    offset: int
+    length: int
+
+
+class MoveView(_View, frozen=True, kw_only=True, tag="move"):
+    """A move.
+
+    `state` is working, standing still, cancelling, done or cancelled; `phase` what is done next or now: copy, mirror, pivot,
+    verify, end; back. `files` are copied outside QEMU, `copied` and `total` bytes of all of them. `verified` is sample or full
+    once a comparison has ended; `differences` what it found. `left` are images of the old places that are still there. `next` is what can be typed now.
+    """
+
+    domain: str
+    operation: int
+    state: str
+    phase: str
+    disks: tuple[MoveDiskView, ...]
+    files: tuple[MoveFileView, ...] = ()
+    copied: int = 0
+    total: int = 0
+    pivoted: bool = False
+    pause_ms: float | None = None
+    verified: str | None = None
+    compared: int = 0
+    differences: tuple[MoveDifference, ...] = ()
+    left: tuple[str, ...] = ()
+    reason: str | None = None
+    left_out: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    next: tuple[str, ...] = ()
+    version: int = VERSION
+
+
+class MovePart(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a disk (its target) or a file that is copied outside QEMU (its path) is: bytes, and bytes per second.
+
+    `converging` is false of a mirror that the guest's writes outrun; `state` as of a job.
+    """
+
+    name: str
+    state: str
+    current: int
+    total: int
+    rate: float | None = None
+    converging: bool | None = None
+
+
+class MoveProgress(_View, frozen=True, kw_only=True, tag="move-progress"):
+    """How far a move is in its phase: each part of it, and in all.
+
+    `state` and `phase` are the move's. `remaining_seconds` is the time left of this phase at that rate, None when it can't be
+    said; `converging` is false when the guest's writes outrun any mirror.
+    """
+
+    domain: str
+    operation: int
+    time: float
+    state: str
+    phase: str
+    parts: tuple[MovePart, ...]
+    current: int
+    total: int
+    rate: float | None = None
+    remaining_seconds: float | None = None
+    converging: bool | None = None
+    version: int = VERSION
+
+
+class PlannedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that a move would make: `what` says how, `bytes` what is copied into it at first, `room` what it may take up."""
+
+    file: str
+    what: str
+    bytes: int
+    room: int
+
+
+class StorageRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A storage with a limit: `bandwidth` bytes per second, and how many mirrors and copies of moves write to it now."""
+
+    folder: str
+    bandwidth: int
+    writers: int
+
+
+class StorageList(_View, frozen=True, kw_only=True, tag="storages"):
+    """The storages that have a limit, by folder."""
+
+    storages: tuple[StorageRow, ...]
+    version: int = VERSION
+
+
 class PlanView(_View, frozen=True, kw_only=True, tag="plan"):
-    """What would be done (--dry-run): nothing has been. `left_out` names disks that take no part, with the reason."""
+    """What would be done (--dry-run): nothing has been. `left_out` names disks that take no part, with the reason.
+
+    Of a move: `files`; `room` bytes that they may take up, by file system (a path on it); `seconds` that the copying takes at
+    the rate that was allowed, or seen last, None where neither is known; `pause_ms` how long the guest is to stand still.
+    """
 
     domain: str
     operation: str
     steps: tuple[str, ...]
     left_out: dict[str, str] = msgspec.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    files: tuple[PlannedFile, ...] = ()
+    room: dict[str, int] = {}
+    seconds: float | None = None
+    pause_ms: float | None = None
     version: int = VERSION
 
 
@@ -407,6 +551,9 @@ View = (
     | SnapshotList
     | JobView
     | JobList
+    | MoveView
+    | MoveProgress
+    | StorageList
     | PlanView
     | OperationView
     | OperationList

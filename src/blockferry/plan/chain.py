@@ -16,13 +16,13 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import close_job, image_below
 from blockferry.plan.destinations import same_file
 from blockferry.plan.disks import close_images, find_disk, require_suitable
+from blockferry.plan.files import DropFile, SyncFiles
 from blockferry.plan.history import after_commit, descendants, while_committed
 from blockferry.plan.plan import Names, Plan, Record, Window
 from blockferry.plan.resume import is_mirrored, leave_round, plan_round
 from blockferry.plan.steps import (
     CompleteJobs,
     DismissJobs,
-    DropFile,
     FinalizeJobs,
     FinalizeStream,
     RequireBacking,
@@ -34,7 +34,6 @@ from blockferry.plan.steps import (
     StartStream,
     Step,
     Stop,
-    SyncFiles,
 )
 
 # By the file of an image in one of the domain's chains, whoever stands on it, under that name or another: targets, disks of
@@ -161,13 +160,13 @@ def plan_commit(
     _require_unshared(domain, seen, disk, base, users)
     if flags & BlockCommit.DELETE:
         _require_empty(domain, seen, disk, top, base)
-    job = _commit(domain, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE))
+    job = commit_job(domain, disk, top, base, names=names, operation=operation, remove=bool(flags & BlockCommit.DELETE))
     job = msgspec.structs.replace(job, speed=request.bandwidth)
     changed, forgotten = after_commit(snapshots, job, _above(disk, job))
     return Plan(
         what="commit",
         text=f"commit {_span(job)} of {disk.target} into {base.file}",
-        prepare=(_start(job, disk),),
+        prepare=(start_of(job, disk),),
         record=Record(
             authoritative={disk.target: disk.active.file},
             jobs=(job,),
@@ -225,10 +224,10 @@ def plan_merge(
         top, base = _merged_span(domain, disk, doomed)
         _require_unshared(domain, seen, disk, base, users)
         _require_empty(domain, seen, disk, top, base)
-        job = _commit(domain, disk, top, base, names=names, operation=operation, remove=True)
+        job = commit_job(domain, disk, top, base, names=names, operation=operation, remove=True)
         jobs[target] = msgspec.structs.replace(job, deletes=tuple(each.name for each in doomed))
         above[target] = _above(disk, job)
-        starts.append(_start(jobs[target], disk))
+        starts.append(start_of(jobs[target], disk))
     which = ", ".join(each.name for each in doomed)
     removed = ", ".join(layer.file for job in jobs.values() for layer in job.leaving)
     return Plan(
@@ -272,9 +271,14 @@ def _merged_span(domain: str, disk: Disk, doomed: tuple[Snapshot, ...]) -> tuple
     return disk.chain[indexes[0]], disk.chain[indexes[-1] + 1]
 
 
-def _commit(
+def commit_job(
     domain: str, disk: Disk, top: Image, base: Image, *, names: Names, operation: int, remove: bool
 ) -> ChainJob:
+    """A commit of a disk's layers from `top` to above `base`, with `remove` of their files too.
+
+    Raises:
+        DiskUnsuitable: the guest's disk would grow by it.
+    """
     first, last = disk.chain.index(top), disk.chain.index(base)
     if base.virtual_size > top.virtual_size:
         # A smaller one QEMU grows (the guest's disk was); on a larger one the guest's disk would grow unasked.
@@ -320,7 +324,8 @@ def _require_unshared(domain: str, seen: Observation, disk: Disk, base: Image, u
             )
 
 
-def _start(job: ChainJob, disk: Disk) -> StartCommit:
+def start_of(job: ChainJob, disk: Disk) -> StartCommit:
+    """The step that starts a commit."""
     base = _base(job)
     return StartCommit(
         job=job.job,

@@ -17,18 +17,9 @@ from blockferry.model.request import StartCopy
 from blockferry.plan import destinations as dest
 from blockferry.plan.destinations import Files
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan, Record
-from blockferry.plan.steps import (
-    AddNode,
-    CancelJob,
-    ClaimFile,
-    CreateImage,
-    RemoveNode,
-    RequireSize,
-    StartMirror,
-    StartStream,
-    Step,
-)
+from blockferry.plan.steps import AddNode, CancelJob, RemoveNode, RequireSize, StartMirror, StartStream, Step
 from blockferry.plan.tracking import AddBitmap, LeaveDestination, RemoveBitmap
 
 # QEMU's of a mirror's granularity (blockdev.c, blockdev_mirror_common): a power of two of 512 B to 64 MiB.
@@ -221,7 +212,7 @@ def plan_copy(
         mirror = msgspec.structs.replace(
             mirror, bitmap=names.of(disk.target, "k"), blank=wish.reuse and wish.file in files.blank
         )
-    steps = _open_export(mirror, disk) if is_uri(wish.file) else _open_file(mirror, wish, files, like)
+    steps = open_export(mirror, disk) if is_uri(wish.file) else _open_file(mirror, wish, files, like)
     whole, shallow = wish.base is None, wish.base is not None and wish.base == disk.chain[1]
     job: BlockJob = mirror
     if mirror.bitmap is not None:
@@ -379,7 +370,8 @@ def _existing_backing(wish: Wish, files: Files) -> tuple[str, str] | None:
     return head.backing, str(head.backing_format)
 
 
-def _open_export(mirror: Mirror, disk: Disk) -> list[Step]:
+def open_export(mirror: Mirror, disk: Disk) -> list[Step]:
+    """Open an NBD export as a destination, if it has the disk's size."""
     export = {**nbd_options(mirror.file), "node-name": mirror.file_node}
     return [
         AddNode(node=mirror.node, options={"driver": "raw", "file": export, "discard": "unmap"}),

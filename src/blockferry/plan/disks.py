@@ -54,7 +54,10 @@ def require_suitable(domain: str, disk: Disk, seen: Observation) -> None:
     Raises:
         DiskUnsuitable: with the reason.
         DiskBusy: with the job.
+        MoveUnderWay: it is part of a move.
     """
+    if disk.target in seen.held:
+        raise errors.MoveUnderWay(domain=domain, operation=seen.held[disk.target], what=f"disk {disk.target}")
     reason = unsuitable(disk, seen.graph)
     if reason:
         raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)

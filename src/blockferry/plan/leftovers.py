@@ -22,7 +22,9 @@ def unused_jobs(seen: Observation, tag: str, jobs: tuple[BlockJob, ...]) -> tupl
     return tuple(CancelJob(job=name) for name in seen.jobs if is_ours(name, tag) and name not in working)
 
 
-def unused_nodes(seen: Observation, tag: str, jobs: tuple[BlockJob, ...]) -> tuple[Step, ...]:
+def unused_nodes(
+    seen: Observation, tag: str, jobs: tuple[BlockJob, ...], kept: frozenset[str] = frozenset()
+) -> tuple[Step, ...]:
     """What closes the nodes of ours that nothing uses, those on top first.
 
     A disk's nodes are used by its device, a working job's by the job. What is left belongs to a job that ended while its
@@ -32,9 +34,10 @@ def unused_nodes(seen: Observation, tag: str, jobs: tuple[BlockJob, ...]) -> tup
         seen: the domain as observed; no operation is under way.
         tag: the state directory's.
         jobs: the domain's newest of each disk.
+        kept: names that somebody needs all the same.
     """
     copies = {copy.node: copy for job in jobs if (copy := job.copy) is not None}
-    ours = [name for name in seen.graph.nodes if is_ours(name, tag)]
+    ours = [name for name in seen.graph.nodes if is_ours(name, tag) and name not in kept]
     found: list[str] = []
     while more := [
         name for name in ours if name not in found and all(edge.parent in found for edge in seen.graph.parents(name))
@@ -43,20 +46,23 @@ def unused_nodes(seen: Observation, tag: str, jobs: tuple[BlockJob, ...]) -> tup
     return tuple(close(copies[name]) if name in copies else RemoveNode(node=name, if_unused=True) for name in found)
 
 
-def unused_bitmaps(seen: Observation, tag: str, jobs: tuple[BlockJob, ...]) -> tuple[RemoveBitmap, ...]:
+def unused_bitmaps(
+    seen: Observation, tag: str, jobs: tuple[BlockJob, ...], kept: frozenset[str] = frozenset()
+) -> tuple[RemoveBitmap, ...]:
     """What removes the bitmaps of ours, of that state directory's tag, that no copy is or will be resumed with.
 
     Args:
         seen: the domain as observed; no operation is under way.
         tag: the state directory's.
         jobs: the domain's newest of each disk.
+        kept: names that somebody needs all the same.
     """
     wanted = {copy.bitmap for job in jobs if (copy := job.copy) is not None and _may_be_resumed(seen, job, copy)}
     return tuple(
         RemoveBitmap(node=node.name, bitmap=name)
         for node in seen.graph.nodes.values()
         for name in node.bitmaps
-        if is_ours(name, tag) and name not in wanted
+        if is_ours(name, tag) and name not in wanted and name not in kept
     )
 
 

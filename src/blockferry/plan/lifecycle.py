@@ -11,21 +11,11 @@ from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition, RunAs
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
+from blockferry.plan.files import CreateImage
 from blockferry.plan.machine import arguments
 from blockferry.plan.plan import Plan, Record
 from blockferry.plan.resting import Ground, Look, establish, to_rest
-from blockferry.plan.steps import (
-    AddNode,
-    CreateImage,
-    DrainMirrors,
-    EndQemu,
-    Launch,
-    Resume,
-    SetLimits,
-    StartMirror,
-    Step,
-    Stop,
-)
+from blockferry.plan.steps import AddNode, DrainMirrors, EndQemu, Launch, Resume, SetLimits, StartMirror, Step, Stop
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from blockferry.model.blockjob import BlockJob, ChainJob, JobEnd, Mirror
+from blockferry.model.move import Move
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.steps import Step
 
@@ -65,6 +66,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         changed: snapshots whose images are others now.
         forget: snapshots that exist no more.
         jobs: mirrors, commits and streams that now work.
+        move: a move as it is from now on.
         ended: target -> how its job ended.
         reason: why they ended, when there is one.
     """
@@ -76,6 +78,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     changed: tuple[Snapshot, ...] = ()
     forget: tuple[str, ...] = ()
     jobs: tuple[BlockJob, ...] = ()
+    move: Move | None = None
     ended: dict[str, JobEnd] = {}
     reason: str | None = None
 

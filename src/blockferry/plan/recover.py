@@ -16,10 +16,10 @@ from blockferry.model.domain import Observation
 from blockferry.model.job import Job
 from blockferry.model.operation import OperationState, StepState
 from blockferry.plan.chain import has_ended
+from blockferry.plan.files import CreateImage
 from blockferry.plan.plan import Plan, Window
 from blockferry.plan.steps import (
     AddNode,
-    CreateImage,
     FinalizeJobs,
     FinalizeStream,
     Freeze,

@@ -18,9 +18,10 @@ from blockferry.model.files import FileFact, FileStamp, ImageFact
 from blockferry.model.graph import Disk, Graph
 from blockferry.plan.copy import is_uri, nbd_options
 from blockferry.plan.destinations import cache_of
+from blockferry.plan.files import CreateImage
 from blockferry.plan.plan import Plan, Record
 from blockferry.plan.plugs import cache_options, node_name
-from blockferry.plan.steps import AddNode, CreateImage, StartMirror, Step
+from blockferry.plan.steps import AddNode, StartMirror, Step
 
 # How the reason of a job begins that ended because its QEMU did, nobody having ended it.
 GONE = "QEMU is gone"
@@ -41,9 +42,13 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def to_rest(jobs: tuple[BlockJob, ...]) -> tuple[tuple[Mirror, ...], tuple[BlockJob, ...]]:
-    """Working jobs of a guest whose QEMU ends: the mirrors, resting, and the others, which end with it."""
-    mirrors = tuple(msgspec.structs.replace(job, state="resting", stamps={}) for job in jobs if isinstance(job, Mirror))
-    return mirrors, tuple(job for job in jobs if not isinstance(job, Mirror))
+    """Working jobs of a guest whose QEMU ends: the mirrors, resting, and the others, which end with it.
+
+    A move's mirrors are started anew when the move is gone on with.
+    """
+    rests = [job for job in jobs if isinstance(job, Mirror) and job.move is None]
+    mirrors = tuple(msgspec.structs.replace(job, state="resting", stamps={}) for job in rests)
+    return mirrors, tuple(job for job in jobs if job not in rests)
 
 
 def lost_with_guest(mirror: Mirror) -> bool:

@@ -20,6 +20,7 @@ from blockferry.model.request import StartCopy
 from blockferry.plan import destinations as dest
 from blockferry.plan.copy import Wish, is_uri, needed_bytes
 from blockferry.plan.destinations import Files
+from blockferry.plan.files import SyncFiles
 from blockferry.plan.plan import Names, Plan, Record, Window
 from blockferry.plan.steps import (
     AddNode,
@@ -34,7 +35,6 @@ from blockferry.plan.steps import (
     StartMirror,
     Step,
     Stop,
-    SyncFiles,
 )
 from blockferry.plan.tracking import CHUNK, CountAsWritten, OpenAgain, RequireNothingWritten
 

@@ -12,8 +12,9 @@ from blockferry.model.definition import Definition
 from blockferry.model.files import ImageFact
 from blockferry.model.snapshot import Snapshot, SnapshotDisk
 from blockferry.plan.destinations import NEW_OVERLAY_BYTES, Apart, Files, Room, require_new
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Plan, Record
-from blockferry.plan.steps import ClaimFile, CreateImage, Step
+from blockferry.plan.steps import Step
 
 
 def overlay_of(disk: SnapshotDisk, snapshot: Snapshot, operation: int) -> str:

@@ -16,18 +16,9 @@ from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, Snapshot, Snap
 from blockferry.plan import destinations as dest
 from blockferry.plan.destinations import Apart, Files, Room
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
+from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan, Record
-from blockferry.plan.steps import (
-    AddNode,
-    ClaimFile,
-    CreateImage,
-    Freeze,
-    Pair,
-    StartMirror,
-    Step,
-    TakeSnapshots,
-    Thaw,
-)
+from blockferry.plan.steps import AddNode, Freeze, Pair, StartMirror, Step, TakeSnapshots, Thaw
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):

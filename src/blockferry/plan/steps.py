@@ -8,71 +8,8 @@ import msgspec
 
 from blockferry.model.blockjob import Mirror
 from blockferry.model.definition import RunAs
-from blockferry.plan import tracking
+from blockferry.plan import files, tracking
 from blockferry.plan.verb import Verb
-
-# --- files ----------------------------------------------------------------------------------------------------
-
-
-class ClaimFile(Verb, frozen=True, kw_only=True, tag="claim-file"):
-    """Create the file exclusively, empty, with owner and mode of `like`; its inode is remembered as ours."""
-
-    alongside: ClassVar[bool] = True
-    path: str
-    like: str | None = None
-
-    def undo(self) -> tuple[Step, ...]:
-        """Remove it, if it is the one that we made."""
-        return (RemoveFile(path=self.path),)
-
-    @property
-    def text(self) -> str:
-        """A line for people."""
-        return f"create {self.path}, which must not exist"
-
-
-class CreateImage(Verb, frozen=True, kw_only=True, tag="create-image"):
-    """Write an empty image of `size` bytes into a claimed file, or over a block device (`overwrites`)."""
-
-    alongside: ClassVar[bool] = True
-    path: str
-    format: str
-    size: int
-    backing: str | None = None
-    backing_format: str | None = None
-    overwrites: bool = False
-
-    @property
-    def text(self) -> str:
-        """A line for people."""
-        if self.overwrites:
-            return f"overwrite {self.path} with an empty {self.format} image of {self.size} bytes"
-        onto = f" backing onto {self.backing} ({self.backing_format})" if self.backing else ""
-        return f"make {self.path} an empty {self.format} image of {self.size} bytes{onto}"
-
-
-class RemoveFile(Verb, frozen=True, kw_only=True, tag="remove-file"):
-    """Remove a file that this operation claimed; a file that is another by now is left alone."""
-
-    path: str
-
-    @property
-    def text(self) -> str:
-        """A line for people."""
-        return f"remove {self.path}, which we created"
-
-
-class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
-    """Write files' dirty pages to disk; before that, what QEMU itself still holds back of the images of `nodes`."""
-
-    paths: tuple[str, ...]
-    nodes: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """A line for people."""
-        return "sync " + ", ".join(self.paths)
-
 
 # --- nodes ----------------------------------------------------------------------------------------------------
 
@@ -338,17 +275,6 @@ class RequireBacking(Verb, frozen=True, kw_only=True, tag="require-backing"):
         return f"the graph shows {self.node} on {self.backing or 'nothing'}"
 
 
-class DropFile(Verb, frozen=True, kw_only=True, tag="drop-file"):
-    """Remove a file that was merged away, as the caller asked; one that somebody has open is left."""
-
-    path: str
-
-    @property
-    def text(self) -> str:
-        """A line for people."""
-        return f"remove {self.path}, whose data is elsewhere now"
-
-
 class CancelJob(Verb, frozen=True, kw_only=True, tag="cancel-job"):
     """Cancel a job in whatever state it is, wait for its end and dismiss it; nothing if there is none."""
 
@@ -558,10 +484,10 @@ class ReadBack(Verb, frozen=True, kw_only=True, tag="read-back"):
 
 
 Step = (
-    ClaimFile
-    | CreateImage
-    | RemoveFile
-    | SyncFiles
+    files.ClaimFile
+    | files.CreateImage
+    | files.RemoveFile
+    | files.SyncFiles
     | AddNode
     | RemoveNode
     | RequireSize
@@ -573,7 +499,7 @@ Step = (
     | StartStream
     | FinalizeStream
     | RequireBacking
-    | DropFile
+    | files.DropFile
     | CancelJob
     | RequireReady
     | CompleteJobs
@@ -598,4 +524,6 @@ Step = (
     | tracking.OpenAgain
     | tracking.LeaveDestination
     | StartBackup
+    | files.NameBacking
+    | files.RemoveCopy
 )

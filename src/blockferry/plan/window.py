@@ -21,6 +21,7 @@ from blockferry.model.snapshot import Snapshot
 from blockferry.plan.copy import close_job, forget_bitmap, is_uri
 from blockferry.plan.destinations import require_size_of
 from blockferry.plan.disks import READ_ONLY_FILE, close_images, source_options
+from blockferry.plan.files import SyncFiles
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk
 from blockferry.plan.steps import (
     AddNode,
@@ -39,7 +40,6 @@ from blockferry.plan.steps import (
     StartMirror,
     Step,
     Stop,
-    SyncFiles,
 )
 
 
@@ -79,8 +79,7 @@ def plan_window(
         if ends_on == "destination":
             prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
     jobs = tuple(mirror.job for mirror in mirrors)
-    files = tuple(file for mirror in mirrors for file in (mirror.source, mirror.file) if file.startswith("/"))
-    prepare += [*_check_servers(mirrors), SyncFiles(paths=files)]
+    prepare += [*_check_servers(mirrors), _sync(mirrors, bases)]
     window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
     roots = {
         disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
@@ -112,6 +111,16 @@ def plan_window(
             *(_close_sources(seen, disks) if ends_on == "destination" else _close_destinations(mirrors)),
         ),
     )
+
+
+def _sync(mirrors: tuple[Mirror, ...], bases: Mapping[str, tuple[ImageFact, ...]]) -> Step:
+    """What the window flushes and reads: sources, destinations, and the destinations' own chains."""
+    files = [
+        file
+        for mirror in mirrors
+        for file in (mirror.source, mirror.file, *(base.path for base in bases.get(mirror.target, ())))
+    ]
+    return SyncFiles(paths=tuple(file for file in files if file.startswith("/")))
 
 
 def _check_servers(mirrors: tuple[Mirror, ...]) -> list[Step]:

@@ -32,6 +32,8 @@ FILE_SECONDS = 30.0
 SYNC_SECONDS = 60.0
 # The status with which `qemu-img check` ends for an image that takes up more than it needs, and is in order.
 _LEAKS = 3
+# What is read of a disk in a window is its first sector: at the beginning of a raw image, near it in most others.
+BEGINNING_BYTES = 1 << 20
 
 
 class Images:
@@ -40,12 +42,17 @@ class Images:
     Args:
         roots: where they may lie.
         qemu_img: the qemu-img to run; None finds it beside the QEMU that is used, or on PATH.
+
+    Attributes:
+        program: that one.
+        server: the qemu-nbd beside it.
     """
 
     def __init__(self, roots: StorageRoots | None = None, qemu_img: str | None = None) -> None:
         self._roots = roots or StorageRoots()
         self._tool = QemuImg(qemu_img)
         self.program = self._tool.program
+        self.server = os.path.join(os.path.dirname(self.program), "qemu-nbd")
 
     async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
         """What each of these paths is; of a file that is there it is asked whether it is locked."""
@@ -196,21 +203,34 @@ class Images:
         """
         return await _bounded(_drop, path)
 
+    async def name_backing(self, path: str, image_format: str, backing: str, backing_format: str) -> None:
+        """Have a closed image's header name that backing file; its data stays as it is.
+
+        Raises:
+            ImageError: in qemu-img's words, or it would make qemu-img open another file.
+        """
+        await _bounded(_require_plain, path)
+        await self._tool.run("rebase", "-q", "-u", "-f", image_format, "-F", backing_format, "-b", backing, path)
+        await _bounded(_sync, (path,))
+
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
         """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""
         found: dict[str, FileStamp | None] = {}
         for path in paths:
             with contextlib.suppress(ImageError):
-                found[path] = await _bounded(_stamp, path)
+                found[path] = await _bounded(stamp_of, path)
         return {path: stamp for path, stamp in found.items() if stamp is not None}
 
     async def sync(self, paths: tuple[str, ...]) -> None:
-        """Call fdatasync on each file, and see whether its file system takes a change at all; one that is not there is not ours.
+        """Call fdatasync on each file, read its beginning, and see whether its file system takes a change at all.
+
+        A file that is not there is not ours.
 
         Raises:
             ImageError: in the system's words; or nothing came back, and whoever uses the file hangs as well.
         """
         await _bounded(_sync, paths)
+        await _bounded(_read_beginnings, paths)
 
 
 async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
@@ -318,7 +338,8 @@ def _fact(path: str, roots: StorageRoots) -> FileFact:
     )
 
 
-def _stamp(path: str) -> FileStamp | None:
+def stamp_of(path: str) -> FileStamp | None:
+    """What tells whether somebody touches a file from now on; None of what is no plain file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -536,6 +557,13 @@ def _touch(folder: str) -> None:
     """
     with contextlib.suppress(OSError), _opened(folder, os.O_TMPFILE | os.O_WRONLY):
         pass
+
+
+def _read_beginnings(paths: tuple[str, ...]) -> None:
+    """Have them in memory; whether they can be read is somebody else's question."""
+    for path in paths:
+        with contextlib.suppress(OSError), _opened(path, os.O_RDONLY) as descriptor:
+            os.pread(descriptor, BEGINNING_BYTES, 0)
 
 
 def _sync_folder(path: str) -> None:

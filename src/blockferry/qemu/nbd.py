@@ -11,26 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import struct
 from collections.abc import AsyncIterator
 
 from blockferry.model.files import ExportFact
 from blockferry.plan.copy import nbd_options
+from blockferry.qemu import nbdwire as wire
 
 CONNECT_SECONDS = 2.0
 # A server that writes all that was written to it to a slow disk takes its time; one that hangs takes for ever.
 FLUSH_SECONDS = 10.0
-_GREETING, _NEW_STYLE, _REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
-_FIXED_NEW_STYLE = 1
-_ABORT, _INFO = 2, 6  # options
-_ACK, _INFO_REPLY, _ERROR = 1, 3, 1 << 31  # kinds of replies
-_UNSUPPORTED, _TLS_REQUIRED, _UNKNOWN = _ERROR + 1, _ERROR + 5, _ERROR + 6
-_EXPORT = 0  # kind of information: size and flags
-_READ_ONLY, _SEND_FLUSH, _MULTI_CONN = 2, 4, 256  # transmission flags
-_GO = 7
-_REQUEST, _ANSWER = 0x25609513, 0x67446698
-_DISCONNECT, _FLUSH = 2, 3  # commands
-_REPLY_BYTES_MAX = 64 * 1024
 
 
 async def reachable(uri: str) -> str | None:
@@ -73,14 +62,14 @@ async def flushes(uri: str, seconds: float | None = None) -> str | None:
     seconds = FLUSH_SECONDS if seconds is None else seconds
     try:
         async with asyncio.timeout(seconds), _connected(uri) as (reader, writer):
-            fact = await _ask(uri, reader, writer, _GO)
+            fact = await _ask(uri, reader, writer, wire.GO)
             if fact.problem is None and fact.flushes:
-                writer.write(struct.pack(">IHHQQI", _REQUEST, 0, _FLUSH, 1, 0, 0))
-                _magic, error, _cookie = struct.unpack(">IIQ", await reader.readexactly(16))
+                writer.write(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, wire.FLUSH, 1, 0, 0))
+                _magic, error, _cookie = wire.ANSWER.unpack(await reader.readexactly(wire.ANSWER.size))
                 if error:
                     return f"it can't flush: {os.strerror(error)}"
             if fact.problem is None:
-                writer.write(struct.pack(">IHHQQI", _REQUEST, 0, _DISCONNECT, 2, 0, 0))
+                writer.write(wire.REQUEST.pack(wire.REQUEST_MAGIC, 0, wire.DISCONNECT, 2, 0, 0))
             return fact.problem
     except TimeoutError:
         return f"it accepts, and answers nothing within {seconds:g} s"
@@ -105,48 +94,42 @@ async def _connected(uri: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
             await writer.wait_closed()
 
 
-async def _ask(uri: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, option: int = _INFO) -> ExportFact:
+async def _ask(
+    uri: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, option: int = wire.INFO
+) -> ExportFact:
     """What it says of the export; with the option `go` it is open afterwards, unless there is a problem."""
-    if await reader.readexactly(len(_GREETING)) != _GREETING:
+    if await reader.readexactly(len(wire.GREETING)) != wire.GREETING:
         return ExportFact(uri=uri, problem="its server does not speak NBD")
-    if await reader.readexactly(len(_NEW_STYLE)) != _NEW_STYLE:
+    if await reader.readexactly(len(wire.NEW_STYLE)) != wire.NEW_STYLE:
         return ExportFact(uri=uri)  # an old server: QEMU sees for itself
     await reader.readexactly(2)
     name = str(nbd_options(uri)["export"])
-    wanted = struct.pack(">I", len(name.encode())) + name.encode() + struct.pack(">H", 0)
-    writer.write(struct.pack(">I", _FIXED_NEW_STYLE))
-    writer.write(_NEW_STYLE + struct.pack(">II", option, len(wanted)) + wanted)
+    writer.write(wire.FIXED_NEW_STYLE)
+    writer.write(wire.option(option, wire.export_wanted(name)))
     fact = ExportFact(uri=uri)
     while True:
-        magic, _option, kind, length = struct.unpack(">QIII", await reader.readexactly(20))
-        if magic != _REPLY or length > _REPLY_BYTES_MAX:
+        magic, _option, kind, length = wire.OPTION_REPLY.unpack(await reader.readexactly(wire.OPTION_REPLY.size))
+        if magic != wire.OPTION_REPLY_MAGIC or length > wire.REPLY_BYTES_MAX:
             return ExportFact(uri=uri, problem="its server does not speak NBD")
         data = await reader.readexactly(length)
-        if kind == _INFO_REPLY and length >= 12 and struct.unpack_from(">H", data)[0] == _EXPORT:
-            _kind, size, flags = struct.unpack_from(">HQH", data)
+        export = wire.export_info(kind, data)
+        if export is not None:
+            size, flags = export
             fact = ExportFact(
                 uri=uri,
                 size=size,
-                problem="it is exported read-only" if flags & _READ_ONLY else None,
-                multi_conn=bool(flags & _MULTI_CONN),
-                flushes=bool(flags & _SEND_FLUSH),
+                problem="it is exported read-only" if flags & wire.READ_ONLY else None,
+                multi_conn=bool(flags & wire.MULTI_CONN),
+                flushes=bool(flags & wire.SEND_FLUSH),
             )
-        elif kind & _ERROR and kind != _UNSUPPORTED:
-            fact = ExportFact(uri=uri, problem=_refusal(kind, name, data.decode(errors="replace")))
-        if kind != _INFO_REPLY:
-            if option != _GO or kind != _ACK:
-                writer.write(_NEW_STYLE + struct.pack(">II", _ABORT, 0))
+        elif kind & wire.ERROR and kind != wire.UNSUPPORTED:
+            fact = ExportFact(uri=uri, problem=f"its server {wire.refusal(kind, name, data)}")
+        if kind != wire.INFO_REPLY:
+            if option != wire.GO or kind != wire.ACK:
+                writer.write(wire.option(wire.ABORT))
             return fact
 
 
 def _words(error: OSError) -> str:
     """The system's; asyncio puts its own in the place of connect's."""
     return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror or str(error)
-
-
-def _refusal(kind: int, name: str, words: str) -> str:
-    if kind == _UNKNOWN:
-        return f"its server has no export {name!r}"
-    if kind == _TLS_REQUIRED:
-        return "its server wants TLS, which is not carried out"
-    return f"its server refuses: {words or hex(kind)}"

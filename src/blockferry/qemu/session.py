@@ -183,7 +183,8 @@ class Session:
             raise errors.QmpUnreachable(qmp=path, reason=error.strerror or str(error)) from error
         pid = _peer(link)
         try:
-            await asyncio.wait_for(client.connect(link), timeout)
+            async with asyncio.timeout(timeout):
+                await client.connect(link)
         except TimeoutError as error:
             link.close()
             raise _unanswered(path, timeout, pid, greeted=client.greeting is not None) from error
@@ -199,8 +200,7 @@ class Session:
 
     async def close(self) -> None:
         """End the connection; the guest and its jobs go on."""
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._disconnected()
+        await self._disconnected()
 
     async def ended(self) -> str:
         """Wait until the connection ends, and say why, in the system's words."""
@@ -217,6 +217,8 @@ class Session:
     async def _disconnect(self) -> str:
         try:
             await self._client.disconnect()
+        except asyncio.CancelledError:
+            pass  # of the library's own reader or writer: nobody cancels this
         except (QMPError, OSError, EOFError) as error:
             return shorten(str(error)) or "QEMU closed the connection"
         return "the connection was closed"
@@ -238,7 +240,8 @@ class Session:
         sent = arguments if "_" in command else {name.replace("_", "-"): each for name, each in arguments.items()}
         self._witness("before", command)
         try:
-            reply = await asyncio.wait_for(self._client.execute(command, sent or None), bound)
+            async with asyncio.timeout(bound):
+                reply = await self._client.execute(command, sent or None)
         except ExecuteError as error:
             raise CommandRefused(command, str(error)) from error
         except TimeoutError as error:

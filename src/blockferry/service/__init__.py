@@ -21,6 +21,7 @@ from blockferry.service.graphs import Graphs
 from blockferry.service.history import History
 from blockferry.service.jobs import Jobs
 from blockferry.service.lifecycle import Lifecycle
+from blockferry.service.moves import Moves
 from blockferry.service.named import named_files
 from blockferry.service.snapshots import Snapshots
 
@@ -43,6 +44,8 @@ class Service:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._history = History(desk)
+        self._jobs = Jobs(desk)
+        self._moves = Moves(desk, self._jobs)
         self._doors = self._open_doors()
 
     @classmethod
@@ -81,7 +84,7 @@ class Service:
     def _open_doors(self) -> dict[type, Door]:
         domains, snapshots = Domains(self._desk), Snapshots(self._desk)
         lifecycle = Lifecycle(self._desk, domains)
-        jobs, chains = Jobs(self._desk), Chains(self._desk)
+        jobs, moves, chains = self._jobs, self._moves, Chains(self._desk)
         return {
             ask.Attach: domains.attach,
             ask.Detach: domains.detach,
@@ -107,6 +110,13 @@ class Service:
             ask.SetJobSpeed: jobs.set_speed,
             ask.Rebase: chains.rebase,
             ask.Commit: chains.commit,
+            ask.MoveStorage: moves.move,
+            ask.ShowMove: moves.show,
+            ask.SetMoveSpeed: moves.set_speed,
+            ask.SetStorageSpeed: moves.set_storage_speed,
+            ask.ListStorages: moves.list_storages,
+            ask.ResumeOperation: moves.resume,
+            ask.CancelOperation: moves.cancel,
             ask.ListEvents: self._history.list_events,
             ask.ListOperations: self._history.list_operations,
             ask.ShowOperation: self._history.show_operation,
@@ -116,11 +126,12 @@ class Service:
 
     async def close(self) -> None:
         """Let go of everything; guests and their jobs go on."""
+        await self._moves.close()
         await self._desk.close()
 
     def has_work(self) -> bool:
         """Whether there is something to watch: an operation, a job that works, a guest to be thawed, a domain that we started."""
-        return any(
+        return self._moves.at_work() or any(
             keeper.in_flight
             or keeper.active()
             or keeper.runner.frozen

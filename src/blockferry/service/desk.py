@@ -17,14 +17,16 @@ from blockferry.engine.keeper import Keeper
 from blockferry.formats.defined import inactive_xml
 from blockferry.formats.definition import parse_definition
 from blockferry.formats.names import path_flaw
-from blockferry.journal.journal import Journal
+from blockferry.journal.journal import Journal, OperationRecord
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition
 from blockferry.model.domain import ChainsNow, Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.job import Job
+from blockferry.model.move import Move
 from blockferry.model.snapshot import Snapshot
+from blockferry.plan.move import Next, next_of
 from blockferry.plan.plan import Names, Plan
 from blockferry.qemu.images import Images, is_block_device
 from blockferry.qemu.launch import Home
@@ -103,8 +105,12 @@ class Desk:
             yield keeper
 
     @contextlib.asynccontextmanager
-    async def writing(self, name: str) -> AsyncIterator[tuple[Keeper, Observation]]:
+    async def writing(self, name: str, *, move: int | None = None) -> AsyncIterator[tuple[Keeper, Observation]]:
         """The domain to oneself, with everything of before settled, and how it is now.
+
+        Args:
+            name: the domain's.
+            move: the move that this is part of, to which the disks belong that it holds.
 
         Raises:
             GuestGone: QEMU ended in the middle of what was done in here.
@@ -113,6 +119,7 @@ class Desk:
             seen = await keeper.observe()
             if await keeper.check_jobs(seen):
                 seen = await keeper.observe()
+            seen = msgspec.structs.replace(seen, held=self._held(name, move))
             try:
                 yield keeper, seen
             except errors.OperationFailed as failed:
@@ -123,6 +130,38 @@ class Desk:
                     "the image that it was on"
                 )
                 raise errors.GuestGone(domain=name, reason=reason) from failed
+
+    def _held(self, name: str, own: int | None) -> dict[str, int]:
+        moves = [each for each in self.journal.moves(name) if not each.over and each.operation != own]
+        return {target: each.operation for each in moves for target in each.targets}
+
+    def require_no_move(self, name: str, what: str) -> None:
+        """Refuse what concerns a whole domain while one of its moves is not over.
+
+        Raises:
+            MoveUnderWay: with that move.
+        """
+        for move in self.journal.moves(name):
+            if not move.over:
+                raise errors.MoveUnderWay(domain=name, operation=move.operation, what=what)
+
+    def phase_of(self, move: Move) -> Next:
+        """What is done next or now with a move."""
+        return next_of(move, {job.target: job for job in self.journal.jobs(move.domain)})
+
+    def kept_of(self, move: Move) -> dict[str, int]:
+        """By source, the bytes of a move's copies that are on disk."""
+        return {
+            layer.source: sum(region.length for region in self.journal.regions(move.operation, layer.file))
+            for layer in move.layers
+        }
+
+    def following(self, record: OperationRecord) -> tuple[str, ...]:
+        """What can be typed now: the commands that go on with an operation that is in progress, or cancel it."""
+        move = self.journal.move(record.id)
+        if move is not None:
+            return answers.next_for(move)
+        return answers.next_commands(record, self.journal.jobs(record.domain))
 
     def names(self, *, dry_run: bool = False) -> tuple[int, Names]:
         """The next operation's number and names."""

@@ -166,10 +166,11 @@ class Doctor:
         return found
 
     def _operations(self, keeper: Keeper) -> tuple[Open, ...]:
-        jobs = self._desk.journal.jobs(keeper.name)
         found = []
         for record in self._desk.journal.operations(keeper.name):
-            shown = answers.operation_view(record, (), jobs, in_flight=record.id in keeper.in_flight)
+            shown = answers.operation_view(
+                record, (), self._desk.following(record), in_flight=record.id in keeper.in_flight
+            )
             if shown.state in ("unsettled", "running", "in-progress"):
                 unsettled = shown.state == "unsettled"
                 found.append(Open(operation=record.id, text=shown.text, unsettled=unsettled, next=shown.next))

@@ -84,6 +84,7 @@ class Domains:
             working = [f"{job.type} of {job.target}" for job in keeper.active()]
             if working:
                 raise errors.DomainInUse(domain=request.domain, what=f"a job works ({', '.join(working)})")
+            self._desk.require_no_move(request.domain, "the domain")
             for operation in self._desk.journal.open_operations(request.domain):
                 raise errors.DomainInUse(domain=request.domain, what=f"operation {operation.id} is not settled")
             gone = await keeper.is_gone()
@@ -129,7 +130,13 @@ class Domains:
         current = current_snapshot(self._desk.journal.snapshots(keeper.name), seen.chains)
         definition = self._desk.inactive(keeper.name) if keeper.record.defined else None
         mirrors = self._desk.journal.mirrors(keeper.name)
-        return answers.domain_view(keeper.record, seen, mirrors, current=current, definition=definition)
+        moving: dict[str, view.MovingView] = {}
+        for move in self._desk.journal.moves(keeper.name):
+            if not move.over:
+                shown = answers.mirror_views(mirrors, seen)
+                kept = self._desk.kept_of(move)
+                moving |= answers.moving_views(move, shown, phase=self._desk.phase_of(move), kept=kept)
+        return answers.domain_view(keeper.record, seen, mirrors, current=current, definition=definition, moving=moving)
 
     async def _shut_off(self, keeper: Keeper) -> view.DomainView:
         xml = self._desk.inactive(keeper.name)

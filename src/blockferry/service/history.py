@@ -49,7 +49,7 @@ class History:
         return answers.operation_view(
             record,
             own if steps else (),
-            self._desk.journal.jobs(record.domain),
+            self._desk.following(record),
             in_flight=self._in_flight(record),
             frozen_ms=answers.frozen_for(own),
         )
@@ -72,7 +72,6 @@ class History:
         except errors.DomainBusy as error:
             busy[keeper.name] = error.message
             return []
-        jobs = self._desk.journal.jobs(keeper.name)
         found = []
         working = {record.id: record for record in self._desk.journal.operations(keeper.name, states=IN_PROGRESS)}
         settled = {number: self._desk.journal.operation(number) for number in rows}
@@ -85,9 +84,9 @@ class History:
                     domain=keeper.name,
                     what=record.plan.what,
                     row=decision.row if decision else "-",
-                    why=decision.why if decision else "Its job works: nothing to settle.",
+                    why=decision.why if decision else _works(shown),
                     state=shown.state,
-                    next=answers.next_commands(record, jobs, unsettled=shown.state == "unsettled"),
+                    next=shown.next,
                 )
             )
         return found
@@ -95,3 +94,7 @@ class History:
     def _in_flight(self, record: OperationRecord) -> bool:
         keeper = self._desk.keepers.get(record.domain)
         return keeper is not None and record.id in keeper.in_flight
+
+
+def _works(shown: view.OperationView) -> str:
+    return f"Its {'move is not over' if shown.what == 'move' else 'job works'}: nothing to settle."

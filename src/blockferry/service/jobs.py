@@ -127,6 +127,8 @@ class Jobs:
                 raise errors.JobLost(domain=keeper.name, disk=job.target, reason=job.reason or "no reason is known")
             if job.state != "active":
                 raise errors.NoSuchJob(domain=keeper.name, disk=job.target)
+            if isinstance(job, Mirror) and job.move is not None:
+                raise errors.MoveUnderWay(domain=keeper.name, operation=job.move, what=f"the mirror of {job.target}")
         return found
 
     def _mirrors(self, keeper: Keeper, seen: Observation, disks: tuple[str, ...]) -> tuple[Mirror, ...]:

@@ -62,6 +62,7 @@ class Lifecycle:
         async with keeper.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=name)
+            self._desk.require_no_move(name, "the domain")
             moved = await self._moved(name, definition) if name in self._desk.keepers else ()
             xml = with_uuid(request.xml, str(uuid.uuid4()))
             targets = {disk.id: disk.target for disk in definition.disks}
@@ -114,6 +115,7 @@ class Lifecycle:
         async with keeper.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
+            self._desk.require_no_move(request.domain, "the domain")
             await keeper.close()
             known = self._desk.journal.definition(request.domain)
             self._desk.journal.undefine(request.domain)
@@ -135,6 +137,7 @@ class Lifecycle:
     async def revert(self, request: ask.RevertSnapshot) -> view.DomainView:
         """Bring a guest back to what its disks were at a snapshot; one that runs is ended first."""
         async with self._settled(request.domain) as keeper:
+            self._desk.require_no_move(request.domain, "the domain")
             snapshot = await self._desk.snapshot(request.domain, request.snapshot)
             # Refused before the guest is ended, if it is refused.
             await self._plan_revert(keeper, snapshot, self._desk.journal.next_operation())

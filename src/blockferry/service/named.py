@@ -10,7 +10,7 @@ from blockferry.model.blockjob import Mirror
 
 
 def named_files(journal: Journal) -> Iterator[str]:
-    """Images of definitions, snapshots, mirrors and copies of all domains; some are URIs, or not there any more."""
+    """Images of definitions, snapshots, mirrors, copies and moves of all domains; some are URIs, or not there any more."""
     for record in journal.domains():
         defined = journal.definition(record.name)
         if defined is not None:
@@ -20,6 +20,8 @@ def named_files(journal: Journal) -> Iterator[str]:
             for disk in snapshot.disks:
                 files = (disk.file, disk.backing, disk.mirror, disk.mirror_backing)
                 yield from (file for file in files if file is not None)
+        for move in journal.moves(record.name):
+            yield from move.images
         for job in journal.jobs(record.name):
             if isinstance(job, Mirror):
                 yield from (file for file in (job.file, job.source, job.backing) if file is not None)

@@ -110,12 +110,12 @@ def _one_name(file: str) -> str:
 
 
 async def mentioned(
-    desk: Desk, own: Keeper, own_seen: Observation | None, more: dict[str, str | None]
+    desk: Desk, own: Keeper, own_seen: Observation | None, more: dict[str, str | None], *, but: int | None = None
 ) -> frozenset[str]:
-    """Real paths and identities of all files in a chain, snapshot, mirror or finished copy of any domain.
+    """Real paths and identities of all files in a chain, snapshot, mirror, move or finished copy of any domain.
 
     With what those back onto, as their headers say: a snapshot's image may be in no chain, and stand on another. `more`
-    are other files, with their formats where they are known.
+    are other files, with their formats where they are known; `but` is a move that does not count.
     """
     found: dict[str, str] = {file: image_format for file, image_format in more.items() if image_format is not None}
     files: set[str] = set()
@@ -131,6 +131,8 @@ async def mentioned(
                     disk.backing: disk.backing_format,
                     **_backing(disk.mirror_backing, disk.mirror_backing_format),
                 }
+        for move in desk.journal.moves(keeper.name):
+            found |= move.images if not move.over and move.operation != but else {}
         for operation in desk.journal.operations(keeper.name, states=ENDED):
             window = operation.plan.window
             if operation.plan.what == "finish" and window is not None:

@@ -173,8 +173,8 @@ async def _carry_out(case: _Case, witness: _Witness) -> str | None:
     try:
         for request in case.requests:
             await service.submit(request)
-            if case.to_the_end and (domain := getattr(request, "domain", None)) is not None:
-                await _worked_out(service, domain)
+            if case.to_the_end:
+                await _worked_out(service, getattr(request, "domain", None))
     except errors.BlockferryError as error:
         return error.code
     finally:
@@ -183,8 +183,8 @@ async def _carry_out(case: _Case, witness: _Witness) -> str | None:
     return None
 
 
-async def _worked_out(service: Service, domain: str) -> None:
-    """Wait until no job that ends by itself works any more: what follows its end is the operation's too.
+async def _worked_out(service: Service, domain: str | None) -> None:
+    """Wait until no job that ends by itself works any more, and no move: what follows its end is the operation's too.
 
     Not for ever: behind a proxy nobody can see that QEMU is gone, and its jobs with it.
     """
@@ -199,10 +199,21 @@ async def _worked_out(service: Service, domain: str) -> None:
                     return
 
 
-async def _working(service: Service, domain: str) -> bool:
+async def _working(service: Service, domain: str | None) -> bool:
+    if domain is None:  # a request about an operation
+        return await moving(service)
     jobs = await service.submit(ask.ListJobs(domain=domain))
     assert isinstance(jobs, view.JobList)
-    return any(job.state == "running" for job in jobs.jobs)
+    return any(job.state == "running" for job in jobs.jobs) or await moving(service)
+
+
+async def moving(service: Service) -> bool:
+    """Whether a move is under way."""
+    listed = await service.submit(ask.ListOperations())
+    assert isinstance(listed, view.OperationList)
+    numbers = [each.id for each in listed.operations if each.what == "move" and each.state == "in-progress"]
+    moves = [await service.submit(ask.ShowMove(operation=number)) for number in numbers]
+    return any(isinstance(move, view.MoveView) and move.state in ("working", "cancelling") for move in moves)
 
 
 def _child(case: _Case, answer: int) -> None:

@@ -260,7 +260,8 @@ class TestQemu:
             await self._process.start()
         # The other end now exists in QEMU only: if QEMU dies, the connection ends.
         try:
-            await asyncio.wait_for(self.control.connect(ours), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self.control.connect(ours)
         except (QMPError, TimeoutError) as error:
             await self._process.kill()
             raise self._process.start_error() from error

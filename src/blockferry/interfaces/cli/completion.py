@@ -18,7 +18,7 @@ from blockferry.interfaces.cli.session import Session, examples, json_option
 def completion(context: click.Context, shell: str) -> None:
     """Print the shell's completion script.
 
-    Names of domains, disks and snapshots come from the host process if one runs; completing never starts one.
+    Names of domains, disks and snapshots, and numbers of operations, come from the host process if one runs; completing never starts one.
     """
     made = get_completion_class(shell)
     assert made is not None  # noqa: S101 (click.Choice above)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from blockferry.interfaces.cli import render, wire
-from blockferry.interfaces.cli.names import domains
-from blockferry.interfaces.cli.session import Session, Stopped, examples, json_option
+from blockferry.interfaces.cli import moved, render, wire
+from blockferry.interfaces.cli.moving import detach_option, follow_move, newest
+from blockferry.interfaces.cli.names import domains, number_argument, operations_of_all, operations_to_go_on_with
+from blockferry.interfaces.cli.session import Rate, Session, Stopped, examples, json_option
 
 PROBLEMS = 3  # doctor's own: it was done, and something is wrong
 
@@ -35,7 +36,7 @@ def events(session: Session, name: str | None, since: int | None, follow: bool) 
 
 
 class Operations(click.Group):
-    """`operations [NAME]` and `operations show ID`: what is not `show` is a domain, or nothing."""
+    """`operations [NAME]`, and `operations show ID` and the like: what is no verb is a domain, or nothing."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the hidden verb in front of what is none."""
@@ -48,10 +49,12 @@ LISTING = "[NAME]"  # no domain can have that name, and --help lists it as it is
 
 
 @click.command(
-    "operations", cls=Operations, epilog=examples("blockferry operations vm1", "blockferry operations show 7")
+    "operations",
+    cls=Operations,
+    epilog=examples("blockferry operations vm1", "blockferry operations show 7", "blockferry operations resume 7"),
 )
 def operations() -> None:
-    """What was done, step by step, with times."""
+    """What was done, step by step, with times; and going on with it, or giving it up."""
 
 
 @operations.command(LISTING, epilog=examples("blockferry operations", "blockferry operations vm1 --json"))
@@ -64,12 +67,65 @@ def listing(session: Session, name: str | None) -> None:
 
 
 @operations.command("show", epilog=examples("blockferry operations show 7"))
-@click.argument("number", metavar="ID", type=int)
+@number_argument(operations_of_all)
 @json_option
 @click.pass_obj
 def show(session: Session, number: int) -> None:
-    """One operation with its steps."""
-    session.answer(render.operation, "operation-show", operation=number)
+    """One operation with its steps; of a move also how far it is.
+
+    With --json a line for each of both.
+    """
+    shown = session.ask("operation-show", operation=number)
+    session.show(shown, render.operation)
+    if shown["what"] == "move" and shown["state"] in ("in-progress", "done"):
+        if not session.json:
+            click.echo()
+        session.answer(moved.below_steps, "move-show", operation=number)
+
+
+@operations.command(
+    "resume", epilog=examples("blockferry operations resume 7", "blockferry operations resume 7 --detach")
+)
+@number_argument(operations_to_go_on_with)
+@detach_option
+@json_option
+@click.pass_obj
+def resume(session: Session, *, number: int, detach: bool) -> None:
+    """Go on with a move that stands still, or a copy that was cancelled or lost.
+
+    Of a move what was copied stays copied, and it is followed to its end, as `move` does.
+    """
+    since = newest(session)
+    view = session.ask("operation-resume", operation=number)
+    if view["kind"] != "move":
+        session.show(view, render.started)
+    elif detach:
+        session.show(view, moved.left_alone)
+    else:
+        follow_move(session, view, since)
+
+
+@operations.command("cancel", epilog=examples("blockferry operations cancel 7"))
+@number_argument(operations_to_go_on_with)
+@json_option
+@click.pass_obj
+def cancel(session: Session, number: int) -> None:
+    """Give up a move whose guest has not gone over yet, or a copy.
+
+    Every disk is on the image that it was on; what was written meanwhile is written down into it.
+    """
+    view = session.ask("operation-cancel", operation=number)
+    session.show(view, moved.move if view["kind"] == "move" else render.done)
+
+
+@operations.command("speed", epilog=examples("blockferry operations speed 7 50M", "blockferry operations speed 7 0"))
+@number_argument(operations_to_go_on_with)
+@click.argument("rate", type=Rate())
+@json_option
+@click.pass_obj
+def speed(session: Session, number: int, rate: int) -> None:
+    """Limit a move that is not over to RATE bytes per second (50M, 1G; 0 lifts the limit)."""
+    session.answer(render.done, "move-speed", operation=number, bandwidth=rate)
 
 
 @click.command("recover", epilog=examples("blockferry recover"))

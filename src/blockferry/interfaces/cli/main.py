@@ -33,11 +33,13 @@ VERBS = {
     "graph": ("graphs", "A domain's block graph: devices, nodes, images, mirrors."),
     "snapshot": ("snapshots", "Snapshots of several disks at one instant, with mirrors."),
     "copy": ("copying", "Copy a disk while the guest runs, and keep the copy identical."),
+    "move": ("moving", "Move a guest's storage while it runs; all disks go over at one instant."),
     "rebase": ("chains", "Pull lower layers into a disk's image while the guest runs."),
     "commit": ("chains", "Write layers of a disk down into a lower one while the guest runs."),
     "job": ("jobs", "Block jobs that work: list, pivot, finish, cancel, speed."),
+    "storage": ("storages", "What all moves together may write to a storage: list, speed."),
     "events": ("history", "What happened, and what happens now."),
-    "operations": ("history", "What was done, step by step, with times."),
+    "operations": ("history", "What was done, step by step, with times; and going on with it, or giving it up."),
     "recover": ("history", "Settle what a crash left open."),
     "doctor": ("history", "What is wrong, and what to type."),
     "serve": ("serving", "Run the host process in the foreground."),
@@ -82,6 +84,7 @@ def _print_version(context: click.Context, _option: click.Parameter, value: bool
         "blockferry snapshot create vm1 before --atomic --mirror vda=/dest/snap.img",
         "blockferry snapshot delete vm1 before --reopen-mirror",
         "blockferry copy vm1 vdb /dst/disk.img --format raw --pivot",
+        "blockferry move vm1 /new",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -91,7 +94,7 @@ def _print_version(context: click.Context, _option: click.Parameter, value: bool
 )
 @click.pass_obj
 def cli(session: Session, state_dir: str | None) -> None:
-    """Manage the disks of running QEMU guests: snapshots, mirrors, block copy.
+    """Manage the disks of running QEMU guests: snapshots, mirrors, block copy, moves.
 
     The first command starts a host process that owns the state directory; it goes away by itself when it has nothing
     to do. What a command starts goes on when the command ends.

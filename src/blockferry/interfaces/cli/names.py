@@ -1,4 +1,4 @@
-"""Arguments whose values the shell can complete: domains, their disks and snapshots.
+"""Arguments whose values the shell can complete: domains, their disks and snapshots, operations.
 
 Asked of the host process if one runs; completing starts none, and is silent when it can't.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from blockferry.hostprocess import StateDir, default_state_dir
 from blockferry.interfaces.cli import wire
@@ -33,6 +34,34 @@ def snapshots(context: click.Context, _parameter: click.Parameter, incomplete: s
     """Names of the snapshots of the domain that was named."""
     view = _ask(context, {"request": "snapshot-list", "domain": context.params.get("name")})
     return _matching([row["name"] for row in view.get("snapshots", [])], incomplete)
+
+
+def operations_of_all(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Numbers of operations, newest first."""
+    return _operations(context, incomplete, lambda _row: True)
+
+
+def operations_to_go_on_with(
+    context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Numbers of moves and copies that are not over, newest first."""
+    return _operations(
+        context, incomplete, lambda row: row["state"] == "in-progress" and row["what"] in ("move", "copy")
+    )
+
+
+def _operations(context: click.Context, incomplete: str, wanted: Callable[[Json], bool]) -> list[CompletionItem]:
+    view = _ask(context, {"request": "operations"})
+    rows = [row for row in reversed(view.get("operations", [])) if wanted(row)]
+    found = {str(row["id"]): f"{row['domain']} {row['text']}" for row in rows}
+    return [CompletionItem(number, help=found[number]) for number in _matching(list(found), incomplete)]
+
+
+def number_argument(
+    complete: Callable[[click.Context, click.Parameter, str], list[CompletionItem]],
+) -> Callable[[F], F]:
+    """Add ID, an operation's number, to a verb."""
+    return click.argument("number", metavar="ID", type=int, shell_complete=complete)
 
 
 def domain_argument(function: F) -> F:

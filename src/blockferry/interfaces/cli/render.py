@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from blockferry.interfaces.cli.text import duration, moment, paint, percent, printable, rate, size, table
+from blockferry.interfaces.cli.text import doing, duration, moment, paint, percent, printable, rate, size, table
 from blockferry.interfaces.cli.wire import Json
 
 
@@ -43,9 +43,18 @@ def _disk(disk: Json) -> list[str]:
     for depth, image in enumerate(disk["chain"]):
         arrow = "  " + "   " * (depth - 1) + "<- " if depth else "  "
         lines.append(f"{arrow}{image['file']}  {image['format']}")
-    if disk["mirror"]:
+    # An older host process knows of no moves.
+    if moving := disk.get("moving"):
+        lines.append(f"  => {_moving(moving)}")
+    elif disk["mirror"]:
         lines.append(f"  => {_mirror(disk['mirror'])}")
     return lines
+
+
+def _moving(moving: Json) -> str:
+    words = [moving["file"], f"move {moving['operation']}", doing(moving["phase"])]
+    words += [percent(moving["current"], moving["total"])] if moving["total"] else []
+    return "  ".join(words)
 
 
 def _mirror(mirror: Json) -> str:
@@ -225,6 +234,7 @@ def progress(data: Json) -> str:
         words += [percent(data["current"], data["total"]), f"{size(data['current'])} of {size(data['total'])}"]
     words += [rate(data["rate"])] if data.get("rate") is not None else []
     words += [f"{duration(data['remaining_seconds'])} left"] if data.get("remaining_seconds") is not None else []
+    words += ["not converging"] if data.get("converging") is False else []
     words += [data["reason"]] if data.get("reason") else []
     return "  ".join(words)
 

@@ -7,17 +7,43 @@ from collections.abc import Sequence
 
 import click
 
-GOOD = frozenset({"running", "ready", "done", "pivoted", "finished", "serving", "ok"})
-BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error", "problem"})
+GOOD = frozenset({"running", "ready", "done", "working", "pivoted", "finished", "serving", "ok"})
+BAD = frozenset({"lost", "gone", "unreachable", "failed", "unsettled", "io-error", "problem", "standing still"})
 BUSY = frozenset(
-    {"copying", "catching up", "in-progress", "intent", "undone", "cancelled", "removed", "paused", "note"}
+    {
+        "copying",
+        "catching up",
+        "in-progress",
+        "intent",
+        "undone",
+        "cancelled",
+        "removed",
+        "paused",
+        "note",
+        "cancelling",
+    }
 )
+
+# What is done in a move's phases. Until the guest goes over there is nothing to be seen of a pivot but mirrors that catch up.
+DOING = {
+    "copy": "copying",
+    "mirror": "mirroring",
+    "pivot": "mirroring",
+    "verify": "comparing",
+    "end": "ending",
+    "back": "going back",
+}
 
 
 def paint(word: str) -> str:
     """Colour a state; taken away again where no terminal shows it."""
     colour = "green" if word in GOOD else "red" if word in BAD else "yellow" if word in BUSY else None
     return click.style(word, fg=colour) if colour else word
+
+
+def doing(phase: str) -> str:
+    """What is done in a phase of a move."""
+    return DOING.get(phase, phase)
 
 
 def visible(text: str) -> str:

@@ -1,0 +1,111 @@
+"""Steps about files: claiming, making, syncing and removing them, and copies of images that are made outside QEMU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from blockferry.plan.verb import Verb
+
+if TYPE_CHECKING:
+    from blockferry.plan.steps import Step
+
+
+class ClaimFile(Verb, frozen=True, kw_only=True, tag="claim-file"):
+    """Create the file exclusively, empty, with owner and mode of `like`; its inode is remembered as ours."""
+
+    alongside: ClassVar[bool] = True
+    path: str
+    like: str | None = None
+
+    def undo(self) -> tuple[Step, ...]:
+        """Remove it, if it is the one that we made."""
+        return (RemoveFile(path=self.path),)
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"create {self.path}, which must not exist"
+
+
+class CreateImage(Verb, frozen=True, kw_only=True, tag="create-image"):
+    """Write an empty image of `size` bytes into a claimed file, or over a block device (`overwrites`)."""
+
+    alongside: ClassVar[bool] = True
+    path: str
+    format: str
+    size: int
+    backing: str | None = None
+    backing_format: str | None = None
+    overwrites: bool = False
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        if self.overwrites:
+            return f"overwrite {self.path} with an empty {self.format} image of {self.size} bytes"
+        onto = f" backing onto {self.backing} ({self.backing_format})" if self.backing else ""
+        return f"make {self.path} an empty {self.format} image of {self.size} bytes{onto}"
+
+
+class RemoveFile(Verb, frozen=True, kw_only=True, tag="remove-file"):
+    """Remove a file that this operation claimed; a file that is another by now is left alone."""
+
+    path: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"remove {self.path}, which we created"
+
+
+class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
+    """Write files' dirty pages to disk and have their beginnings in memory: the window's flush and reads are short then.
+
+    Before that, what QEMU itself still holds back of the images of `nodes`.
+    """
+
+    paths: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "sync " + ", ".join(self.paths)
+
+
+class DropFile(Verb, frozen=True, kw_only=True, tag="drop-file"):
+    """Remove a file that was merged away, as the caller asked; one that somebody has open is left."""
+
+    path: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"remove {self.path}, whose data is elsewhere now"
+
+
+class NameBacking(Verb, frozen=True, kw_only=True, tag="name-backing"):
+    """Write into the header of a copy, which nobody has open, what it backs onto: the copy of what its source backs onto."""
+
+    path: str
+    format: str
+    backing: str
+    backing_format: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"let the header of {self.path} name {self.backing} ({self.backing_format})"
+
+
+class RemoveCopy(Verb, frozen=True, kw_only=True, tag="remove-copy"):
+    """Remove a copy that an earlier operation created, with that device and inode; another file is left alone."""
+
+    path: str
+    device: int
+    inode: int
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"remove {self.path}, which we created"

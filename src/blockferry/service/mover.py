@@ -1,0 +1,386 @@
+"""One move, driven from where it stands to its end: its parts are operations like any others, and files that are copied."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import msgspec
+
+from blockferry import errors
+from blockferry.engine.keeper import Keeper
+from blockferry.engine.news import item
+from blockferry.model.blockjob import BlockJob
+from blockferry.model.domain import Observation
+from blockferry.model.files import ImageFact
+from blockferry.model.move import Layer, Move, MovedDisk
+from blockferry.plan.copy import is_uri
+from blockferry.plan.disks import find_disk
+from blockferry.plan.move import (
+    COUNTED,
+    going_over,
+    mirrors_of,
+    next_of,
+    plan_back,
+    plan_end,
+    plan_give_up,
+    plan_given_up,
+    plan_mirrors,
+    waiting,
+)
+from blockferry.plan.plan import Names
+from blockferry.plan.window import plan_window
+from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
+from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle
+from blockferry.qemu.images import aliases, stamp_of
+from blockferry.service.desk import Desk
+from blockferry.service.storages import Storages
+from blockferry.service.usage import look_up, mentioned
+
+# So often what is copied is looked at and said.
+SAY_SECONDS = 1.0
+# Mirrors are waited for without end; so often somebody looks whether they still work.
+LOOK_SECONDS = 60.0
+# What a pause takes beside what is left to be copied: stop, drain, switch and read back took 40 ms for eight disks.
+PAUSE_MS = 40.0
+
+
+class Mover:
+    """Drives one move.
+
+    Args:
+        desk: what the rooms share.
+        operation: the move's number.
+        storages: limits that all moves share.
+    """
+
+    def __init__(self, desk: Desk, operation: int, storages: Storages) -> None:
+        self._desk = desk
+        self._operation = operation
+        self._storages = storages
+        self._throttle = Throttle(self._move.bandwidth)
+        self.copying_to: str | None = None  # what is written outside QEMU now
+        self.stands = False  # whether it has given in, with the reason in the journal
+
+    @property
+    def _move(self) -> Move:
+        move = self._desk.journal.move(self._operation)
+        if move is None:
+            raise AssertionError(self._operation)
+        return move
+
+    def _jobs(self, move: Move) -> dict[str, BlockJob]:
+        return {job.target: job for job in self._desk.journal.jobs(move.domain)}
+
+    async def run(self) -> None:
+        """Go on with the move until it is over, or stands still: then the reason is recorded and said."""
+        try:
+            while not (move := self._move).over:
+                match next_of(move, self._jobs(move)):
+                    case "copy":
+                        await self._copy(move)
+                    case "mirror":
+                        await self._mirror(move)
+                    case "pivot":
+                        await self._pivot(move)
+                    case "verify":
+                        await self._verify(move)
+                    case "end":
+                        await self._end(move)
+                    case "back":
+                        await self._back(move)
+        except (errors.BlockferryError, CopyFailed) as error:
+            self.stand(error.message if isinstance(error, errors.BlockferryError) else str(error))
+
+    def stand(self, reason: str) -> None:
+        """Give in: what is done stays, the reason is recorded and said."""
+        self.stands = True
+        move = msgspec.structs.replace(self._move, reason=reason)
+        self._keep(move)
+        self._say("move-stands", phase=next_of(move, self._jobs(move)), reason=reason)
+
+    def _keep(self, move: Move) -> None:
+        self._desk.journal.put_move(move)
+
+    def _say(self, kind: str, **data: object) -> None:
+        self._desk.say(kind, self._move.domain, operation=self._operation, **data)
+
+    # --- what is copied outside QEMU --------------------------------------------------------------------------
+
+    async def _copy(self, move: Move) -> None:
+        for layer in move.layers:
+            if layer.source in move.methods:
+                continue
+            await self._copy_layer(self._move, layer)
+
+    async def _copy_layer(self, move: Move, layer: Layer) -> None:
+        journal = self._desk.journal
+        stamp = move.stamps.get(layer.source) or stamp_of(layer.source)
+        claim = journal.claim(move.operation, layer.file)
+        if stamp is None or claim is None:
+            raise CopyFailed(f"{layer.source if stamp is None else layer.file} is not there any more")
+        if layer.source not in move.stamps:
+            move = msgspec.structs.replace(move, stamps={**move.stamps, layer.source: stamp})
+            self._keep(move)
+        done = journal.regions(move.operation, layer.file)
+        throttles = (self._throttle, self._storages.throttle(layer.file))
+        copy = FileCopy(layer.source, stamp, layer.file, claim, done=done, throttles=throttles)
+        self.copying_to = layer.file
+        began = time.monotonic()
+        ticker = asyncio.ensure_future(self._tick(move, layer, copy))
+        try:
+            method = await copy.run(lambda regions: journal.put_regions(move.operation, layer.file, regions))
+        finally:
+            ticker.cancel()
+            self.copying_to = None
+        self._keep(msgspec.structs.replace(self._move, methods={**self._move.methods, layer.source: method}))
+        seconds = time.monotonic() - began
+        self._say("move-copied", file=layer.file, method=method, bytes=copy.moved, kept=copy.kept, seconds=seconds)
+
+    async def _tick(self, move: Move, layer: Layer, copy: FileCopy) -> None:
+        """Say once a second how far a copy is; never recorded."""
+        began, first = time.monotonic(), copy.moved
+        while True:
+            await asyncio.sleep(SAY_SECONDS)
+            rate = (copy.moved - first) / (time.monotonic() - began)
+            current, total = copy.kept + copy.moved, layer.length
+            data = {
+                "operation": move.operation,
+                "phase": "copy",
+                "file": layer.file,
+                "current": current,
+                "total": total,
+                "rate": rate or None,
+                "remaining_seconds": max(0, total - current) / rate if rate else None,
+            }
+            self._desk.bus.publish((item(move.domain, "move-progress", None, **data),))
+
+    # --- what QEMU copies -------------------------------------------------------------------------------------
+
+    async def _mirror(self, move: Move) -> None:
+        """Start the mirrors that do not work."""
+        async with self._desk.writing(move.domain, move=move.operation) as (keeper, seen):
+            disks = waiting(move, self._jobs(move))
+            paths = tuple(disk.file for disk in disks if not is_uri(disk.file))
+            claimed = {path for path, *_made in self._desk.journal.claims(move.domain)}
+            number, names = self._desk.names()
+            plan = plan_mirrors(
+                move,
+                seen,
+                disks,
+                names=names,
+                files=await look_up(self._desk, keeper, seen, paths, {}),
+                claimed=frozenset(claimed),
+                speeds=self._speeds(move, disks),
+            )
+            await keeper.run(number, plan)
+
+    async def _pivot(self, move: Move) -> None:
+        """Wait until the mirrors are ready and the pause is to be short enough, then let the guest go over."""
+        keeper = self._desk.keeper(move.domain)
+        await self._wait_ready(keeper, move)
+        with contextlib.suppress(errors.JobNotReady):  # one fell behind again: it is waited for once more
+            async with self._desk.writing(move.domain, move=move.operation) as (keeper, seen):
+                await self._go_over(keeper, seen, move)
+
+    async def _wait_ready(self, keeper: Keeper, move: Move) -> None:
+        said = False
+        while True:
+            with contextlib.suppress(errors.JobNotReady):
+                await keeper.wait_ready(move.targets, LOOK_SECONDS)
+                allowed = self._move.max_pause_ms
+                if allowed is None:
+                    return
+                expected = await self._expected_pause(keeper, move)
+                if expected <= allowed:
+                    return
+                if not said:
+                    said = True
+                    self._say("move-waits", expected_ms=expected, max_pause_ms=allowed)
+                await asyncio.sleep(SAY_SECONDS)
+
+    async def _expected_pause(self, keeper: Keeper, move: Move) -> float:
+        """Milliseconds: what is left to be copied at the rate of the last second, and what a pause takes anyway."""
+        first = await keeper.observe()
+        await asyncio.sleep(SAY_SECONDS)
+        now = await keeper.observe()
+        ids = [mirror.job for mirror in mirrors_of(move, self._jobs(move))]
+        pairs = [(first.jobs[name], now.jobs[name]) for name in ids if name in first.jobs and name in now.jobs]
+        left = sum(job.total - job.current for _before, job in pairs)
+        rate = sum(job.current - before.current for before, job in pairs) / SAY_SECONDS
+        return PAUSE_MS + (1000 * left / rate if left and rate else 0.0)
+
+    async def _go_over(self, keeper: Keeper, seen: Observation, move: Move) -> None:
+        jobs = self._jobs(move)
+        for disk in waiting(move, jobs):
+            # Lost since it was ready: nobody goes over without it.
+            job = jobs.get(disk.target)
+            reason = (job.reason if job is not None else None) or "its job has ended"
+            raise errors.JobLost(domain=move.domain, disk=disk.target, reason=reason)
+        mirrors = mirrors_of(move, jobs)
+        bases: dict[str, tuple[ImageFact, ...]] = {
+            mirror.target: await self._desk.images.chain(mirror.backing, mirror.backing_format)
+            for mirror in mirrors
+            if mirror.backing is not None and mirror.backing_format is not None
+        }
+        number, names = self._desk.names()
+        move = self._move
+        pivot = plan_window(move.domain, seen, mirrors, names=names, ends_on="destination", what="pivot", bases=bases)
+        snapshots = self._desk.journal.snapshots(move.domain)
+        plan = going_over(move, pivot, mirrors, names=names, operation=number, snapshots=snapshots)
+        done = await keeper.run(number, plan)
+        self._keep(msgspec.structs.replace(self._move, pause_ms=done.pause_ms))
+        self._say("move-pivoted", pause_ms=done.pause_ms)
+
+    async def set_speed(self) -> None:
+        """Limit what works already as the move says now."""
+        move = self._move
+        self._throttle.rate = move.bandwidth
+        speeds = self._speeds(move)
+        for mirror in mirrors_of(move, self._jobs(move)):
+            await self._desk.keeper(move.domain).set_speed(mirror, speeds[mirror.target])
+
+    def _speeds(self, move: Move, starting: tuple[MovedDisk, ...] = ()) -> dict[str, int]:
+        """How fast each disk's mirror may go, with those that are about to be started."""
+        writing = [*writers(self._desk), *(disk.file for disk in starting)]
+        return {
+            disk.target: self._storages.share(
+                move, disk.file, sum(self._storages.same(disk.file, other) for other in writing)
+            )
+            for disk in move.disks
+        }
+
+    # --- afterwards -------------------------------------------------------------------------------------------
+
+    async def _verify(self, move: Move) -> None:
+        """Compare what the guest was on with what it is on, but for what it has written since; it runs meanwhile."""
+        if move.pivot is None or move.verify == "none":
+            raise AssertionError(move)
+        keeper = self._desk.keeper(move.domain)
+        names = Names(self._desk.journal.tag, move.pivot)
+        seen = await keeper.observe()
+        disks = tuple([await self._compared(move, disk, seen, names) for disk in move.disks])
+        if any(disk.bitmap not in seen.graph.nodes[disk.node].bitmaps for disk in disks):
+            # QEMU was started anew since: what the guest has written nobody knows any more, and never will.
+            reason = "its guest was started anew before everything was compared, so that it can't be compared any more"
+            self._keep(msgspec.structs.replace(self._move, verify="none", delete_source=False, reason=reason))
+            self._say("move-unverified", reason=reason)
+            return
+        session = await keeper.connect()
+        await forget(session, disks, names)
+        try:
+            verdict = await compare(
+                session,
+                disks,
+                move.verify,
+                images=self._desk.images,
+                names=names,
+                report=lambda current, total: self._say_compared(move, current, total),
+                throttles=(self._throttle,),
+            )
+        except CompareFailed as failure:
+            raise CopyFailed(f"source and destination could not be compared: {failure}") from failure
+        self._keep(msgspec.structs.replace(self._move, verdict=verdict, reason=None))
+        self._say("move-verified", how=verdict.how, compared=verdict.compared, differences=verdict.different)
+
+    async def _compared(self, move: Move, moved: MovedDisk, seen: Observation, names: Names) -> Compared:
+        disk = find_disk(move.domain, seen, moved.target)
+        image_format = "qcow2" if moved.overlay is not None else moved.format
+        return Compared(
+            target=moved.target,
+            node=disk.active.node,
+            bitmap=names.of(moved.target, COUNTED),
+            source=await self._desk.images.chain(moved.stands_on, image_format),
+            size=disk.active.virtual_size,
+        )
+
+    def _say_compared(self, move: Move, current: int, total: int) -> None:
+        data = {"operation": move.operation, "phase": "verify", "current": current, "total": total}
+        self._desk.bus.publish((item(move.domain, "move-progress", None, **data),))
+
+    async def _end(self, move: Move) -> None:
+        """Record the end, and remove the sources that nobody has a use for, if that was asked for."""
+        async with self._desk.holding(move.domain) as keeper:
+            equal = move.verdict is None or not move.verdict.different
+            drop = await self._unused_sources(keeper, move) if move.delete_source and equal else ()
+            number, _names = self._desk.names()
+            await keeper.run(number, plan_end(self._move, drop=drop))
+        different = move.verdict.different if move.verdict is not None else 0
+        self._say("move-done", pause_ms=move.pause_ms, removed=drop, different=different)
+
+    async def _unused_sources(self, keeper: Keeper, move: Move) -> tuple[str, ...]:
+        """The old images that nothing stands on, mentions or mirrors any more."""
+        seen = await self._desk.seen_or_none(keeper)
+        known = await mentioned(self._desk, keeper, seen, {}, but=move.operation)
+        old = dict.fromkeys(path for path in sources_of(move) if path.startswith("/"))
+        return tuple(path for path in old if not known & set(aliases(path)))
+
+    # --- giving it up -----------------------------------------------------------------------------------------
+
+    async def give_up(self, reason: str) -> None:
+        """End the mirrors and remove the copies; what was written to overlays is written down into the sources by `run`.
+
+        Raises:
+            Refused: QEMU can't be asked, and is not known to be gone.
+        """
+        async with self._alone() as (keeper, _seen):
+            move = self._move
+            made = {path: (device, inode) for path, _number, device, inode in self._desk.journal.claims(move.domain)}
+            mine = {path: made[path] for path in destinations_of(move) if path in made}
+            number, _names = self._desk.names()
+            await keeper.run(number, plan_give_up(move, mirrors_of(move, self._jobs(move)), mine, reason))
+
+    async def _back(self, move: Move) -> None:
+        """Write the overlays down, as far as there is a QEMU to do it."""
+        async with self._alone() as (keeper, seen):
+            number, names = self._desk.names()
+            back = plan_back(move, seen, names=names, operation=number) if seen is not None else None
+            if back is None:
+                await keeper.run(number, plan_given_up(move, reason=_overlays_stay(move) if seen is None else None))
+                self._say("move-cancelled", reason=self._move.reason)
+                return
+            await keeper.run(number, back)
+        await keeper.wait_over(number)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[tuple[Keeper, Observation | None]]:
+        """The domain to oneself, and how it is; None for a guest that somebody else started, and that is gone."""
+        domain = self._move.domain
+        keeper = self._desk.keeper(domain)
+        if not keeper.record.defined and await keeper.is_gone():
+            async with self._desk.holding(domain) as keeper:
+                yield keeper, None
+        else:
+            async with self._desk.writing(domain, move=self._operation) as (keeper, seen):
+                yield keeper, seen
+
+
+def _overlays_stay(move: Move) -> str | None:
+    """What is left of a move that was given up when there was no QEMU any more that could write its overlays down."""
+    overlays = [f"{disk.overlay} on {disk.source}" for disk in move.disks if disk.overlay is not None]
+    return f"its guest is gone, and stays on the overlays that were laid: {', '.join(overlays)}" if overlays else None
+
+
+def writers(desk: Desk) -> list[str]:
+    """The destinations that mirrors of moves write to now, of all domains."""
+    return [
+        job.file
+        for name in desk.keepers
+        for job in desk.journal.mirrors(name)
+        if job.move is not None and job.state == "active"
+    ]
+
+
+def destinations_of(move: Move) -> tuple[str, ...]:
+    """The images that a move makes."""
+    return tuple(dict.fromkeys([*(layer.file for layer in move.layers), *(disk.file for disk in move.disks)]))
+
+
+def sources_of(move: Move) -> Iterator[str]:
+    """The images that a move leaves, those on top first."""
+    for disk in move.disks:
+        if disk.overlay is not None:
+            yield disk.overlay
+        yield from disk.chain

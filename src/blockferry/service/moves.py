@@ -1,0 +1,298 @@
+"""Moves of a guest's storage: begin, show, go on, give up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from blockferry import answers, errors
+from blockferry.journal.journal import OperationRecord
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.model.blockjob import Mirror
+from blockferry.model.move import Move
+from blockferry.plan.copy import is_uri
+from blockferry.plan.destinations import Files
+from blockferry.plan.placement import Placed, place, plan_move
+from blockferry.plan.plan import Plan
+from blockferry.qemu.copier import data_bytes
+from blockferry.qemu.nbd import inspect
+from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
+from blockferry.service.jobs import Jobs
+from blockferry.service.mover import PAUSE_MS, Mover, sources_of, writers
+from blockferry.service.storages import Storages
+from blockferry.service.usage import look_up
+
+# A copy of less tells nothing about how long one of more takes.
+TELLING_BYTES = 16 << 20
+# As long as that a copy takes at least, whatever a clock says.
+TELLING_SECONDS = 0.001
+
+
+class Moves:
+    """The room of moves, with those that are under way.
+
+    Args:
+        desk: what the rooms share.
+        jobs: the room of copies, which can be gone on with and given up by their operation's number too.
+    """
+
+    def __init__(self, desk: Desk, jobs: Jobs) -> None:
+        self._desk = desk
+        self._jobs = jobs
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._movers: dict[int, Mover] = {}
+        self._storages = Storages(desk.journal)
+
+    def at_work(self) -> bool:
+        """Whether a move is under way."""
+        return bool(self._tasks)
+
+    async def close(self) -> None:
+        """Let go; what is recorded can be gone on with."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def move(self, request: ask.MoveStorage) -> view.View:
+        """Begin a move; it goes on by itself."""
+        require_bandwidth(request.bandwidth)
+        require_path(request.dest)
+        for file in request.disks.values():
+            if file is not None and not is_uri(file):
+                require_path(os.path.join(request.dest, file))
+        if request.delete_source and request.verify == "sample":
+            raise errors.BadRequest(
+                reason="sources are removed after everything was compared (verify full), or with verify none said out loud"
+            )
+        async with self._desk.writing(request.domain) as (keeper, seen):
+            operation, names = self._desk.names(dry_run=request.dry_run)
+            sources = {image.file for disk in seen.disks for image in disk.chain if image.file.startswith("/")}
+            facts = await self._desk.images.facts(tuple(sources))
+            placed, left_out = place(request.domain, seen, request, operation, facts)
+            paths = tuple(path for each in placed for path in each.paths)
+            files = await look_up(self._desk, keeper, seen, paths, {})
+            files = Files(
+                facts=files.facts, users=files.users, exports={uri: await inspect(uri) for uri in _uris(placed)}
+            )
+            data = await _data(placed, files)
+            plan = plan_move(
+                request.domain,
+                seen,
+                request,
+                placed,
+                names=names,
+                operation=operation,
+                files=files,
+                left_out=left_out,
+                data=data,
+            )
+            if request.dry_run:
+                return self._planned(request, plan, placed, files, data)
+            await keeper.run(operation, plan)
+        self._go_on(operation)
+        return self._view(self._get(operation), left_out=left_out, notes=plan.notes)
+
+    def _planned(
+        self,
+        request: ask.MoveStorage,
+        plan: Plan,
+        placed: tuple[Placed, ...],
+        files: Files,
+        data: Mapping[str, int],
+    ) -> view.PlanView:
+        """What a move would make, how long it is to take, and the pause to expect."""
+        move = plan.record.move
+        if move is None:
+            raise AssertionError(plan)
+        planned = answers.planned_files(move, placed, files, data)
+        rates = [rate for rate in (request.bandwidth, self._rate_seen()) if rate]
+        return msgspec.structs.replace(
+            plan_view(request.domain, plan),
+            files=planned,
+            room=answers.room_by_place(planned, files),
+            seconds=sum(each.bytes for each in planned) / min(rates) if rates else None,
+            pause_ms=PAUSE_MS,
+        )
+
+    def _rate_seen(self) -> float | None:
+        """Bytes per second of the newest copy that was long enough to tell, and not limited."""
+        free = {move.operation for move in self._desk.journal.moves() if not move.bandwidth}
+        for event in reversed(self._desk.journal.events(None, 0)):
+            data = event.data
+            if event.type == "move-copied" and data["operation"] in free and data["bytes"] >= TELLING_BYTES:
+                return float(data["bytes"] / max(data["seconds"], TELLING_SECONDS))
+        return None
+
+    async def show(self, request: ask.ShowMove) -> view.MoveView:
+        """A move as it is now."""
+        return self._view(self._get(request.operation))
+
+    async def set_speed(self, request: ask.SetMoveSpeed) -> view.Done:
+        """Limit a move, also one that stands still."""
+        require_bandwidth(request.bandwidth)
+        move = self._get(request.operation)
+        if move.over:
+            raise errors.MoveNotPossible(domain=move.domain, operation=move.operation, reason="is over")
+        self._desk.journal.put_move(msgspec.structs.replace(move, bandwidth=request.bandwidth))
+        mover = self._movers.get(move.operation)
+        if mover is not None:
+            await mover.set_speed()
+        limit = f"limited to {request.bandwidth} bytes/s" if request.bandwidth else "not limited any more"
+        return view.Done(text=f"move {move.operation} is {limit}", operation=move.operation)
+
+    async def set_storage_speed(self, request: ask.SetStorageSpeed) -> view.Done:
+        """Limit a storage for all moves, those under way too."""
+        require_bandwidth(request.bandwidth)
+        require_path(request.folder)
+        if not os.path.isdir(request.folder):
+            raise errors.BadRequest(reason=f"{request.folder} is no directory")
+        self._storages.set_limit(os.path.realpath(request.folder), request.bandwidth)
+        for mover in list(self._movers.values()):
+            await mover.set_speed()
+        limit = f"limited to {request.bandwidth} bytes/s" if request.bandwidth else "not limited any more"
+        return view.Done(text=f"what moves write to the file system of {request.folder} is {limit}")
+
+    async def list_storages(self, _request: ask.ListStorages) -> view.StorageList:
+        """The storages that have a limit."""
+        busy = [mover.copying_to for mover in self._movers.values() if mover.copying_to is not None]
+        files = [*writers(self._desk), *busy]
+        return view.StorageList(
+            storages=tuple(
+                view.StorageRow(
+                    folder=folder,
+                    bandwidth=bandwidth,
+                    writers=sum(self._storages.same(os.path.join(folder, ""), file) for file in files),
+                )
+                for folder, bandwidth in self._desk.journal.storages().items()
+            )
+        )
+
+    async def resume(self, request: ask.ResumeOperation) -> view.View:
+        """Go on with a move that stands still, or a copy that was cancelled or lost."""
+        record = self._operation(request.operation)
+        move = self._desk.journal.move(record.id)
+        if move is None:
+            copy = self._copies(record, "cancelled", "lost")[0]
+            return await self._jobs.copy(
+                ask.StartCopy(domain=record.domain, disk=copy.target, dest=copy.file, resume=True)
+            )
+        if move.over:
+            raise errors.MoveNotPossible(domain=move.domain, operation=move.operation, reason="is over")
+        self._desk.journal.put_move(msgspec.structs.replace(move, reason=None))
+        # Refused now, rather than by a task that nobody asks: its QEMU has to be there for all but the copying.
+        async with self._desk.writing(move.domain, move=move.operation):
+            pass
+        self._go_on(move.operation)
+        return self._view(self._get(move.operation))
+
+    async def cancel(self, request: ask.CancelOperation) -> view.View:
+        """Give up a move, or a copy."""
+        record = self._operation(request.operation)
+        move = self._desk.journal.move(record.id)
+        if move is None:
+            copies = self._copies(record, "active")
+            return await self._jobs.cancel(
+                ask.CancelJobs(domain=record.domain, disks=tuple(copy.target for copy in copies))
+            )
+        if move.over or move.pivoted:
+            reason = "is over" if move.over else "can't be given up: the guest is on the destinations"
+            raise errors.MoveNotPossible(domain=move.domain, operation=move.operation, reason=reason)
+        await self._halt(move.operation)
+        move = self._get(move.operation)
+        if move.pivoted:
+            raise errors.MoveNotPossible(
+                domain=move.domain, operation=move.operation, reason="went over to the destinations meanwhile"
+            )
+        mover = Mover(self._desk, move.operation, self._storages)
+        if move.state == "working":
+            await mover.give_up("on request")
+        await mover.run()
+        move = self._get(move.operation)
+        if not move.over:
+            raise errors.MoveStands(
+                domain=move.domain, operation=move.operation, phase="back", reason=move.reason or "no reason is known"
+            )
+        return self._view(move)
+
+    def _copies(self, record: OperationRecord, *states: str) -> tuple[Mirror, ...]:
+        found = tuple(
+            job.copy
+            for job in self._desk.journal.jobs(record.domain)
+            if job.operation == record.id and job.state in states and job.copy is not None
+        )
+        if not found:
+            raise errors.NothingToResume(operation=record.id, what=record.plan.what, state=record.state)
+        return found
+
+    # --- those that are under way -----------------------------------------------------------------------------
+
+    def _go_on(self, operation: int) -> None:
+        if self._at_work(operation):
+            return
+        mover = self._movers[operation] = Mover(self._desk, operation, self._storages)
+        task = self._tasks[operation] = asyncio.ensure_future(mover.run())
+        task.add_done_callback(lambda done: self._forget(mover, operation, done))
+
+    def _at_work(self, operation: int) -> bool:
+        return operation in self._movers and not self._movers[operation].stands
+
+    def _forget(self, mover: Mover, operation: int, task: asyncio.Task[None]) -> None:
+        if self._movers.get(operation) is mover:
+            del self._tasks[operation], self._movers[operation]
+        bug = None if task.cancelled() else task.exception()
+        if bug is not None:
+            # Whoever follows the move is told; the process goes on, and its log has the traceback.
+            task.get_loop().call_exception_handler({"message": f"move {operation}", "exception": bug, "task": task})
+            mover.stand(errors.InternalError(detail=repr(bug)).message)
+
+    async def _halt(self, operation: int) -> None:
+        task = self._tasks.get(operation)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _operation(self, number: int) -> OperationRecord:
+        record = self._desk.journal.operation(number)
+        if record is None:
+            raise errors.NoSuchOperation(operation=number)
+        return record
+
+    def _get(self, operation: int) -> Move:
+        record = self._operation(operation)
+        move = self._desk.journal.move(operation)
+        if move is None:
+            raise errors.NothingToResume(operation=operation, what=record.plan.what, state=record.state)
+        return move
+
+    def _view(
+        self, move: Move, *, left_out: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()
+    ) -> view.MoveView:
+        left = tuple(path for path in dict.fromkeys(sources_of(move)) if move.pivoted and os.path.exists(path))
+        return answers.move_view(
+            move,
+            phase=self._desk.phase_of(move),
+            at_work=self._at_work(move.operation),
+            kept=self._desk.kept_of(move),
+            left=left,
+            left_out=dict(left_out or {}),
+            notes=notes,
+        )
+
+
+def _uris(placed: tuple[Placed, ...]) -> tuple[str, ...]:
+    return tuple(each.file for each in placed if is_uri(each.file))
+
+
+async def _data(placed: tuple[Placed, ...], files: Files) -> dict[str, int]:
+    """By source, the bytes that its copying moves: holes left out."""
+    found: dict[str, int] = {}
+    for each in placed:
+        for image in each.disk.chain:
+            if image.file in files.facts and files.facts[image.file].kind == "file":
+                found[image.file] = await asyncio.to_thread(data_bytes, image.file)
+    return found

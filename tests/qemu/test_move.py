@@ -1,0 +1,324 @@
+"""Moves of a guest's storage, the whole way through, on a running guest."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from defined import open_defined
+from rig import ALL, FORMATS, MIB, SIZE, Rig, header, open_guest, open_rig
+from test_comes_back import attach, comes_back
+
+from blockferry import errors
+from blockferry.model import request as ask
+from blockferry.model import view
+from blockferry.service import Service
+from blockferry.testing import QemuBinaries, blockdev_disk, make_image, write_pattern
+
+
+async def moved(rig: Rig, **more: object) -> view.MoveView:
+    """Begin a move to DIR/dst, and wait until it is over or stands still."""
+    begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), **more))
+    return await over(rig, begun.operation)
+
+
+async def over(rig: Rig, operation: int) -> view.MoveView:
+    return await end_of(rig.service, "vm1", operation)
+
+
+async def end_of(service: Service, domain: str, operation: int) -> view.MoveView:
+    """Wait until a move is over or stands still."""
+    ends = ("move-done", "move-stands", "move-cancelled")
+    async with asyncio.timeout(60):
+        async for event in service.watch(domain, 0):
+            if event.type in ends and event.data["operation"] == operation:
+                break
+    shown = await service.submit(ask.ShowMove(operation=operation))
+    assert isinstance(shown, view.MoveView)
+    return shown
+
+
+@pytest.mark.parametrize("strategy", ["offload", "mirror"])
+async def test_all_disks_go_over_at_once(either: Rig, strategy: str) -> None:
+    rig = either
+    before = await rig.status()
+    for target in ALL:
+        await rig.write(target, 0x31, 2 * MIB)
+    move = await moved(rig, strategy=strategy, verify="full")
+    assert (move.state, move.reason) == ("done", None)
+    assert await rig.status() == before
+    assert {disk.strategy for disk in move.disks} == {strategy}
+    assert (move.verified, move.differences) == ("full", ())
+    for target in ALL:
+        (image,) = (await rig.disks())[target].chain
+        assert (Path(image.file).parent, image.format) == (rig.dst, FORMATS[target])
+        await rig.write(target, 0x32, 5 * MIB)
+    assert await rig.qemu_jobs() == {}
+    assert await rig.pauses_heard() == ([] if before == "prelaunch" else ["STOP", "RESUME"])
+    files = {disk.target: Path(disk.dest) for disk in move.disks}
+    await rig.guest.stop()
+    for target in ALL:
+        assert rig.holds(target, files[target], FORMATS[target])
+
+
+async def test_a_move_begun_is_in_nobodys_way(rig: Rig) -> None:
+    begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), bandwidth=1 << 20, verify="none"))
+    with pytest.raises(errors.MoveUnderWay):
+        await rig.copy("vda")
+    cancelled = await rig.ask(ask.CancelOperation(operation=begun.operation))
+    assert cancelled.state == "cancelled"
+    assert list(rig.dst.iterdir()) == []
+    for target in ALL:
+        assert await rig.chain(target) == [str(rig.source(target))]
+
+
+async def slowly(rig: Rig, **more: object) -> view.MoveView:
+    """Begin a move that will not get far."""
+    return await rig.ask(
+        ask.MoveStorage(domain="vm1", dest=str(rig.dst), strategy="offload", bandwidth=1, verify="none", **more)
+    )
+
+
+async def test_a_move_whose_process_died_is_gone_on_with(rig: Rig) -> None:
+    begun = await slowly(rig)
+    await rig.reopen_service()
+    shown = await rig.ask(ask.ShowMove(operation=begun.operation))
+    assert (shown.state, shown.phase) == ("standing still", "copy")
+    findings = (await rig.ask(ask.Doctor(domain="vm1"))).findings
+    assert not [each for each in findings if str(rig.dst) in each.text and each.severity == "problem"]
+    assert any(str(begun.operation) in " ".join(each.next) for each in findings)
+    assert shown.next == tuple(f"blockferry operations {verb} {begun.operation}" for verb in ("resume", "cancel"))
+    for target in ALL:
+        await rig.write(target, 0x41, MIB)
+    await rig.ask(ask.SetMoveSpeed(operation=begun.operation, bandwidth=0))
+    await rig.ask(ask.ResumeOperation(operation=begun.operation))
+    done = await over(rig, begun.operation)
+    assert (done.state, done.reason) == ("done", None)
+    await rig.guest.stop()
+    for disk in done.disks:
+        assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+async def test_a_move_whose_guest_died_is_gone_on_with(rig: Rig) -> None:
+    begun = await slowly(rig)
+    for target in ALL:
+        await rig.write(target, 0x42, MIB)
+    await rig.guest.command("stop")
+    guest = await comes_back(rig)
+    try:
+        await attach(rig)
+        await rig.ask(ask.SetMoveSpeed(operation=begun.operation, bandwidth=0))
+        done = await over(rig, begun.operation)
+        assert (done.state, done.reason) == ("done", None)
+    finally:
+        await guest.stop()
+    for disk in done.disks:
+        assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+async def test_mirrors_that_are_lost_are_started_again(rig: Rig) -> None:
+    begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), max_pause_ms=1, verify="none"))
+    await rig.heard("move-waits")
+    for target in ALL:
+        await rig.write(target, 0x43, 3 * MIB)
+    await rig.guest.command("stop")
+    guest = await comes_back(rig)
+    try:
+        assert (await over(rig, begun.operation)).state == "standing still"
+        await attach(rig)
+        await rig.reopen_service()
+        stands = await rig.ask(ask.ShowMove(operation=begun.operation))
+        assert stands.phase == "mirror"
+        cancelled = await rig.ask(ask.CancelOperation(operation=begun.operation))
+        assert cancelled.state == "cancelled"
+    finally:
+        await guest.stop()
+    for target in ALL:
+        assert rig.holds(target, rig.source(target), FORMATS[target])
+    assert list(rig.dst.iterdir()) == []
+
+
+async def test_the_speed_of_a_move_is_changed_while_it_works(rig: Rig) -> None:
+    begun = await slowly(rig)
+    await rig.ask(ask.SetMoveSpeed(operation=begun.operation, bandwidth=0))
+    assert (await over(rig, begun.operation)).state == "done"
+
+
+async def test_chains_are_kept_with_their_snapshots(rig: Rig) -> None:
+    await rig.layers(2)
+    before = {target: await rig.chain(target) for target in ALL}
+    done = await moved(rig)
+    assert (done.state, done.reason, done.verified) == ("done", None, "full")
+    for target in ALL:
+        chain = await rig.chain(target)
+        assert [Path(file).name for file in chain] == [Path(file).name for file in before[target]]
+        assert {Path(file).parent for file in chain} == {rig.dst}
+    for snapshot in (await rig.snapshots()).values():
+        assert {Path(disk.backing).parent for disk in snapshot.disks} == {rig.dst}
+    await rig.delete("s1", 0)
+    await rig.guest.stop()
+    for disk in done.disks:
+        assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+async def test_chains_are_made_one_image(rig: Rig) -> None:
+    await rig.layers(2)
+    done = await moved(rig, chain="flatten", verify="none")
+    assert (done.state, {disk.strategy for disk in done.disks}) == ("done", {"mirror"})
+    for target in ALL:
+        (image,) = await rig.chain(target)
+        assert Path(image).parent == rig.dst
+    await rig.guest.stop()
+    for disk in done.disks:
+        assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+async def test_sources_are_removed_when_that_was_asked_for(rig: Rig) -> None:
+    sources = {target: rig.source(target) for target in ALL}
+    done = await moved(rig, delete_source=True)
+    assert (done.state, done.left) == ("done", ())
+    assert not any(path.exists() for path in sources.values())
+
+
+async def test_the_speed_of_a_storage_holds_for_what_writes_to_it(rig: Rig) -> None:
+    await rig.ask(ask.SetStorageSpeed(folder=str(rig.dst), bandwidth=1))
+    begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), strategy="offload", verify="none"))
+    (row,) = (await rig.ask(ask.ListStorages())).storages
+    assert (row.folder, row.bandwidth) == (str(rig.dst.resolve()), 1)
+    assert (await rig.ask(ask.ShowMove(operation=begun.operation))).state == "working"
+    await rig.ask(ask.SetStorageSpeed(folder=str(rig.dst), bandwidth=0))
+    assert (await over(rig, begun.operation)).state == "done"
+    assert (await rig.ask(ask.ListStorages())).storages == ()
+
+
+@pytest.fixture
+def reflinks(tmp_path: Path) -> Iterator[Path]:
+    """A file system whose files can share blocks: XFS."""
+    image, folder = tmp_path / "xfs", tmp_path / "mounted"
+    with image.open("wb") as file:
+        file.truncate(320 * MIB)
+    folder.mkdir()
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True, timeout=60)
+    subprocess.run(["mount", "-o", "loop", image, folder], check=True, timeout=60)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True, timeout=60)
+
+
+async def test_blocks_are_shared_where_they_can_be(qemu: QemuBinaries, reflinks: Path) -> None:
+    async with open_rig(qemu, reflinks) as rig:
+        await rig.write("vda", 0x61, 2 * MIB)
+        done = await moved(rig, verify="none")
+        assert (done.state, {each.method for each in done.files}) == ("done", {"reflink"})
+        await rig.write("vda", 0x62, 3 * MIB)
+        await rig.guest.stop()
+        for disk in done.disks:
+            assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+@pytest.mark.parametrize("names", ["one name", "two names"])
+async def test_images_that_disks_share_are_copied_once(qemu: QemuBinaries, tmp_path: Path, names: str) -> None:
+    base = make_image(qemu, tmp_path / "base.img", "raw", SIZE)
+    write_pattern(qemu, base, "raw", 0, MIB, 0x71)
+    link = tmp_path / "link.img"
+    link.symlink_to(base)
+    backing = {"vda": base, "vdb": link if names == "two names" else base}
+    for target, file in backing.items():
+        make_image(qemu, tmp_path / f"{target}.img", "qcow2", backing=file, backing_fmt="raw")
+    args = [arg for target in backing for arg in blockdev_disk(target, tmp_path / f"{target}.img", "qcow2")]
+    contents = {target: bytearray(bytes([0x71]) * MIB + bytes(SIZE - MIB)) for target in backing}
+    async with open_guest(qemu, tmp_path, args, contents) as rig:
+        await rig.write_each({"vda": 0x72, "vdb": 0x73}, 2 * MIB)
+        done = await moved(rig, verify="none", delete_source=True)
+        assert (done.state, done.reason) == ("done", None)
+        assert sorted(path.name for path in rig.dst.iterdir()) == ["base.img", "vda.img", "vdb.img"]
+        for target in backing:
+            assert await rig.chain(target) == [str(rig.dst / f"{target}.img"), str(rig.dst / "base.img")]
+        assert not base.exists()
+        await rig.guest.stop()
+        for disk in done.disks:
+            assert header(qemu, Path(disk.dest))["full-backing-filename"] == str(rig.dst / "base.img")
+            assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+async def test_to_an_export_and_to_a_device(rig: Rig) -> None:
+    image = make_image(rig.qemu, rig.path / "exported", "raw", SIZE)
+    backing = rig.path / "device"
+    backing.write_bytes(b"\xee" * SIZE)
+    async with rig.server(image) as server:
+        with loop_device(backing) as device:
+            await to_both(rig, server.uri, device)
+    assert rig.holds("vdb", image, "raw")
+
+
+async def to_both(rig: Rig, uri: str, device: str) -> None:
+    done = await moved(rig, disks={"vdb": uri, "vda": device}, format="raw", verify="none")
+    assert (done.state, {disk.strategy for disk in done.disks}) == ("done", {"mirror"})
+    chains = [await rig.chain(target) for target in ("vda", "vdb", "sda")]
+    assert chains == [[device], [uri], [str(rig.source("sda"))]]
+    await rig.write_each({"vda": 0x74, "vdb": 0x75}, 4 * MIB)
+    await rig.guest.stop()
+    assert rig.holds("vda", Path(device), "raw")
+
+
+async def test_a_guest_that_is_started_here_is_started_on_its_new_images(
+    qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLOCKFERRY_QEMU_DIR", str(qemu.system.parent))
+    async with open_defined(qemu, tmp_path) as guest:
+        await guest.start()
+        await guest.write("vda", 0x76, 2 * MIB)
+        begun = await guest.ask(ask.MoveStorage(domain="g1", dest=str(tmp_path / "dst"), verify="none"))
+        done = await end_of(guest.service, "g1", begun.operation)
+        assert (done.state, done.reason) == ("done", None)
+        await guest.stop()
+        await guest.start()
+        for disk in done.disks:
+            assert (await guest.disk(disk.target)).source == disk.dest
+        await guest.stop()
+        for disk in done.disks:
+            assert guest.holds(disk.target, Path(disk.dest), disk.format)
+
+
+@contextlib.contextmanager
+def loop_device(backing: Path) -> Iterator[str]:
+    """A block device of that file."""
+    made = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=True, timeout=20)
+    try:
+        yield made.stdout.strip()
+    finally:
+        subprocess.run(["losetup", "-d", made.stdout.strip()], check=True, timeout=20)
+
+
+async def test_a_move_whose_guest_is_gone_for_good_can_be_given_up(rig: Rig) -> None:
+    begun = await slowly(rig, disks={"vda": None, "vdb": None})
+    await rig.guest.kill()
+    await rig.heard("domain-gone")
+    given_up = await rig.ask(ask.CancelOperation(operation=begun.operation))
+    assert given_up.state == "cancelled"
+    assert f"{rig.source('vda')}.move{begun.operation} on {rig.source('vda')}" in given_up.reason
+    assert list(rig.dst.iterdir()) == []
+    await rig.ask(ask.Detach(domain="vm1"))
+
+
+async def test_sources_that_are_not_equal_are_kept(rig: Rig) -> None:
+    begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), max_pause_ms=1, delete_source=True))
+    await rig.heard("move-waits")
+    with (rig.dst / "vdb.img").open("r+b") as file:  # behind QEMU's back
+        file.seek(6 * MIB + 17)
+        file.write(b"x")
+    journal = rig.service._desk.journal
+    move = journal.move(begun.operation)
+    assert move is not None
+    journal.put_move(msgspec.structs.replace(move, max_pause_ms=None))
+    done = await over(rig, begun.operation)
+    (difference,) = done.differences
+    assert (done.state, difference.target) == ("done", "vdb")
+    assert difference.offset <= 6 * MIB + 17 < difference.offset + difference.length
+    assert all(rig.source(target).exists() for target in ALL)
