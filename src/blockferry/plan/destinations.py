@@ -182,7 +182,7 @@ def require_size_of(own: ImageFact, base: Image) -> None:
     if own.virtual_size != base.virtual_size:
         raise errors.ImageUnsuitable(
             path=own.path,
-            reason=f"it has {own.virtual_size} bytes, and {base.file}, which it stands for, has {base.virtual_size}",
+            reason=f"it is not whole: {own.virtual_size} bytes, and {base.file}, which it stands for, has {base.virtual_size}",
         )
 
 
