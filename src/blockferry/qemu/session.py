@@ -188,6 +188,9 @@ class Session:
         except TimeoutError as error:
             link.close()
             raise _unanswered(path, timeout, pid, greeted=client.greeting is not None) from error
+        except asyncio.CancelledError:
+            link.close()
+            raise
         except ConnectError as error:
             link.close()
             raise errors.QmpUnreachable(qmp=path, reason=f"{error}") from error
