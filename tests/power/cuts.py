@@ -72,6 +72,7 @@ class Recording:
             and its end. What is on disk changes nowhere else. With each, the images that are not wholly on disk then.
         course: how things stood before and after it.
         images: where the disks were before it; of a guest that blockferry starts it knows itself.
+        files: all images that there were before it.
     """
 
     operation: str
@@ -81,6 +82,7 @@ class Recording:
     moments: Mapping[int, tuple[str, ...]]
     course: Course
     images: Images
+    files: set[str]
 
     def cuts(self, seed: int) -> list[Cut]:
         """All that are tried."""
@@ -151,6 +153,7 @@ class Theatre:
                 await self._carry_out(world, [request])
                 await _write_piece(world, number)
             before, images = await self._look(world)
+            files = world.files()
             begin = len(self._recorder.entries())
             await self._carry_out(world, operation.itself(world))
             await self._carry_out(world, [ask.ShowDomain(domain="vm")])
@@ -162,7 +165,7 @@ class Theatre:
         entries = self._recorder.entries()
         moments = _moments(copy.deepcopy(disk), entries, begin, end)
         course = Course(boundaries=(), commands=(), copies=False, before=before, after=after)
-        return Recording(name, world, disk, entries[:end], moments, course, {} if operation.defined else images)
+        return Recording(name, world, disk, entries[:end], moments, course, {} if operation.defined else images, files)
 
     def _world(self, name: str) -> World:
         """Fresh images, and a guest that does not run yet."""
@@ -260,9 +263,8 @@ async def _power_is_back(recording: Recording, tally: Tally, *, continuing: bool
             require_contents(world, final, leaks=True)
         else:
             # It looks at the contents before QEMU is started again.
-            await is_gone(
-                world, operation, recording.course, recording.images, set(), leaks=True, continuing=continuing
-            )
+            images, files = recording.images, recording.files
+            await is_gone(world, operation, recording.course, images, files, leaks=True, continuing=continuing)
     finally:
         await world.qemu.stop()
         _remove_sockets(world.folder)

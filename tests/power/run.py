@@ -25,7 +25,7 @@ from blockferry.testing import QemuVersion
 
 VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)
 # Not those whose QEMU is gone before they begin, nor those after which nothing of before is to be there.
-NAMES = tuple(name for name, each in OPERATIONS.items() if not (each.crashed or each.forgets or each.moves))
+NAMES = tuple(name for name, each in OPERATIONS.items() if not (each.crashed or each.forgets))
 
 
 def every_flush(version: QemuVersion, names: list[str], seed: int) -> tuple[Tally, list[str]]:

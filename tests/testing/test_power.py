@@ -56,6 +56,19 @@ def test_what_was_not_flushed_is_lost_or_not(recorder: Recorder, root: Path) -> 
     assert (root / "file").read_bytes() == NEW[:PAGE] + OLD[PAGE:]
 
 
+@pytest.mark.parametrize(("flush", "durable"), [("fsync", True), ("fdatasync", False)])
+def test_a_file_s_time_is_on_disk_with_an_fsync(flush: str, durable: bool, recorder: Recorder, root: Path) -> None:
+    first = (root / "file").stat().st_mtime_ns
+    disk = after(recorder, *python(f"os.write(file, {NEW!r}); os.{flush}(file)"))
+    written = (root / "file").stat().st_mtime_ns
+    assert written > first
+    disk.lose_power("none")
+    assert (root / "file").read_bytes() == NEW
+    assert (root / "file").stat().st_mtime_ns == (written if durable else first)
+    disk.lose_power("all")
+    assert (root / "file").stat().st_mtime_ns == written
+
+
 def test_some_of_what_was_not_flushed_is_left(recorder: Recorder, root: Path) -> None:
     """Whole writes, pages or sectors of them, by a seed."""
     disk = after(recorder, *python(f"os.write(file, {NEW!r})"))

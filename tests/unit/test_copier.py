@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from blockferry.model.files import FileStamp
 from blockferry.model.move import Region
 from blockferry.qemu import copier
-from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle, data_bytes, region_bytes
+from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle, data_bytes, region_bytes, settled
 from blockferry.qemu.images import stamp_of
 
 MIB = 1 << 20
@@ -161,3 +163,48 @@ async def test_who_waits_for_a_limit_can_be_stopped() -> None:
 )
 def test_regions(size: int, region: int) -> None:
     assert region_bytes(size) == min(region, 1 << 30)
+
+
+async def test_another_mode_or_name_is_no_writing(made: Made, tmp_path: Path) -> None:
+    copy = made.copy()
+    made.source.chmod(0o640)
+    os.link(made.source, tmp_path / "another name")
+    await copy.run(made.keep)
+    assert made.is_whole()
+
+
+async def test_what_cannot_be_settled(tmp_path: Path) -> None:
+    with pytest.raises(CopyFailed, match="No such file"):
+        await settled(str(tmp_path / "gone"))
+    with pytest.raises(CopyFailed, match="no plain file"):
+        await settled(str(tmp_path))
+
+
+HANGS = """
+import asyncio, os, sys, threading
+from blockferry.qemu.copier import FileCopy, settled
+
+HANGING = threading.Event()
+
+def hang(*_arguments):
+    HANGING.set()
+    threading.Event().wait()
+
+async def main(name, source, copy):
+    stamp, made = await settled(source), os.stat(copy)
+    setattr(os, name, hang)
+    task = asyncio.ensure_future(FileCopy(source, stamp, copy, (made.st_dev, made.st_ino)).run(lambda regions: None))
+    while not HANGING.is_set():
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name", ["copy_file_range", "fdatasync", "fsync"])
+def test_a_process_ends_while_a_file_system_hangs(made: Made, name: str) -> None:
+    """Who is cancelled leaves the thread that hangs behind, and is not held up by it."""
+    subprocess.run([sys.executable, "-c", HANGS, name, made.source, made.path], check=True, timeout=60)

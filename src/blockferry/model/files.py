@@ -53,6 +53,10 @@ class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
     modified: int
     changed: int
 
+    def holds(self, found: FileStamp | None) -> bool:
+        """Whether the file holds what it held: it may have got another owner, mode or name since."""
+        return found is not None and msgspec.structs.replace(found, changed=self.changed) == self
+
 
 class ImageFact(msgspec.Struct, frozen=True, kw_only=True):
     """What an existing image's header says, read with the driver that was named: formats are never probed.

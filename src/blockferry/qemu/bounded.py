@@ -1,4 +1,7 @@
-"""Calls that may never come back: of a file system that hangs, nobody can free the thread that waits for it."""
+"""Calls that may never come back: of a file system that hangs, nobody can free the thread that waits for it.
+
+Not asyncio.to_thread: its threads are waited for at the end of the process, which would then hang as well.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def bounded(seconds: float, function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
-    """Call a function in a thread of its own, and wait for its answer so long.
+async def apart(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
+    """Call a function in a thread of its own, for as long as it takes.
 
-    Not asyncio.to_thread: its threads are waited for at the end of the process, which would then hang as well.
+    Whoever waits can be cancelled; the thread is left to itself then, and ends with the process at the latest.
+
+    Args:
+        function: what may hang.
+        arguments: its own.
+        named: its own.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            answer.set_result(function(*arguments, **named))
+        except BaseException as error:  # noqa: BLE001 - the top of a thread: who asked is told
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await asyncio.wrap_future(answer)
+
+
+async def bounded(seconds: float, function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
+    """Call a function as `apart` does, and wait for its answer so long.
 
     Args:
         seconds: the bound.
@@ -24,17 +49,7 @@ async def bounded(seconds: float, function: Callable[P, T], /, *arguments: P.arg
         named: its own.
 
     Raises:
-        TimeoutError: no answer by then; the thread is left to itself, and ends with the process at the latest.
+        TimeoutError: no answer by then.
     """
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        answer.set_running_or_notify_cancel()
-        try:
-            answer.set_result(function(*arguments, **named))
-        except BaseException as error:  # noqa: BLE001 - the top of a thread: who asked is told
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
     async with asyncio.timeout(seconds):
-        return await asyncio.wrap_future(answer)
+        return await apart(function, *arguments, **named)

@@ -16,10 +16,10 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from blockferry.model.files import FileStamp
 from blockferry.model.move import Method, Region
+from blockferry.qemu.bounded import apart
 from blockferry.qemu.images import stamp_of
 
 # What is kept of a copy is kept in this many regions: few enough to be written down, small enough that those which a crash
@@ -137,66 +137,107 @@ class FileCopy:
             found = os.fstat(copy)
             if not stat.S_ISREG(found.st_mode) or (found.st_dev, found.st_ino) != self._claim:
                 raise CopyFailed(f"{self._file} is not the file that was made there")
+            # A thread that hangs in the file system is not waited for: it has descriptors of its own.
+            stack.callback(self._end)
             yield source, copy
 
+    def _end(self) -> None:
+        with self._ending:
+            self._stop.set()
+
+    @contextlib.contextmanager
+    def _own(self, *descriptors: int) -> Iterator[list[int]]:
+        """What a thread works with."""
+        with contextlib.ExitStack() as stack:
+            with self._ending:
+                if self._stop.is_set():
+                    raise CopyFailed("it was stopped")
+                own = [os.dup(each) for each in descriptors]
+            for each in own:
+                stack.callback(os.close, each)
+            yield own
+
     def _require_untouched(self) -> None:
-        if stamp_of(self._source) != self._stamp:
+        if not self._stamp.holds(stamp_of(self._source)):
             raise CopyFailed(f"somebody has touched {self._source} since its copying began: nobody may write to it")
 
     async def _run(self, source: int, copy: int, keep: Callable[[tuple[Region, ...]], None]) -> Method:
         size = self._stamp.size
-        if not self._done and await asyncio.to_thread(_clone, source, copy):
-            await asyncio.to_thread(os.fsync, copy)
+        if not self._done and await apart(self._cloned, source, copy):
+            await apart(self._synced, os.fsync, copy)
             keep((Region(start=0, length=size),))
             self.moved = size
             return "reflink"
         os.ftruncate(copy, size)
         step = region_bytes(size)
-        there = await asyncio.to_thread(self._check_kept, source, copy, step)
+        there = await apart(self._check_kept, source, copy, step)
         missing = [start for start in range(0, size, step) if start not in there]
-        pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="copier")
+        starts = iter(missing)
+        over: asyncio.Queue[Region | asyncio.Future[None]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        over: asyncio.Queue[asyncio.Future[Region]] = asyncio.Queue()
-        for start in missing:
-            region = loop.run_in_executor(pool, self._region, source, copy, start, step)
-            region.add_done_callback(over.put_nowait)
-            region.add_done_callback(_heard)
+
+        def hand_on(region: Region) -> None:
+            loop.call_soon_threadsafe(over.put_nowait, region)
+
+        workers = [
+            asyncio.ensure_future(apart(self._work, source, copy, starts, step, hand_on))
+            for _each in range(min(WORKERS, len(missing)))
+        ]
+        for worker in workers:
+            worker.add_done_callback(over.put_nowait)
+            worker.add_done_callback(_heard)
         finished: list[Region] = []
         try:
-            for left in reversed(range(len(missing))):
-                finished.append((await over.get()).result())
+            left = len(missing)
+            while left:
+                what = await over.get()
+                if isinstance(what, asyncio.Future):
+                    what.result()  # it has failed, or found nothing more to do
+                    continue
+                left -= 1
+                finished.append(what)
                 if not left or (over.empty() and step * len(finished) >= SYNC_BYTES):
-                    await asyncio.to_thread(os.fdatasync, copy)
+                    await apart(self._synced, os.fdatasync, copy)
                     keep(tuple(finished))
                     finished.clear()
         finally:
-            # A thread that hangs in the file system is not waited for: it has descriptors of its own.
-            with self._ending:
-                self._stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(os.fsync, copy)
+            for worker in workers:
+                worker.cancel()
+        await apart(self._synced, os.fsync, copy)
         return "copy_file_range" if self._ranged else "read-write"
+
+    def _cloned(self, source: int, copy: int) -> bool:
+        with self._own(source, copy) as own:
+            return _clone(*own)
+
+    def _synced(self, sync: Callable[[int], None], copy: int) -> None:
+        with self._own(copy) as own:
+            sync(*own)
 
     def _check_kept(self, source: int, copy: int, step: int) -> set[int]:
         """Where the regions begin that need no copying: those from before whose bytes are still what they were."""
         there: set[int] = set()
         self.kept = 0
-        for region in self._done:
-            if region.checksum is None or _checksum(source, copy, region) == region.checksum:
-                there.update(range(region.start, region.start + region.length, step))
-                self.kept += region.length
+        with self._own(source, copy) as own:
+            source, copy = own
+            for region in self._done:
+                if region.checksum is None or _checksum(source, copy, region) == region.checksum:
+                    there.update(range(region.start, region.start + region.length, step))
+                    self.kept += region.length
         return there
 
-    def _region(self, source: int, copy: int, start: int, step: int) -> Region:
-        """Copy one region, in a thread of its own."""
-        with contextlib.ExitStack() as stack:
-            with self._ending:
-                if self._stop.is_set():
-                    raise CopyFailed("it was stopped")
-                source, copy = os.dup(source), os.dup(copy)
-            stack.callback(os.close, source)
-            stack.callback(os.close, copy)
-            return self._copied(source, copy, start, min(start + step, self._stamp.size))
+    def _work(
+        self, source: int, copy: int, starts: Iterator[int], step: int, hand_on: Callable[[Region], object]
+    ) -> None:
+        """Copy region after region, in a thread, until there is none left that nobody has begun."""
+        with self._own(source, copy) as own:
+            source, copy = own
+            while (start := self._next(starts)) is not None:
+                hand_on(self._copied(source, copy, start, min(start + step, self._stamp.size)))
+
+    def _next(self, starts: Iterator[int]) -> int | None:
+        with self._counting:
+            return next(starts, None)
 
     def _copied(self, source: int, copy: int, start: int, end: int) -> Region:
         checksum = 0
@@ -280,6 +321,32 @@ def _data(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         at = stop
 
 
+async def settled(source: str) -> FileStamp:
+    """What a file that nobody writes looks like from now on, when the power has failed too: its times are on disk.
+
+    QEMU's flushes (fdatasync) leave them out.
+
+    Raises:
+        CopyFailed: it can't be read, or is no file.
+    """
+
+    def settle() -> FileStamp | None:
+        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return stamp_of(source)
+
+    try:
+        stamp = await apart(settle)
+    except OSError as error:
+        raise CopyFailed(f"{source}: {error.strerror}") from error
+    if stamp is None:
+        raise CopyFailed(f"{source} is no plain file any more")
+    return stamp
+
+
 def data_bytes(path: str) -> int:
     """The bytes of a file that hold data: what its copying moves.
 
@@ -304,7 +371,7 @@ def _checksum(source: int, copy: int, region: Region) -> int:
     return checksum
 
 
-def _heard(region: asyncio.Future[Region]) -> None:
+def _heard(worker: asyncio.Future[None]) -> None:
     """One that failed or was cancelled after another had failed is nobody's to ask for."""
-    if not region.cancelled():
-        region.exception()
+    if not worker.cancelled():
+        worker.exception()

@@ -23,6 +23,7 @@ import msgspec
 
 from blockferry.model.definition import RunAs
 from blockferry.plan.machine import FOLDER_DESCRIPTOR, QMP_SOCKET
+from blockferry.qemu.bounded import apart, bounded
 from blockferry.qemu.process import born
 from blockferry.qemu.tool import ImageError
 from blockferry.qemu.user import hand_over
@@ -32,6 +33,7 @@ LOCK_DESCRIPTOR = FOLDER_DESCRIPTOR + 1
 CONTROL_DESCRIPTOR = FOLDER_DESCRIPTOR + 2
 # QEMU answers within half a second; a loaded machine gets a hundred times that.
 ANSWER_SECONDS = 60.0
+KILL_SECONDS = 10.0
 # Its greeting, its answer, and events in between are some hundred bytes.
 ANSWER_BYTES = 64 << 10
 LAST_WORDS_BYTES = 4096
@@ -146,7 +148,7 @@ async def launch(
     with _lock(home.folder) as lock:
         if run_as is not None:
             try:
-                await asyncio.to_thread(hand_over, run_as)
+                await apart(hand_over, run_as)
             except ImageError as error:
                 raise LaunchFailed(str(error)) from error
         for stale in home.folder.glob("*.sock"):
@@ -166,8 +168,8 @@ async def launch(
         except TimeoutError:
             answered = False
         if not answered:
-            status = await _end(pid)
-            raise LaunchFailed(home.last_words() or f"it ended with status {status} and said nothing")
+            how = await _end(pid)
+            raise LaunchFailed(home.last_words() or f"it {how} and said nothing")
     return Launched(pid=pid, born=started, qmp=str(home.qmp))
 
 
@@ -253,10 +255,13 @@ async def _answers(ours: socket.socket) -> bool:
     return True
 
 
-async def _end(pid: int) -> int:
+async def _end(pid: int) -> str:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return await asyncio.to_thread(_wait, pid)
+    try:
+        return f"ended with status {await bounded(KILL_SECONDS, _wait, pid)}"
+    except TimeoutError:  # it waits for storage that hangs, and ends when that answers
+        return f"(pid {pid}) was killed and has not ended within {KILL_SECONDS:g} s"
 
 
 def _wait(pid: int) -> int:

@@ -13,6 +13,7 @@ from blockferry.plan.installed import Program
 
 # It answers in a tenth of a second; a loaded machine gets a hundred times that.
 SECONDS = 20.0
+KILL_SECONDS = 5.0
 ASKED = b'{"execute": "qmp_capabilities"}\n{"execute": "query-commands"}\n{"execute": "quit"}\n'
 
 
@@ -74,7 +75,9 @@ async def _run(path: str, words: tuple[str, ...], told: bytes) -> tuple[str | No
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # it waits for storage that hangs
+                async with asyncio.timeout(KILL_SECONDS):
+                    await process.wait()
     if process.returncode:
         lines = last.decode(errors="replace").strip().splitlines()
         return (lines[-1] if lines else f"it ended with status {process.returncode}"), ""

@@ -97,6 +97,11 @@ class _Client(QMPClient):
         self.complaint = complaint
         return ProtocolError(complaint)
 
+    def cut(self) -> None:
+        """Let go of what is still to be sent: who reads nothing any more would be waited for without end."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
@@ -152,6 +157,8 @@ class Session:
     # QEMU answers in milliseconds; `stop` waits for the host's fsync, which was seen to take 200 ms. A command that has
     # not been answered after this long is given up as unknown, and the connection with it.
     COMMAND_SECONDS = 30.0
+    # For what is to be sent yet when the connection is closed.
+    CLOSE_SECONDS = 1.0
 
     def __init__(self, client: _Client, pid: int | None, version: str, witness: Witness) -> None:
         self._client = client
@@ -218,12 +225,15 @@ class Session:
         return asyncio.shield(self._ending)
 
     async def _disconnect(self) -> str:
+        cut = asyncio.get_running_loop().call_later(self.CLOSE_SECONDS, self._client.cut)
         try:
             await self._client.disconnect()
         except asyncio.CancelledError:
             pass  # of the library's own reader or writer: nobody cancels this
         except (QMPError, OSError, EOFError) as error:
             return shorten(str(error)) or "QEMU closed the connection"
+        finally:
+            cut.cancel()
         return "the connection was closed"
 
     async def execute(self, command: str, *, seconds: float | None = None, **arguments: Any) -> Any:

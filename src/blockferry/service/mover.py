@@ -33,8 +33,8 @@ from blockferry.plan.move import (
 from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
 from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
-from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle
-from blockferry.qemu.images import aliases, stamp_of
+from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle, settled
+from blockferry.qemu.images import aliases
 from blockferry.service.desk import Desk
 from blockferry.service.storages import Storages
 from blockferry.service.usage import look_up, mentioned
@@ -117,10 +117,10 @@ class Mover:
 
     async def _copy_layer(self, move: Move, layer: Layer) -> None:
         journal = self._desk.journal
-        stamp = move.stamps.get(layer.source) or stamp_of(layer.source)
+        stamp = move.stamps.get(layer.source) or await settled(layer.source)
         claim = journal.claim(move.operation, layer.file)
-        if stamp is None or claim is None:
-            raise CopyFailed(f"{layer.source if stamp is None else layer.file} is not there any more")
+        if claim is None:
+            raise CopyFailed(f"{layer.file} is not there any more")
         if layer.source not in move.stamps:
             move = msgspec.structs.replace(move, stamps={**move.stamps, layer.source: stamp})
             self._keep(move)

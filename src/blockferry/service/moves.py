@@ -18,6 +18,7 @@ from blockferry.plan.copy import is_uri
 from blockferry.plan.destinations import Files
 from blockferry.plan.placement import Placed, place, plan_move
 from blockferry.plan.plan import Plan
+from blockferry.qemu.bounded import apart
 from blockferry.qemu.copier import data_bytes
 from blockferry.qemu.nbd import inspect
 from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
@@ -294,5 +295,5 @@ async def _data(placed: tuple[Placed, ...], files: Files) -> dict[str, int]:
     for each in placed:
         for image in each.disk.chain:
             if image.file in files.facts and files.facts[image.file].kind == "file":
-                found[image.file] = await asyncio.to_thread(data_bytes, image.file)
+                found[image.file] = await apart(data_bytes, image.file)
     return found

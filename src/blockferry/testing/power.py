@@ -2,7 +2,7 @@
 
 storage-log.c writes down what QEMU, its tools and the host process do to files, in order. `Disk` follows that log, and keeps
 apart what is on disk (flushed) and what a cache still has: contents until an fsync of their file, names until an fsync of
-their folder. At a moment that is chosen the power fails, and of what was not flushed nothing, everything or some is there.
+their folder, the time of the last change until an fsync (no fdatasync) of their file. At a moment that is chosen the power fails, and of what was not flushed nothing, everything or some is there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from blockferry.testing.preload import compiled
 
 PAGE = 4096
 SECTOR = 512
-ENTRY = struct.Struct("<c7xQqqQ")  # what, inode, offset, length, bytes of data or of a path that follow
+ENTRY = struct.Struct("<c7xQqqqQ")  # what, inode, offset, length, time, bytes of data or of a path that follow
 NAME = "STORAGE_LOG"
 # SQLite's shared memory: mapped, made anew by whoever opens the database first, and never expected to last.
 FORGOTTEN = "-shm"
@@ -34,11 +34,12 @@ class Entry:
     """An access, when it was done.
 
     Attributes:
-        what: `w`rite, `t`runcate, `e`xtend to a size at least, `z`ero, `s`ync, `d`irectory synced; `c`reate, `u`nlink,
-            `r`ename, `m`ake a folder.
+        what: `w`rite, `t`runcate, `e`xtend to a size at least, `z`ero, `s`ync, `f`datasync, `d`irectory synced; `c`reate,
+            `u`nlink, `r`ename, `m`ake a folder.
         inode: of the file, or folder.
         at: the offset in bytes.
         length: in bytes; a size, of `t` and `e`.
+        modified: the file's modification time then, in ns; 0 of names.
         data: what was written; of names the path, of `r` both with a NUL between them.
     """
 
@@ -46,12 +47,13 @@ class Entry:
     inode: int
     at: int
     length: int
+    modified: int
     data: bytes
 
     @property
     def flushes(self) -> bool:
         """Whether something is on disk from then on that need not have been before."""
-        return self.what in "sd"
+        return self.what in "sfd"
 
 
 class Recorder:
@@ -94,7 +96,7 @@ class Recorder:
             names[str(path)] = 0 if path.is_dir() else inode
             if path.is_file():
                 os.link(path, kept / str(inode))
-                files[inode] = File.of(path.read_bytes())
+                files[inode] = File.of(path.read_bytes(), path.stat().st_mtime_ns)
         return Disk(self.root, kept, names, files)
 
     def entries(self) -> list[Entry]:
@@ -102,36 +104,44 @@ class Recorder:
         log = self._log.read_bytes()
         found, at = [], 0
         while at < len(log):
-            what, inode, offset, length, size = ENTRY.unpack_from(log, at)
+            what, inode, offset, length, modified, size = ENTRY.unpack_from(log, at)
             at += ENTRY.size
-            found.append(Entry(what.decode(), inode, offset, length, log[at : at + size]))
+            found.append(Entry(what.decode(), inode, offset, length, modified, log[at : at + size]))
             at += size
         return found
 
 
 @dataclass
 class File:
-    """A file's contents: `durable`, on disk; `now`, what whoever reads it sees; and the changes that lie between."""
+    """A file's contents: `durable`, on disk; `now`, what whoever reads it sees; and the changes that lie between.
+
+    The times are in ns.
+    """
 
     durable: bytearray
     now: bytearray
+    durable_time: int
+    time: int
     pending: list[Entry] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: bytes) -> File:
+    def of(cls, data: bytes, time: int) -> File:
         """One that is on disk."""
-        return cls(bytearray(data), bytearray(data))
+        return cls(bytearray(data), bytearray(data), time, time)
 
     def change(self, entry: Entry) -> None:
         """Something is written that may or may not be on disk when the power fails."""
         _apply(self.now, entry)
+        self.time = entry.modified
         self.pending.append(entry)
 
-    def flush(self) -> None:
+    def flush(self, *, times: bool) -> None:
         """All of it is on disk."""
         for entry in self.pending:
             _apply(self.durable, entry)
         self.pending.clear()
+        if times:
+            self.durable_time = self.time
 
     def some(self, chance: random.Random) -> bytearray:
         """What is on disk if only some has got there: all or nothing of a file, of a write, or of each sector of one."""
@@ -154,7 +164,7 @@ def _split(entry: Entry, piece: int) -> Iterator[Entry]:
     start, end = entry.at, entry.at + entry.length
     while start < end:
         stop = min(end, (start // piece + 1) * piece)
-        yield Entry("w", entry.inode, start, stop - start, entry.data[start - entry.at : stop - entry.at])
+        yield Entry("w", entry.inode, start, stop - start, 0, entry.data[start - entry.at : stop - entry.at])
         start = stop
 
 
@@ -202,13 +212,13 @@ class Disk:
         match entry.what:
             case "w" | "z" | "e" | "t":
                 self._files[entry.inode].change(entry)
-            case "s":
-                self._files[entry.inode].flush()
+            case "s" | "f":
+                self._files[entry.inode].flush(times=entry.what == "s")
             case "d":
                 self._flush_folder(entry.data.decode())
             case _:
                 if entry.what == "c":
-                    self._files[entry.inode] = File.of(b"")
+                    self._files[entry.inode] = File.of(b"", entry.modified)
                 _rename(self._now, entry)
                 self._pending.append(entry)
 
@@ -264,19 +274,23 @@ class Disk:
                     os.mkdir(name, 0o700)
                     continue
                 second = self._kept / str(inode)
-                second.write_bytes(contents[inode])
+                data, modified = contents[inode]
+                second.write_bytes(data)
+                os.utime(second, ns=(modified, modified))
                 os.link(second, name)
 
-    def _left(self, left: str) -> tuple[dict[str, int], dict[int, bytearray]]:
+    def _left(self, left: str) -> tuple[dict[str, int], dict[int, tuple[bytearray, int]]]:
+        """The names, and each inode's contents and time."""
         if left == "none":
-            return self._durable, {inode: file.durable for inode, file in self._files.items()}
+            return self._durable, {inode: (file.durable, file.durable_time) for inode, file in self._files.items()}
         if left == "all":
-            return self._now, {inode: file.now for inode, file in self._files.items()}
+            return self._now, {inode: (file.now, file.time) for inode, file in self._files.items()}
         chance = random.Random(left)  # noqa: S311 - it has to be found again, not to be a secret
         names = dict(self._durable)
         for entry in self._pending[: chance.randint(0, len(self._pending))]:
             _rename(names, entry)
-        return names, {inode: file.some(chance) for inode, file in self._files.items()}
+        times = {inode: chance.choice((file.durable_time, file.time)) for inode, file in self._files.items()}
+        return names, {inode: (file.some(chance), times[inode]) for inode, file in self._files.items()}
 
 
 def _rename(names: dict[str, int], entry: Entry) -> None:

@@ -38,7 +38,8 @@ struct entry {
     char unused[7];
     uint64_t inode;
     int64_t at, length;
-    uint64_t bytes; /* of data or of a path, which follow */
+    int64_t modified; /* ns; what the file's time is then */
+    uint64_t bytes;   /* of data or of a path, which follow */
 };
 
 static struct page *page;
@@ -109,9 +110,18 @@ static int recorded(int fd, mode_t kind, struct stat *found, char *path) {
     return yes;
 }
 
+static int64_t modified(uint64_t inode) {
+    char second[PATH_MAX + 32];
+    struct stat found;
+    snprintf(second, sizeof second, "%s/%ju", kept, (uintmax_t)inode);
+    return stat(second, &found) ? 0 : found.st_mtim.tv_sec * 1000000000 + found.st_mtim.tv_nsec;
+}
+
 static void put(char what, uint64_t inode, int64_t at, int64_t length, const struct iovec *data, int count, size_t bytes) {
     struct entry entry = {.what = what, .inode = inode, .at = at, .length = length, .bytes = bytes};
     struct iovec parts[IOV_MAX];
+    if (inode)
+        entry.modified = modified(inode);
     int used = 1, saved = errno;
     size_t all = sizeof entry;
     parts[0] = (struct iovec){&entry, sizeof entry};
@@ -220,8 +230,8 @@ ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size
     return -1;
 }
 
-/* A flush covers what was written before it began, and it is on disk when it returns. */
-#define FLUSHES(name)                                                \
+/* A flush covers what was written before it began, and it is on disk when it returns; fdatasync's is without the times. */
+#define FLUSHES(name, what)                                          \
     int name(int fd) {                                               \
         static __typeof__(&name) real;                               \
         struct stat found;                                           \
@@ -234,15 +244,15 @@ ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size
         lock();                                                      \
         int done = real(fd);                                         \
         if (!done && file)                                           \
-            put('s', found.st_ino, 0, 0, NULL, 0, 0);                \
+            put(what, found.st_ino, 0, 0, NULL, 0, 0);               \
         else if (!done)                                              \
             put_text('d', found.st_ino, path, strlen(path));         \
         unlock();                                                    \
         return done;                                                 \
     }
 
-FLUSHES(fsync)
-FLUSHES(fdatasync)
+FLUSHES(fsync, 's')
+FLUSHES(fdatasync, 'f')
 
 /* --- names -------------------------------------------------------------------------------------------------------- */
 
