@@ -113,7 +113,7 @@ async def test_a_header_that_was_rebased_by_hand(rig: Rig) -> None:
     assert finding.disk == "vda"
     assert str(other) in finding.text
     assert finding.next == (f"qemu-img rebase -u -f qcow2 -F qcow2 -b {base} {overlay}",)
-    os.kill((await rig.show()).pid or 0, 9)
+    await rig.guest.kill()
     assert "qemu-gone" in {each.code for each in await doctor(rig, "vm1")}
     typed(rig.qemu, finding.next[0])
     assert header(rig.qemu, overlay)["backing-filename"] == str(base)
@@ -200,7 +200,7 @@ async def test_a_guest_that_was_started_on_its_old_image(rig: Rig) -> None:
 
 async def test_a_qemu_that_was_killed(rig: Rig) -> None:
     await rig.snapshot("s1", only=("vda",))
-    os.kill((await rig.show()).pid or 0, 9)
+    await rig.guest.kill()
     found = {finding.code: finding for finding in await doctor(rig, "vm1")}
     assert found["qemu-gone"].severity == "problem"
     assert found["qemu-gone"].next[-1] == "blockferry detach vm1"

@@ -17,6 +17,7 @@ from blockferry.qemu.bounded import bounded
 from blockferry.qemu.folders import folder_of
 from blockferry.qemu.header import BadHeader, Header
 from blockferry.qemu.inspect import inspect_image, read_header, refusal
+from blockferry.qemu.paths import identity_of
 from blockferry.qemu.qcow2 import empty_image
 from blockferry.qemu.roots import StorageRoots
 from blockferry.qemu.tool import ImageError, QemuImg
@@ -271,19 +272,6 @@ def _require_plain(path: str) -> Header:
     return header
 
 
-def aliases(path: str) -> tuple[str, ...]:
-    """What is the same for every name of a file: its path with links resolved, and its identity where it is there."""
-    real = os.path.realpath(path)
-    try:
-        return (real, _identity(os.stat(path)))
-    except OSError:
-        return (real,)
-
-
-def _identity(found: os.stat_result) -> str:
-    return f"device {found.st_rdev}" if stat.S_ISBLK(found.st_mode) else f"{found.st_dev}:{found.st_ino}"
-
-
 def _fact(path: str, roots: StorageRoots) -> FileFact:
     real = os.path.realpath(path)
     outside = roots.refuses(path)
@@ -298,7 +286,7 @@ def _fact(path: str, roots: StorageRoots) -> FileFact:
         kind = _kind(os.lstat(path).st_mode)
         found = os.stat(path)
         kind, allocated, size = _kind(found.st_mode), found.st_blocks * 512, found.st_size
-        identity = _identity(found)
+        identity = identity_of(found)
         if kind in ("file", "block"):
             used = _locked(path)
         if kind == "block":
@@ -353,14 +341,6 @@ def stamp_of(path: str) -> FileStamp | None:
         modified=found.st_mtime_ns,
         changed=found.st_ctime_ns,
     )
-
-
-def is_block_device(path: str) -> bool:
-    """Whether there is a block device of that name."""
-    try:
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    except OSError:
-        return False
 
 
 def _file_problem(path: str) -> str | None:

@@ -154,7 +154,7 @@ async def launch(
         for stale in home.folder.glob("*.sock"):
             stale.unlink()
         for path, template in templates.items():
-            _make(Path(path), template)
+            await apart(_make, Path(path), template)
         ours, theirs = socket.socketpair()
         with theirs:
             control = ["-chardev", f"socket,id=control,fd={CONTROL_DESCRIPTOR}", "-mon", "chardev=control,mode=control"]

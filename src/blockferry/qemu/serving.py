@@ -19,12 +19,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from blockferry.model.files import ImageFact
 from blockferry.plan.plan import Names
 from blockferry.plan.tracking import CHUNK
-from blockferry.qemu.images import is_block_device
 from blockferry.qemu.nbdclient import NbdClient, NbdFailed
 from blockferry.qemu.nbdwire import ALLOCATION
+from blockferry.qemu.paths import block_devices
 from blockferry.qemu.session import CommandRefused, LostReply, Session
 
 # An export ends when the requests that it has in hand are done; a storage that answers none of them holds it.
@@ -211,13 +213,14 @@ async def images_of(session: Session, node: str) -> tuple[ImageFact, ...]:
     """The images of a node and what it stands on, top first, as QEMU has them open."""
     found = await _described(session, node)
     image: dict[str, Any] | None = found["image"] if found is not None else None
-    facts = []
+    facts: list[ImageFact] = []
     while image is not None:
         path = image["filename"]
         problem = None if path.startswith("/") else "it is no file"
-        facts.append(ImageFact(path=path, format=image["format"], device=is_block_device(path), problem=problem))
+        facts.append(ImageFact(path=path, format=image["format"], problem=problem))
         image = image.get("backing-image")
-    return tuple(facts)
+    devices = await block_devices(fact.path for fact in facts)
+    return tuple(msgspec.structs.replace(fact, device=fact.path in devices) for fact in facts)
 
 
 # --- the other side -------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from blockferry.model.move import Move
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.move import Next, next_of
 from blockferry.plan.plan import Names, Plan
-from blockferry.qemu.images import Images, is_block_device
+from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 from blockferry.qemu.nbd import reachable
+from blockferry.qemu.paths import block_devices
 
 # What became of a guest that we start, as far as it ended: the newest of these events says it.
 ENDS = frozenset({"domain-defined", "domain-started", "domain-stopped", "domain-crashed"})
@@ -190,7 +191,7 @@ class Desk:
 
     # --- definitions ------------------------------------------------------------------------------------------
 
-    def inactive(self, name: str) -> str:
+    async def inactive(self, name: str) -> str:
         """The XML of what is started next, of a domain that we start.
 
         Raises:
@@ -199,7 +200,7 @@ class Desk:
         defined = self.journal.definition(name)
         if defined is None:
             raise errors.NotDefined(domain=name)
-        devices = frozenset(file for file, _format in defined.images.values() if is_block_device(file))
+        devices = await block_devices(file for file, _format in defined.images.values())
         return inactive_xml(defined.xml, defined.images, devices)
 
     async def chains(self, definition: Definition) -> dict[str, tuple[ImageFact, ...]]:
@@ -232,7 +233,7 @@ class Desk:
         try:
             seen = await keeper.observe()
         except errors.NotRunning:
-            definition = parse_definition(self.inactive(keeper.name))
+            definition = parse_definition(await self.inactive(keeper.name))
             found = await self.chains(definition)
             chains = {disk.target: found.get(disk.target, ()) for disk in definition.disks}
             return ChainsNow(chains=chains, uuid=definition.uuid)

@@ -61,7 +61,9 @@ class Doctor:
 
     async def _host(self) -> tuple[Finding, ...]:
         keepers = sorted(self._desk.keepers.values(), key=lambda keeper: keeper.name)
-        definitions = [parse_definition(self._desk.inactive(each.name)) for each in keepers if each.record.defined]
+        definitions = [
+            parse_definition(await self._desk.inactive(each.name)) for each in keepers if each.record.defined
+        ]
         programs: list[str] = [*find_qemus(platform.machine())]
         missing = []
         for definition in definitions:
@@ -136,7 +138,7 @@ class Doctor:
         return str(newest.data.get("reason")) if newest is not None else "its process is not there any more"
 
     async def _shut_off(self, keeper: Keeper, case: Case) -> Case:
-        definition = parse_definition(self._desk.inactive(keeper.name))
+        definition = parse_definition(await self._desk.inactive(keeper.name))
         chains = await self._desk.chains_to_start(definition)
         disks = {disk.target: disk for disk in definition.disks}
         dropped = {}

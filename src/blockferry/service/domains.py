@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import msgspec
 
@@ -17,6 +16,7 @@ from blockferry.model import view
 from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
 from blockferry.plan.history import current_snapshot
+from blockferry.qemu.paths import real_paths
 from blockferry.service.desk import Desk
 from blockferry.service.resting import left, resume
 
@@ -41,9 +41,10 @@ class Domains:
         flaw = path_flaw(request.agent) if request.agent is not None else None
         if flaw:
             raise errors.AgentUnreachable(domain=request.domain, reason=f"the path of its socket {flaw}")
-        real = os.path.realpath(request.qmp)
-        for record in self._desk.journal.domains():
-            if (record.name == request.domain) != (os.path.realpath(record.qmp) == real):
+        records = self._desk.journal.domains()
+        real = await real_paths([request.qmp, *(record.qmp for record in records)])
+        for record in records:
+            if (record.name == request.domain) != (real[record.qmp] == real[request.qmp]):
                 raise errors.DomainExists(domain=record.name, qmp=record.qmp)
         known = request.domain in self._desk.keepers
         keeper = self._desk.keepers.get(request.domain) or self._desk.new_keeper(request.domain)
@@ -72,7 +73,7 @@ class Domains:
                     f"{mirror.target} was mirrored to {mirror.file} when its QEMU ended: --resume-mirrors goes on with it"
                     for mirror in left(self._desk, request.domain)
                 )
-        return msgspec.structs.replace(self._domain_view(keeper, seen), notes=notes)
+        return msgspec.structs.replace(await self._domain_view(keeper, seen), notes=notes)
 
     async def detach(self, request: ask.Detach) -> view.Done:
         """Let go of a guest; it runs on."""
@@ -114,11 +115,11 @@ class Domains:
         """One domain."""
         keeper = self._desk.keeper(request.domain)
         shown = await self._view(keeper)
-        return msgspec.structs.replace(shown, xml=self._desk.inactive(keeper.name)) if request.inactive else shown
+        return msgspec.structs.replace(shown, xml=await self._desk.inactive(keeper.name)) if request.inactive else shown
 
     async def _view(self, keeper: Keeper) -> view.DomainView:
         try:
-            return self._domain_view(keeper, await keeper.observe())
+            return await self._domain_view(keeper, await keeper.observe())
         except errors.NotRunning:
             return await self._shut_off(keeper)
         except errors.BlockferryError as problem:
@@ -126,9 +127,9 @@ class Domains:
             mirrors = self._desk.journal.mirrors(keeper.name)
             return answers.domain_view(keeper.record, None, mirrors, problem=(state, problem.message))
 
-    def _domain_view(self, keeper: Keeper, seen: Observation) -> view.DomainView:
+    async def _domain_view(self, keeper: Keeper, seen: Observation) -> view.DomainView:
         current = current_snapshot(self._desk.journal.snapshots(keeper.name), seen.chains)
-        definition = self._desk.inactive(keeper.name) if keeper.record.defined else None
+        definition = await self._desk.inactive(keeper.name) if keeper.record.defined else None
         mirrors = self._desk.journal.mirrors(keeper.name)
         moving: dict[str, view.MovingView] = {}
         for move in self._desk.journal.moves(keeper.name):
@@ -139,7 +140,7 @@ class Domains:
         return answers.domain_view(keeper.record, seen, mirrors, current=current, definition=definition, moving=moving)
 
     async def _shut_off(self, keeper: Keeper) -> view.DomainView:
-        xml = self._desk.inactive(keeper.name)
+        xml = await self._desk.inactive(keeper.name)
         definition = parse_definition(xml)
         chains = await self._desk.chains(definition)
         current = current_snapshot(self._desk.journal.snapshots(keeper.name), chains)

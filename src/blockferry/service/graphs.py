@@ -40,7 +40,7 @@ class Graphs:
         try:
             seen = await keeper.observe()
         except errors.NotRunning:
-            definition = parse_definition(self._desk.inactive(keeper.name))
+            definition = parse_definition(await self._desk.inactive(keeper.name))
             chains = await self._desk.chains(definition)
             return shut_off_graph(keeper.name, definition, chains, self._desk.journal.jobs(keeper.name))
         return graph_view(keeper.name, seen, self._desk.journal.jobs(keeper.name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 
 import msgspec
@@ -27,6 +26,7 @@ from blockferry.plan.resting import Ground, Look
 from blockferry.plan.revert import overlay_of, plan_revert
 from blockferry.plan.steps import Resume, Stop
 from blockferry.qemu.launch import LaunchFailed, find_program
+from blockferry.qemu.paths import real_paths
 from blockferry.qemu.session import CommandRefused, LostReply
 from blockferry.qemu.user import NoSuchUser, run_as
 from blockferry.service.desk import Desk
@@ -88,16 +88,18 @@ class Lifecycle:
         Raises:
             ImageUnsuitable: on one that the present image stands on, which the guest would spoil by writing to it.
         """
-        old = parse_definition(self._desk.inactive(name))
+        old = parse_definition(await self._desk.inactive(name))
         chains = await self._desk.chains(old)
         # With every name that a file has: the document may use another than the image above it.
-        stands = {os.path.realpath(below.path): chain[0].path for chain in chains.values() for below in chain[1:]}
         now = {disk.target: disk.source.where for disk in old.disks if disk.source is not None}
+        then = [disk.source.where for disk in definition.disks if disk.source is not None]
+        real = await real_paths([*now.values(), *then, *(image.path for chain in chains.values() for image in chain)])
+        stands = {real[below.path]: chain[0].path for chain in chains.values() for below in chain[1:]}
         said = []
         for disk in definition.disks:
             if disk.source is None or disk.read_only:
                 continue
-            top, was = stands.get(os.path.realpath(disk.source.where)), now.get(disk.target)
+            top, was = stands.get(real[disk.source.where]), now.get(disk.target)
             if top is not None:
                 raise errors.ImageUnsuitable(
                     path=disk.source.where,
@@ -105,7 +107,7 @@ class Lifecycle:
                     f"(`blockferry show {name} --xml --inactive` has the definition with the present images; "
                     f"`blockferry undefine {name}` forgets them)",
                 )
-            if was is not None and os.path.realpath(was) != os.path.realpath(disk.source.where):
+            if was is not None and real[was] != real[disk.source.where]:
                 said.append(f"{disk.target} was on {was}, and is on {disk.source.where} from now on")
         return tuple(said)
 
@@ -154,7 +156,7 @@ class Lifecycle:
         paths = tuple(overlay_of(disk, snapshot, number) for disk in snapshot.disks)
         headers = {disk.backing: disk.backing_format for disk in snapshot.disks}
         return plan_revert(
-            parse_definition(self._desk.inactive(keeper.name)),
+            parse_definition(await self._desk.inactive(keeper.name)),
             snapshot,
             operation=number,
             files=await look_up(self._desk, keeper, None, paths, headers),
@@ -168,7 +170,7 @@ class Lifecycle:
 
     async def _start(self, keeper: Keeper, request: ask.Start) -> None:
         """Start it with its mirrors; one that can't be established is dropped, and it is tried without."""
-        definition = parse_definition(self._desk.inactive(keeper.name))
+        definition = parse_definition(await self._desk.inactive(keeper.name))
         try:
             program = find_program(definition.emulator, definition.arch)
             who = await run_as(program, definition.user, definition.relabel) if definition.user is not None else None

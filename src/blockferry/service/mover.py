@@ -34,7 +34,7 @@ from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
 from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
 from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle, settled
-from blockferry.qemu.images import aliases
+from blockferry.qemu.paths import aliases
 from blockferry.service.desk import Desk
 from blockferry.service.storages import Storages
 from blockferry.service.usage import look_up, mentioned
@@ -125,7 +125,7 @@ class Mover:
             move = msgspec.structs.replace(move, stamps={**move.stamps, layer.source: stamp})
             self._keep(move)
         done = journal.regions(move.operation, layer.file)
-        throttles = (self._throttle, self._storages.throttle(layer.file))
+        throttles = (self._throttle, await self._storages.throttle(layer.file))
         copy = FileCopy(layer.source, stamp, layer.file, claim, done=done, throttles=throttles)
         self.copying_to = layer.file
         began = time.monotonic()
@@ -173,7 +173,7 @@ class Mover:
                 names=names,
                 files=await look_up(self._desk, keeper, seen, paths, {}),
                 claimed=frozenset(claimed),
-                speeds=self._speeds(move, disks),
+                speeds=await self._speeds(move, disks),
             )
             await keeper.run(number, plan)
 
@@ -238,19 +238,13 @@ class Mover:
         """Limit what works already as the move says now."""
         move = self._move
         self._throttle.rate = move.bandwidth
-        speeds = self._speeds(move)
+        speeds = await self._speeds(move)
         for mirror in mirrors_of(move, self._jobs(move)):
             await self._desk.keeper(move.domain).set_speed(mirror, speeds[mirror.target])
 
-    def _speeds(self, move: Move, starting: tuple[MovedDisk, ...] = ()) -> dict[str, int]:
+    async def _speeds(self, move: Move, starting: tuple[MovedDisk, ...] = ()) -> dict[str, int]:
         """How fast each disk's mirror may go, with those that are about to be started."""
-        writing = [*writers(self._desk), *(disk.file for disk in starting)]
-        return {
-            disk.target: self._storages.share(
-                move, disk.file, sum(self._storages.same(disk.file, other) for other in writing)
-            )
-            for disk in move.disks
-        }
+        return await self._storages.shares(move, [*writers(self._desk), *(disk.file for disk in starting)])
 
     # --- afterwards -------------------------------------------------------------------------------------------
 
@@ -314,8 +308,8 @@ class Mover:
         """The old images that nothing stands on, mentions or mirrors any more."""
         seen = await self._desk.seen_or_none(keeper)
         known = await mentioned(self._desk, keeper, seen, {}, but=move.operation)
-        old = dict.fromkeys(path for path in sources_of(move) if path.startswith("/"))
-        return tuple(path for path in old if not known & set(aliases(path)))
+        old = await aliases(path for path in sources_of(move) if path.startswith("/"))
+        return tuple(path for path, names in old.items() if not known & set(names))
 
     # --- giving it up -----------------------------------------------------------------------------------------
 

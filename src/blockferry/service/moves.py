@@ -21,6 +21,7 @@ from blockferry.plan.plan import Plan
 from blockferry.qemu.bounded import apart
 from blockferry.qemu.copier import data_bytes
 from blockferry.qemu.nbd import inspect
+from blockferry.qemu.paths import directories, existing, real_paths
 from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
 from blockferry.service.jobs import Jobs
 from blockferry.service.mover import PAUSE_MS, Mover, sources_of, writers
@@ -96,7 +97,7 @@ class Moves:
                 return self._planned(request, plan, placed, files, data)
             await keeper.run(operation, plan)
         self._go_on(operation)
-        return self._view(self._get(operation), left_out=left_out, notes=plan.notes)
+        return await self._view(self._get(operation), left_out=left_out, notes=plan.notes)
 
     def _planned(
         self,
@@ -131,7 +132,7 @@ class Moves:
 
     async def show(self, request: ask.ShowMove) -> view.MoveView:
         """A move as it is now."""
-        return self._view(self._get(request.operation))
+        return await self._view(self._get(request.operation))
 
     async def set_speed(self, request: ask.SetMoveSpeed) -> view.Done:
         """Limit a move, also one that stands still."""
@@ -150,9 +151,10 @@ class Moves:
         """Limit a storage for all moves, those under way too."""
         require_bandwidth(request.bandwidth)
         require_path(request.folder)
-        if not os.path.isdir(request.folder):
+        real = (await real_paths([request.folder]))[request.folder]
+        if not await directories([real]):
             raise errors.BadRequest(reason=f"{request.folder} is no directory")
-        self._storages.set_limit(os.path.realpath(request.folder), request.bandwidth)
+        await self._storages.set_limit(real, request.bandwidth)
         for mover in list(self._movers.values()):
             await mover.set_speed()
         limit = f"limited to {request.bandwidth} bytes/s" if request.bandwidth else "not limited any more"
@@ -161,14 +163,10 @@ class Moves:
     async def list_storages(self, _request: ask.ListStorages) -> view.StorageList:
         """The storages that have a limit."""
         busy = [mover.copying_to for mover in self._movers.values() if mover.copying_to is not None]
-        files = [*writers(self._desk), *busy]
+        busy_on = await self._storages.writers([*writers(self._desk), *busy])
         return view.StorageList(
             storages=tuple(
-                view.StorageRow(
-                    folder=folder,
-                    bandwidth=bandwidth,
-                    writers=sum(self._storages.same(os.path.join(folder, ""), file) for file in files),
-                )
+                view.StorageRow(folder=folder, bandwidth=bandwidth, writers=busy_on.get(folder, 0))
                 for folder, bandwidth in self._desk.journal.storages().items()
             )
         )
@@ -189,7 +187,7 @@ class Moves:
         async with self._desk.writing(move.domain, move=move.operation):
             pass
         self._go_on(move.operation)
-        return self._view(self._get(move.operation))
+        return await self._view(self._get(move.operation))
 
     async def cancel(self, request: ask.CancelOperation) -> view.View:
         """Give up a move, or a copy."""
@@ -218,7 +216,7 @@ class Moves:
             raise errors.MoveStands(
                 domain=move.domain, operation=move.operation, phase="back", reason=move.reason or "no reason is known"
             )
-        return self._view(move)
+        return await self._view(move)
 
     def _copies(self, record: OperationRecord, *states: str) -> tuple[Mirror, ...]:
         found = tuple(
@@ -270,10 +268,11 @@ class Moves:
             raise errors.NothingToResume(operation=operation, what=record.plan.what, state=record.state)
         return move
 
-    def _view(
+    async def _view(
         self, move: Move, *, left_out: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()
     ) -> view.MoveView:
-        left = tuple(path for path in dict.fromkeys(sources_of(move)) if move.pivoted and os.path.exists(path))
+        there = await existing(sources_of(move)) if move.pivoted else frozenset()
+        left = tuple(path for path in dict.fromkeys(sources_of(move)) if path in there)
         return answers.move_view(
             move,
             phase=self._desk.phase_of(move),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from blockferry.journal.journal import Journal
 from blockferry.model.move import Move
 from blockferry.plan.copy import is_uri
 from blockferry.qemu.copier import Throttle
+from blockferry.qemu.paths import storages
 
 
 class Storages:
@@ -24,50 +27,72 @@ class Storages:
         self._journal = journal
         self._throttles: dict[int, Throttle] = {}
 
-    def throttle(self, file: str) -> Throttle:
+    async def throttle(self, file: str) -> Throttle:
         """The throttle of the storage that a file is on, or is to be on; without a limit it lets everything through."""
-        device = _device(file)
-        if device not in self._throttles:
-            self._throttles[device] = Throttle(self.limit(file))
-        return self._throttles[device]
+        limits = await self._limits([file])
+        return self._throttle(limits.on[file], limits.of(file))
 
-    def limit(self, file: str) -> int:
-        """Bytes per second that may be written to the storage of a file; 0 for no limit."""
-        if is_uri(file):
-            return 0
-        device = _device(file)
-        limits = [
-            rate for folder, rate in self._journal.storages().items() if _device(os.path.join(folder, "")) == device
-        ]
-        return min(limits, default=0)
+    def _throttle(self, storage: int, rate: int) -> Throttle:
+        if storage not in self._throttles:
+            self._throttles[storage] = Throttle(rate)
+        return self._throttles[storage]
 
-    def set_limit(self, folder: str, rate: int) -> None:
+    async def set_limit(self, folder: str, rate: int) -> None:
         """Limit a storage, and what waits for it now."""
         self._journal.put_storage(folder, rate)
-        self.throttle(os.path.join(folder, "")).rate = self.limit(os.path.join(folder, ""))
+        inside = os.path.join(folder, "")
+        limits = await self._limits([inside])
+        self._throttle(limits.on[inside], 0).rate = limits.of(inside)
 
-    def share(self, move: Move, file: str, writers: int) -> int:
-        """How fast one mirror of a move may write to a file, in bytes per second; 0 for no limit.
+    async def shares(self, move: Move, writing: Iterable[str]) -> dict[str, int]:
+        """How fast each mirror of a move may write, by target, in bytes per second; 0 for no limit.
 
         Args:
             move: whose.
-            file: its destination.
-            writers: how many mirrors of moves write to that storage.
+            writing: where all mirrors of moves write to, those of this one too.
         """
+        writing = list(writing)
+        limits = await self._limits([*writing, *(disk.file for disk in move.disks)])
         own = move.bandwidth // len(move.disks) if move.bandwidth else 0
-        limit = self.limit(file)
-        parts = [part for part, whole in ((own, move.bandwidth), (limit // max(1, writers), limit)) if whole]
-        return max(1, min(parts)) if parts else 0
+        found = {}
+        for disk in move.disks:
+            limit = limits.of(disk.file)
+            writers = sum(limits.same(disk.file, other) for other in writing)
+            parts = [part for part, whole in ((own, move.bandwidth), (limit // max(1, writers), limit)) if whole]
+            found[disk.target] = max(1, min(parts)) if parts else 0
+        return found
+
+    async def writers(self, writing: Iterable[str]) -> dict[str, int]:
+        """How many of these files are on each storage that has a limit, by the folder that it was given for."""
+        writing = list(writing)
+        limits = await self._limits(writing)
+        return {
+            folder: sum(limits.on[os.path.join(folder, "")] == limits.on[file] for file in writing if not is_uri(file))
+            for folder in limits.rates
+        }
+
+    async def _limits(self, files: list[str]) -> _Limits:
+        rates = self._journal.storages()
+        names = [*files, *(os.path.join(folder, "") for folder in rates)]
+        found = await storages(os.path.dirname(name) for name in names)
+        return _Limits(rates, {name: found[os.path.dirname(name)] for name in names})
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """The limits by folder, and which storage each file and each of those folders is on."""
+
+    rates: Mapping[str, int]
+    on: Mapping[str, int]
+
+    def of(self, file: str) -> int:
+        """Bytes per second that may be written to the storage of a file; 0 for no limit."""
+        if is_uri(file):
+            return 0
+        storage = self.on[file]
+        limits = [rate for folder, rate in self.rates.items() if self.on[os.path.join(folder, "")] == storage]
+        return min(limits, default=0)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two files are on one storage."""
-        return not is_uri(one) and not is_uri(other) and _device(one) == _device(other)
-
-
-def _device(file: str) -> int:
-    """The number of the file system that a file is on, or is to be on; 0 where there is none."""
-    folder = os.path.dirname(file)
-    try:
-        return os.stat(folder).st_dev
-    except OSError:
-        return 0
+        return not is_uri(one) and not is_uri(other) and self.on[one] == self.on[other]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+from collections.abc import Iterable
 
 from blockferry.engine.keeper import Keeper
 from blockferry.formats.definition import parse_definition
@@ -11,7 +11,7 @@ from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.operation import ENDED
 from blockferry.plan.destinations import Files
-from blockferry.qemu.images import aliases
+from blockferry.qemu.paths import aliases, existing
 from blockferry.service.desk import Desk
 
 # A disk's target and the files of its chain.
@@ -38,32 +38,37 @@ async def look_up(
 
 async def standing(desk: Desk, own: Keeper, own_seen: Observation) -> dict[str, tuple[str, ...]]:
     """By the file of each image in a domain's chains: who stands on it, under whichever name. See `plan.chain.Users`."""
-    found: dict[str, list[str]] = {}
+    stands: list[tuple[str, str]] = []  # the file, and who stands on it
     for keeper, chains in await _all(desk, own, own_seen):
         whose = "" if keeper is own else f"{keeper.name}'s "
-        for target, files in chains:
-            for file in files:
-                found.setdefault(_one_name(file), []).append(f"{whose}{target}")
+        stands += [(file, f"{whose}{target}") for target, files in chains for file in files]
         for copy in _copies(desk, keeper):
             if copy.backing is not None:
-                found.setdefault(_one_name(copy.backing), []).append(f"the copy of {whose}{copy.target}")
-        for file, backing in _left_behind(desk, keeper.name, {file for _target, files in chains for file in files}):
-            found.setdefault(_one_name(backing), []).append(f"{file}, which a revert left behind")
-    return {image.file: tuple(found[_one_name(image.file)]) for disk in own_seen.disks for image in disk.chain}
+                stands.append((copy.backing, f"the copy of {whose}{copy.target}"))
+        in_chains = {file for _target, files in chains for file in files}
+        for file, backing in await _left_behind(desk, keeper.name, in_chains):
+            stands.append((backing, f"{file}, which a revert left behind"))
+    own_files = [image.file for disk in own_seen.disks for image in disk.chain]
+    names = await _names([*own_files, *(file for file, _who in stands)])
+    found: dict[str, list[str]] = {}
+    for file, who in stands:
+        found.setdefault(names[file][-1], []).append(who)
+    return {file: tuple(found[names[file][-1]]) for file in own_files}
 
 
 async def _users(desk: Desk, own: Keeper, own_seen: Observation | None) -> dict[str, str]:
     """Real path, identity or URI -> the domain and disk that has it open, starts on it, or mirrors to it."""
-    users: dict[str, str] = {}
+    uses: list[tuple[str, str]] = []  # the file, and who uses it
     for keeper, chains in await _all(desk, own, own_seen):
         for copy in _copies(desk, keeper):
             if copy.backing is not None:
-                users |= dict.fromkeys(_names(copy.backing), f"the copy of {keeper.name}'s {copy.target} backs onto it")
-            users |= dict.fromkeys(_names(copy.file), f"{keeper.name} copies its {copy.target} to it")
-        for target, files in chains:
-            for file in files:
-                users |= dict.fromkeys(_names(file), f"it is in the chain of {keeper.name}'s {target}")
-    return users
+                uses.append((copy.backing, f"the copy of {keeper.name}'s {copy.target} backs onto it"))
+            uses.append((copy.file, f"{keeper.name} copies its {copy.target} to it"))
+        uses += [
+            (file, f"it is in the chain of {keeper.name}'s {target}") for target, files in chains for file in files
+        ]
+    names = await _names(file for file, _who in uses)
+    return {name: who for file, who in uses for name in names[file]}
 
 
 async def _all(desk: Desk, own: Keeper, own_seen: Observation | None) -> list[tuple[Keeper, list[Chain]]]:
@@ -79,7 +84,7 @@ async def _all(desk: Desk, own: Keeper, own_seen: Observation | None) -> list[tu
         if seen is not None:
             chains = [(disk.target, tuple(image.file for image in disk.chain)) for disk in seen.disks]
         elif keeper.record.defined:
-            closed = await desk.chains(parse_definition(desk.inactive(keeper.name)))
+            closed = await desk.chains(parse_definition(await desk.inactive(keeper.name)))
             chains = [(target, tuple(image.path for image in chain)) for target, chain in closed.items()]
         found.append((keeper, chains))
     return found
@@ -91,22 +96,20 @@ def _copies(desk: Desk, keeper: Keeper) -> list[Mirror]:
     return [*copies, *desk.resting(keeper.name)]
 
 
-def _left_behind(desk: Desk, domain: str, in_chains: set[str]) -> list[tuple[str, str]]:
+async def _left_behind(desk: Desk, domain: str, in_chains: set[str]) -> list[tuple[str, str]]:
     """(file, backing) of images that back onto a snapshot's and are in no chain, because the guest was reverted."""
     known: dict[str, str] = {}
     for snapshot in desk.journal.snapshots(domain):
         for disk in snapshot.disks if snapshot.reverted else ():
             known |= dict.fromkeys((disk.file, *snapshot.reverted.get(disk.target, ())), disk.backing)
-    return [(file, backing) for file, backing in known.items() if file not in in_chains and os.path.exists(file)]
+    there = await existing(file for file in known if file not in in_chains)
+    return [(file, backing) for file, backing in known.items() if file in there]
 
 
-def _names(file: str) -> tuple[str, ...]:
-    return aliases(file) if file.startswith("/") else (file,)
-
-
-def _one_name(file: str) -> str:
-    """The same for every name of a file."""
-    return _names(file)[-1]
+async def _names(files: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """By file, what is the same for every name of it; the last alone says which it is. An export has one name."""
+    files = tuple(files)
+    return {file: (file,) for file in files} | await aliases(file for file in files if file.startswith("/"))
 
 
 async def mentioned(
@@ -137,10 +140,11 @@ async def mentioned(
             window = operation.plan.window
             if operation.plan.what == "finish" and window is not None:
                 found |= {disk.mirror.file: disk.mirror.format for disk in window.disks}
+    there = await existing(file for file in found if file not in files)
     for file, image_format in found.items():
-        if file not in files and os.path.exists(file):
+        if file in there and file not in files:
             files |= {image.path for image in await desk.images.chain(file, image_format)}
-    return frozenset(name for file in files | set(found) | set(more) for name in _names(file))
+    return frozenset(name for names in (await _names(files | set(found) | set(more))).values() for name in names)
 
 
 def _backing(file: str | None, image_format: str | None) -> dict[str, str]:

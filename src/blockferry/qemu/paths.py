@@ -1,0 +1,108 @@
+"""What paths are, asked apart: a file system that hangs holds up who asks, for a while, and nobody else.
+
+Of a path whose file system does not answer in time nothing is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from blockferry.qemu.bounded import bounded
+
+T = TypeVar("T")
+
+# An NFS server that is there answers in milliseconds; a loaded machine gets a thousand times that.
+PATH_SECONDS = 30.0
+
+
+async def aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """What is the same for every name of a file: its path with links resolved, and its identity where it is there.
+
+    Of one that hangs, the path alone.
+    """
+    asked = tuple(dict.fromkeys(paths))
+    found = await _ask(_aliases, asked)
+    return {path: found.get(path, (path,)) for path in asked}
+
+
+async def real_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Paths with links resolved; of one that hangs, as it is."""
+    asked = tuple(dict.fromkeys(paths))
+    found = await _ask(os.path.realpath, asked)
+    return {path: found.get(path, path) for path in asked}
+
+
+async def existing(paths: Iterable[str]) -> frozenset[str]:
+    """Those that are there; one that hangs counts as there."""
+    asked = tuple(dict.fromkeys(paths))
+    found = await _ask(os.path.exists, asked)
+    return frozenset(path for path in asked if found.get(path, True))
+
+
+async def directories(paths: Iterable[str]) -> frozenset[str]:
+    """Those that are directories."""
+    found = await _ask(os.path.isdir, tuple(dict.fromkeys(paths)))
+    return frozenset(path for path, directory in found.items() if directory)
+
+
+async def block_devices(paths: Iterable[str]) -> frozenset[str]:
+    """Those that are block devices."""
+    found = await _ask(is_block_device, tuple(dict.fromkeys(paths)))
+    return frozenset(path for path, device in found.items() if device)
+
+
+async def storages(folders: Iterable[str]) -> dict[str, int]:
+    """The numbers of the file systems that folders are on; 0 of one that is not there, or hangs."""
+    asked = tuple(dict.fromkeys(folders))
+    found = await _ask(_storage, asked)
+    return {folder: found.get(folder, 0) for folder in asked}
+
+
+async def _ask(what: Callable[[str], T], paths: tuple[str, ...]) -> dict[str, T]:
+    """The answers: of all in one thread, or, where that does not come back, of each in one of its own."""
+    if not paths:
+        return {}
+    try:
+        return await bounded(PATH_SECONDS, lambda: {path: what(path) for path in paths})
+    except TimeoutError:
+        answers = await asyncio.gather(*(bounded(PATH_SECONDS, what, path) for path in paths), return_exceptions=True)
+    found: dict[str, T] = {}
+    for path, answer in zip(paths, answers, strict=True):
+        if isinstance(answer, BaseException):
+            if not isinstance(answer, TimeoutError):
+                raise answer
+        else:
+            found[path] = answer
+    return found
+
+
+def identity_of(found: os.stat_result) -> str:
+    """What is the same for every name of a file."""
+    return f"device {found.st_rdev}" if stat.S_ISBLK(found.st_mode) else f"{found.st_dev}:{found.st_ino}"
+
+
+def is_block_device(path: str) -> bool:
+    """Whether there is a block device of that name."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _aliases(path: str) -> tuple[str, ...]:
+    real = os.path.realpath(path)
+    try:
+        return (real, identity_of(os.stat(path)))
+    except OSError:
+        return (real,)
+
+
+def _storage(folder: str) -> int:
+    try:
+        return os.stat(folder).st_dev
+    except OSError:
+        return 0

@@ -1,0 +1,74 @@
+"""What paths are: of those whose file system hangs nothing is known, and nobody else is held up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from blockferry.qemu import paths
+
+HUNG = "/hung/image"
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What lies below /hung is on a server that gives no answer."""
+    back = threading.Event()
+
+    def held(ask: Callable[..., object]) -> Callable[..., object]:
+        def asked(path: object, *args: object, **named: object) -> object:
+            if str(path).startswith("/hung"):
+                back.wait()
+            return ask(path, *args, **named)
+
+        return asked
+
+    monkeypatch.setattr(paths, "PATH_SECONDS", 0.2)
+    monkeypatch.setattr(os, "stat", held(os.stat))
+    for name in ("exists", "realpath", "isdir"):
+        monkeypatch.setattr(os.path, name, held(getattr(os.path, name)))
+    yield
+    back.set()
+
+
+@pytest.mark.usefixtures("hanging")
+async def test_of_one_that_hangs_nothing_is_known(tmp_path: Path) -> None:
+    image, link = tmp_path / "image", tmp_path / "link"
+    image.touch()
+    link.symlink_to(image)
+    both = [str(link), HUNG, str(tmp_path / "gone")]
+    found = image.stat()
+    assert await paths.aliases(both) == {
+        str(link): (str(image), f"{found.st_dev}:{found.st_ino}"),
+        HUNG: (HUNG,),
+        str(tmp_path / "gone"): (str(tmp_path / "gone"),),
+    }
+    assert await paths.real_paths(both) == {str(link): str(image), HUNG: HUNG, both[2]: both[2]}
+    assert await paths.existing(both) == {str(link), HUNG}
+    assert await paths.directories([str(tmp_path), HUNG, str(image)]) == {str(tmp_path)}
+    assert await paths.block_devices(both) == frozenset()
+    assert await paths.storages([str(tmp_path), "/hung", "/no such folder"]) == {
+        str(tmp_path): found.st_dev,
+        "/hung": 0,
+        "/no such folder": 0,
+    }
+
+
+@pytest.mark.usefixtures("hanging")
+async def test_nobody_else_is_held_up(tmp_path: Path) -> None:
+    """The loop goes on meanwhile: another question is answered before the bound of the one that hangs."""
+    hung = asyncio.ensure_future(paths.existing([HUNG]))
+    await asyncio.sleep(0)
+    assert await paths.existing([str(tmp_path)]) == {str(tmp_path)}
+    assert not hung.done()
+    assert await hung == {HUNG}
+
+
+async def test_an_error_that_is_none_of_the_file_system_s_is_raised() -> None:
+    with pytest.raises(ValueError, match="null"):
+        await paths.real_paths(["/a\0b"])
