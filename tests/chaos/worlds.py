@@ -274,7 +274,13 @@ def playground(otherwise: Path) -> Iterator[Path]:
     try:
         yield folder
     except BaseException as error:
-        kept = shutil.move(folder, otherwise) if fits else folder
+        kept = folder
+        if fits:
+            # Not moved: a socket can't be copied to another file system.
+            kept = shutil.copytree(
+                folder, otherwise / folder.name, symlinks=True, ignore=shutil.ignore_patterns("*.sock")
+            )
+            shutil.rmtree(folder)
         error.add_note(f"what it left is in {kept}")
         raise
     shutil.rmtree(folder)
