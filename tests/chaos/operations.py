@@ -138,7 +138,7 @@ OPERATIONS = {
     "delete": Operation(TWO_LAYERS, DELETE, alone=True),
     "resume": Operation(each(copies("vda"), on(ask.CancelJobs, disks=("vda",))), resume),
     "move": Operation(nothing, move("offload"), moves=True),
-    "move-mirror": Operation(nothing, move("mirror"), moves=True),
+    "move-mirror": Operation(nothing, move("mirror", delete_source=True), moves=True),
     "move-chain": Operation(TWO_LAYERS, move("offload"), moves=True),
     "move-resume": Operation(BEGUN, of_move(unlimited, ask.ResumeOperation), moves=True),
     "move-cancel": Operation(BEGUN, of_move(ask.CancelOperation), moves=True, undoes=True),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from matrix import set_up
 from operations import OPERATIONS
-from worlds import Stage, World, open_world, playground
+from worlds import TARGETS, Stage, World, open_world, playground
 
 from blockferry.testing.crash import Crasher
 from blockferry.testing.trace import Call, read_trace, strace
@@ -44,6 +44,8 @@ DEPENDS: dict[str, tuple[str, ...]] = {
     "stop": ("stop", "block-job-cancel", "job-finalize", "quit"),
     "revert": ("cont",),
 }
+# Several operations each, one after the other: what depends on a record is what comes after it in the same pause.
+MOVES = ("move", "move-mirror", "move-chain", "move-resume", "move-cancel")
 LOOKS = ("query-", "x-debug-query-", "qom-", "qmp_capabilities")
 # QEMU writes the image's header when it finalizes these, and flushes nothing.
 HEADERS = ("rebase", "commit-middle", "delete")
@@ -139,6 +141,21 @@ def test_what_a_command_depends_on_is_on_disk_before_it_is_sent(name: str, trace
         require_headers_before_records(traced)
 
 
+@pytest.mark.parametrize("name", MOVES)
+def test_a_move_records_each_of_its_steps_before_what_depends_on_it(name: str, tracer: Tracer, tmp_path: Path) -> None:
+    with playground(tmp_path) as folder:
+        traced = asyncio.run(tracer.run(name, folder / name))
+    require_journal_before_commands(traced)
+    pauses = records_within_pauses(traced)
+    assert pauses or name == "move-cancel"
+    require_copies_before_records(traced, pauses)
+    sources = {f"{traced.images[0]}/{target}.img" for target in TARGETS}
+    removed = removed_sources(traced, sources, pauses)
+    assert removed == (sources if name == "move-mirror" else set()), "what is removed is what was asked for"
+    answer = next(call for call in traced.named("write") if ANSWER in call.text)
+    assert traced.records()[-1][1].ended < answer.began
+
+
 def test_a_new_journal_is_found_again(tmp_path: Path) -> None:
     """The state directory's name, and those of the folders that are made for it, are on disk before the first transaction."""
     state = tmp_path / "new/state"
@@ -189,6 +206,42 @@ def require_record_before_what_depends(traced: Traced, commands: tuple[str, ...]
     assert set(commands) <= set(after), f"not sent after the record: {set(commands) - set(after)}"
     answer = next(call for call in traced.named("write") if ANSWER in call.text)
     assert flush.ended < answer.began
+
+
+def records_within_pauses(traced: Traced) -> list[tuple[Call, Call]]:
+    """The guest goes on only when what it is on by then is on disk: the record of it, in each pause."""
+    records, found, stopped = traced.records(), [], None
+    for what, act in traced.acts():
+        if what == "stop":
+            stopped = act
+        elif what == "cont":
+            assert stopped is not None
+            began, until = stopped.ended, act.began
+            inside = [(first, flush) for first, flush in records if first.began > began and flush.ended < until]
+            assert inside, "the guest goes on without a record"
+            found += inside
+            stopped = None
+    return found
+
+
+def require_copies_before_records(traced: Traced, pauses: Sequence[tuple[Call, Call]]) -> None:
+    """A file's name is on disk before the next record, and its contents before the record that the guest is on it."""
+    for made in traced.calls:
+        if made.creates and os.path.dirname(made.path) in traced.images:
+            record = next(first for first, _flush in traced.records() if first.began > made.began)
+            traced.flush_of(made, until=record, path=os.path.dirname(made.path))
+            for first, _flush in pauses:
+                if first.began > made.began:
+                    traced.flush_of(made, until=first)
+
+
+def removed_sources(traced: Traced, sources: set[str], pauses: Sequence[tuple[Call, Call]]) -> set[str]:
+    """What the guest came from is removed only when it is on record that it is elsewhere."""
+    unlinks = [each for each in traced.named("unlink") if each.path in sources]
+    for removed in unlinks:
+        assert pauses[0][1].ended < removed.began, f"{removed.path} is removed too soon"
+        assert any(removed.ended < call.began for call in traced.wal()), "nothing is written of its removal"
+    return {each.path for each in unlinks}
 
 
 def require_headers_before_records(traced: Traced) -> None:
