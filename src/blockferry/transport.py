@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Awaitable
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -17,6 +17,9 @@ from blockferry.sockets import short_path
 
 if TYPE_CHECKING:
     import httpx
+
+
+T = TypeVar("T")
 
 
 class HttpTransport:
@@ -68,7 +71,8 @@ class HttpTransport:
         async with self._sent(message) as response:
             rest = b""
             # Not httpx's aiter_lines: JSON may hold characters that count as line ends elsewhere.
-            async for chunk in response.aiter_bytes():
+            chunks = response.aiter_bytes()
+            while (chunk := await self._unless_stopped(anext(chunks, None))) is not None:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     if line.startswith(b"data: "):
@@ -86,11 +90,11 @@ class HttpTransport:
 
         try:
             try:
-                response = await self._answer(message)
+                response = await self._unless_stopped(self._http.send(message, stream=True))
             except httpx.ConnectError:
                 # Nobody listens, so nothing was sent: it is safe to say it to the next one.
                 await reach(self._state)
-                response = await self._answer(message)
+                response = await self._unless_stopped(self._http.send(message, stream=True))
             async with contextlib.aclosing(response):
                 if response.is_error:
                     raise _told(await response.aread())
@@ -99,17 +103,17 @@ class HttpTransport:
             reason = str(error) or type(error).__name__
             raise HostProcessUnreachable(state_dir=str(self._state), reason=reason) from error
 
-    async def _answer(self, message: httpx.Request) -> httpx.Response:
-        """Its answer, however long the work takes, as long as the host process answers others."""
-        sent = asyncio.ensure_future(self._http.send(message, stream=True))
+    async def _unless_stopped(self, said: Awaitable[T]) -> T:
+        """What the host process says next, however long that takes, as long as it answers others."""
+        saying = asyncio.ensure_future(said)
         try:
-            while not (await asyncio.wait([sent], timeout=hostprocess.LOOK_SECONDS))[0]:
+            while not (await asyncio.wait([saying], timeout=hostprocess.LOOK_SECONDS))[0]:
                 if not await asyncio.to_thread(hostprocess.answers, self._state):
                     reason = "it does not answer any more: is it stopped, or does its host hang?"
                     raise HostProcessUnreachable(state_dir=str(self._state), reason=reason)
-            return sent.result()
+            return saying.result()
         finally:
-            sent.cancel()
+            saying.cancel()
 
 
 class _ErrorBody(msgspec.Struct, tag_field="kind", tag="error"):

@@ -95,6 +95,30 @@ async def test_a_host_process_that_is_stopped(
     assert (await asyncio.to_thread(wire.submit, state, {"request": "list"}))["domains"] == []
 
 
+async def test_who_listens_to_a_host_process_that_is_stopped(
+    command: Command, guest: TestQemu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`copy --wait` and whoever else waits for an event is told as well."""
+    monkeypatch.setattr(hostprocess, "LOOK_SECONDS", 0.2)
+    state = hostprocess.StateDir(command.state_dir)
+    await command.json("attach", "vm1", "--qmp", str(guest.qmp))
+    pid = owner(command.state_dir)
+    async with blockferry.connect(command.state_dir) as ferry:
+        heard, listed = ferry.watch(None, 0), wire.events(state, None, 0)
+        first = await anext(heard)
+        assert (await asyncio.to_thread(next, listed))["seq"] == first.seq
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            monkeypatch.setattr(hostprocess, "ANSWER_SECONDS", 0.3)
+            with pytest.raises(errors.HostProcessUnreachable, match="does not answer any more"):
+                async for _event in heard:
+                    pass
+            with pytest.raises(errors.HostProcessUnreachable, match="does not answer any more"):
+                await asyncio.to_thread(list, listed)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_a_doorway_that_stays_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a process that is stopped just then; of one that is gone nothing stays locked."""
     monkeypatch.setattr(hostprocess, "DOORWAY_SECONDS", 0.1)

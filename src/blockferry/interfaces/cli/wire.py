@@ -9,12 +9,14 @@ import json
 import select
 import socket
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NoReturn
+from io import BufferedReader
+from typing import Any, NoReturn
 from urllib.parse import urlencode
 
 from blockferry import hostprocess
 
 Json = dict[str, Any]
+CHUNK_BYTES = 64 << 10
 
 
 class Told(Exception):
@@ -55,7 +57,7 @@ def events(state: hostprocess.StateDir, domain: str | None, since: int | None) -
         with answer:
             if status != 200:
                 raise Told(json.loads(answer.read())["error"])
-            for line in _lines(answer):
+            for line in _lines(state, connection, answer):
                 if line.startswith(b"data: "):
                     event: Json = json.loads(line.removeprefix(b"data: "))
                     if event["kind"] == "error":
@@ -85,7 +87,7 @@ def _encoded(request: Json) -> bytes:
         raise BadRequest(reason=f"{error.object[:200]!r} is not UTF-8") from error
 
 
-def _send(state: hostprocess.StateDir, connection: socket.socket, line: str, body: bytes) -> tuple[int, BinaryIO]:
+def _send(state: hostprocess.StateDir, connection: socket.socket, line: str, body: bytes) -> tuple[int, BufferedReader]:
     """Send a request, and read its answer up to the body."""
     head = f"{line} HTTP/1.0\r\nHost: blockferry\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
@@ -109,11 +111,18 @@ def _await_answer(state: hostprocess.StateDir, connection: socket.socket) -> Non
             raise TimeoutError("it does not answer any more: is it stopped, or does its host hang?")
 
 
-def _lines(answer: BinaryIO) -> Iterator[bytes]:
+def _lines(state: hostprocess.StateDir, connection: socket.socket, answer: BufferedReader) -> Iterator[bytes]:
+    rest = b""
     try:
-        yield from answer
+        # Of so much at once nothing stays in its buffer: what comes next is seen at the connection.
+        while chunk := answer.read1(CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+            _await_answer(state, connection)
     except ConnectionError:
         return  # it was killed; a stream's end is its end
+    except TimeoutError as error:
+        _cut_off(state, error)
 
 
 def _cut_off(state: hostprocess.StateDir, error: Exception) -> NoReturn:
