@@ -10,8 +10,9 @@ what=${1:-demo}
 packages=(python3-venv qemu-system-x86 qemu-utils busybox-static kmod util-linux)
 # libvirt0 has the schemas that our XML is validated against; e2fsprogs makes file systems for guests, and checks them;
 # xfsprogs makes one whose files can share blocks; the others are what the guest agent is linked with. gcc makes what is
-# preloaded into programs whose storage is to fail or to be recorded; strace shows what was on disk when a command was sent.
-[ "$what" = tests ] && packages+=(git gcc libc6-dev strace libvirt0 e2fsprogs xfsprogs libglib2.0-0 libudev1 libnuma1 liburing2)
+# preloaded into programs whose storage is to fail or to be recorded; strace shows what was on disk when a command was sent. nbdkit is an NBD
+# server that fails, delays and pauses.
+[ "$what" = tests ] && packages+=(git gcc libc6-dev strace nbdkit libvirt0 e2fsprogs xfsprogs libglib2.0-0 libudev1 libnuma1 liburing2)
 # The last three build libvirt-python.
 [ "$what" = bench ] && packages+=(xfsprogs libvirt-daemon libvirt-daemon-driver-qemu libvirt-dev pkg-config gcc)
 

@@ -25,7 +25,7 @@ from blockferry.testing.launcher import (
     qemu10_dir,
 )
 from blockferry.testing.missing import MissingComponentError
-from blockferry.testing.nbd import NbdServer
+from blockferry.testing.nbd import FaultyNbdServer, NbdServer
 from blockferry.testing.process import StartError
 from blockferry.testing.proxy import Fault, FaultKind, Gate, QmpFaultProxy
 
@@ -34,6 +34,7 @@ __all__ = [
     "AgentRelay",
     "Fault",
     "FaultKind",
+    "FaultyNbdServer",
     "Gate",
     "GuestError",
     "GuestImages",

@@ -1,13 +1,15 @@
-"""A real NBD server for tests: `qemu-nbd`, which can be killed or made to hang."""
+"""Real NBD servers for tests: `qemu-nbd`, which can be killed or made to hang, and `nbdkit`, whose filters fail and delay."""
 
 import asyncio
 import contextlib
+import shutil
 import signal
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from blockferry.testing.launcher import QemuBinaries
+from blockferry.testing.missing import MissingComponentError
 from blockferry.testing.process import ChildProcess, socket_path
 
 START_TIMEOUT_S = 10.0  # qemu-nbd is ready after 0.02 s
@@ -129,3 +131,71 @@ class NbdServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+
+class FaultyNbdServer(NbdServer):
+    """nbdkit, which serves a raw image through its filters; an async context manager.
+
+    Args:
+        binaries: which QEMU's tools the rest of the test uses.
+        path: the image.
+        directory: existing folder for the sockets and the server's stderr.
+        name: the export's name.
+        wdelay: how long each write takes, as nbdkit-delay-filter(1) has it; `0` for no delay.
+
+    Raises:
+        MissingComponentError: nbdkit is not installed.
+    """
+
+    def __init__(
+        self, binaries: QemuBinaries, path: Path, directory: Path, *, name: str = "disk", wdelay: str = "0"
+    ) -> None:
+        super().__init__(binaries, path, "raw", directory, name=name)
+        program = shutil.which("nbdkit")
+        if program is None:
+            raise MissingComponentError("nbdkit", "make test-tools")
+        self._failing = directory / f"{name}.nbd.failing"
+        self._pause = socket_path(directory / f"{name}.nbd.pause")
+        filters = {
+            "error": ["error-pwrite=ENOSPC", "error-pwrite-rate=100%", f"error-pwrite-file={self._failing}"],
+            "pause": [f"pause-control={self._pause}"],
+            "delay": [f"wdelay={wdelay}"],
+        }
+        argv = [program, "--foreground", f"--unix={self.socket}", f"--exportname={name}"]
+        argv += [f"--filter={each}" for each in filters]
+        argv += ["file", str(path), *(word for words in filters.values() for word in words)]
+        self._process = ChildProcess(argv, directory / f"{name}.nbd.stderr")
+
+    def fail(self) -> None:
+        """From now on every write ends with ENOSPC (nbdkit-error-filter(1))."""
+        self._failing.touch()
+
+    def heal(self) -> None:
+        """Let writes through again."""
+        self._failing.unlink()
+
+    async def hold(self) -> None:
+        """Let no request through from now on (nbdkit-pause-filter(1)): clients are accepted and greeted, and that is all.
+
+        Returns when the requests that are under way are done.
+        """
+        assert await self._told(b"p") == b"P"
+
+    async def let_go(self) -> None:
+        """Let all requests through that were held."""
+        assert await self._told(b"r") == b"R"
+
+    async def stop(self) -> None:
+        """As of `NbdServer`; what is held is let go first, which it would wait for."""
+        if self.alive:
+            await self.let_go()
+        await super().stop()
+
+    async def _told(self, word: bytes) -> bytes:
+        reader, writer = await asyncio.open_unix_connection(self._pause)
+        try:
+            writer.write(word)
+            return await reader.readexactly(1)
+        finally:
+            writer.close()
+            await writer.wait_closed()
