@@ -153,6 +153,17 @@ async def test_a_guest_that_stands_still_shows_where(
 
 
 @pytest.mark.guest
+async def test_a_guest_whose_writer_dies_says_so(qemu: QemuBinaries, tmp_path: Path) -> None:
+    image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
+    disks = {"vda": blockdev_disk("d0", image, "raw")}
+    async with WritingGuest(qemu, tmp_path, disks, slots=0) as guest:  # its shell ends where it divides by that
+        with pytest.raises(
+            GuestError, match=r"(?s)^boot; the program that writes to vda died with status 2; .*console:"
+        ):
+            await guest.booted()
+
+
+@pytest.mark.guest
 async def test_a_guest_that_does_not_boot_in_time_is_started_again(qemu: QemuBinaries, tmp_path: Path) -> None:
     image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
     async with WritingGuest(qemu, tmp_path, {"vda": blockdev_disk("d0", image, "raw")}) as guest:
@@ -165,6 +176,20 @@ async def test_a_guest_that_does_not_boot_in_time_is_started_again(qemu: QemuBin
         await guest.progress()
         await guest.stop()
     assert guest.verify("vda", image, "raw") == []
+
+
+@pytest.mark.guest
+async def test_a_guest_whose_qemu_aborts_while_it_boots_is_started_again(qemu: QemuBinaries, tmp_path: Path) -> None:
+    image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
+    async with WritingGuest(qemu, tmp_path, {"vda": blockdev_disk("d0", image, "raw")}) as guest:
+        with (tmp_path / "qemu.stderr").open("a") as words:
+            words.write("physmem.c:2678: iotlb_to_section: Assertion `section_index < d->map.sections_nb' failed.\n")
+        guest.qemu.process.signal(signal.SIGABRT)
+        with pytest.warns(StartedAgainWarning, match=r"(?s)boot: QEMU ended; .*iotlb_to_section"):
+            await guest.booted()
+        guest.qemu.process.signal(signal.SIGABRT)
+        with pytest.raises(GuestError, match="QEMU ended"):
+            await guest.progress()
 
 
 def test_records_found_and_missing(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ PROGRESS_TIMEOUT_S = 60.0  # the slowest guest seen acknowledges some records ea
 BOOT_OPTIONS = "console=ttyS0 quiet tsc=reliable no_timer_check mitigations=off nokaslr random.trust_cpu=on panic=-1"
 BOOT_OPTIONS += " sysrq_always_enabled=1"  # a kernel that stands still is asked by its keyboard where, see stall.py
 
+# A processor of the guest looked up a device in a map that had just been replaced (seen with QEMU 10.0 on a busy machine). What
+# is noticed is an entry that the new map does not have; one that it has may be another device's, and what is written is lost.
+LOST_ITS_MAP = "iotlb_to_section: Assertion"
+
 
 def agent_channel(path: Path) -> list[str]:
     """Return the arguments for a guest agent's channel, on a socket that QEMU listens on."""
@@ -43,7 +47,7 @@ def agent_channel(path: Path) -> list[str]:
 
 
 class GuestError(RuntimeError):
-    """The guest did not do what was waited for; the message has what QEMU and the guest's kernel say, and its console."""
+    """The guest did not do what was waited for; the message has what QEMU and its kernel say, and its console."""
 
 
 class StartedAgainWarning(UserWarning):
@@ -167,6 +171,7 @@ class WritingGuest:
         self.console = directory / "console.log"
         self._changed = asyncio.Condition()
         self._stopped = False
+        self._died = ""
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self.agent = socket_path(directory / "agent.sock")
@@ -234,6 +239,8 @@ class WritingGuest:
                         self.acked[disk] = int(record)
                     case ["IOERROR", disk, record]:
                         self.errors.append((disk, int(record)))
+                    case ["DIED", disk, status]:
+                        self._died = f"; the program that writes to {disk} died with status {status}"
                     case ["STOPPED"]:
                         self._stopped = True
                 await self._notify()
@@ -247,25 +254,27 @@ class WritingGuest:
     async def _until(self, reached: Callable[[], bool], what: str, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout), self._changed:
-                await self._changed.wait_for(lambda: self._ended or reached())
+                await self._changed.wait_for(lambda: self._ended or self._died or reached())
         except TimeoutError:
             pass
         if reached():
             return
         state = f"acked {self.acked}, errors {self.errors[-5:]}"
-        if self._ended:
+        if self._ended:  # nobody is left to be asked
             console = self.console.read_text(errors="replace")[-CONSOLE_CHARS:]
-            raise GuestError(f"{what}: QEMU ended; {state}, console:\n{console}")
+            last_words = self.qemu.process.stderr_text[-CONSOLE_CHARS:]
+            raise GuestError(f"{what}: QEMU ended; {state}, its stderr:\n{last_words}\nconsole:\n{console}")
+        late = self._died or f": not within {timeout} s"
         found = await describe(self.qemu, self.console)
         meanwhile = "reached since" if reached() else "still not reached"
-        raise GuestError(f"{what}: not within {timeout} s; {state}; {meanwhile}, acked {self.acked}\n{found}")
+        raise GuestError(f"{what}{late}; {state}; {meanwhile}, acked {self.acked}\n{found}")
 
     async def booted(self, timeout: float = BOOT_TIMEOUT_S) -> None:
         """Wait until every disk has an acknowledged record.
 
-        A guest that was not up in time is started again, once, with a warning that has all that is known of the first: as
-        long as it has not been waited for nobody has been promised anything. One that woke from saved memory is not: its
-        memory goes with the disks as they were.
+        A guest that was not up in time, or whose QEMU ended by that fault of its own, is started again, once, with a warning
+        that has all that is known of the first: as long as it has not been waited for nobody has been promised anything. One
+        that woke from saved memory is not: its memory goes with the disks as they were.
 
         Raises:
             GuestError: it did not happen within `timeout` seconds, nor within a minute the second time, or QEMU ended.
@@ -274,7 +283,8 @@ class WritingGuest:
         try:
             await self._until(up, "boot", timeout)
         except GuestError as error:
-            if self._ended or self._woken:
+            lost_its_map = LOST_ITS_MAP in self.qemu.process.stderr_text
+            if self._woken or self._died or (self._ended and not lost_its_map):
                 raise
             warnings.warn(f"started again: {error}", StartedAgainWarning, stacklevel=2)
         else:
