@@ -24,6 +24,7 @@ MAY_SLEEP = {
     "qemu/session.py": "sleep(0): one turn of the loop, whatever one QEMU says",
     "testing/demo.py": "lets a guest write for a while, to be watched",
     "testing/nbd.py": "qemu-nbd does not say when it listens",
+    "testing/stall.py": "the guest's kernel writes to a file, and nobody says when",
     "testing/proxy.py": "a reply that is late is what it is there for",
 }
 

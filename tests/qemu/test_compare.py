@@ -107,12 +107,13 @@ def address(folder: Path) -> dict[str, object]:
 
 def servers() -> list[int]:
     """The qemu-nbd processes that are children of ours and live."""
+    # By their parent, not by the threads' lists of children: those lose a child whose thread ends meanwhile.
     found = []
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            with contextlib.suppress(OSError):
-                if b"qemu-nbd" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(int(pid))
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            parent = int((process / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            if parent == os.getpid() and b"qemu-nbd" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
     return found
 
 

@@ -1,6 +1,8 @@
 import gzip
 import json
 import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from blockferry.testing import (
     MissingComponentError,
     QemuBinaries,
     Records,
+    StartedAgainWarning,
     WritingGuest,
     blockdev_disk,
+    blockdev_node,
     build_guest,
     check_image,
     legacy_drive,
@@ -103,6 +107,89 @@ async def test_boot_that_fails_shows_why(qemu: QemuBinaries, tmp_path: Path) -> 
     async with WritingGuest(qemu, tmp_path, {"vda": legacy_drive(image, "raw")}, images=images) as guest:
         with pytest.raises(GuestError, match=r"(?s)boot: QEMU ended.*Kernel panic"):
             await guest.booted()
+
+
+@pytest.mark.guest
+async def test_a_guest_that_stands_still_shows_where(
+    qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
+    second = make_image(qemu, tmp_path / "b.raw", "raw", 64 * MIB)
+    slow = {"driver": "throttle", "node-name": "slow", "throttle-group": "slow", "file": "d1"}
+    disks = {
+        "vda": blockdev_disk("d0", first, "raw", iothread="io0"),
+        "sda": [
+            *("-object", "throttle-group,id=slow,x-iops-write=1,x-iops-size=1"),  # a block takes an hour
+            *blockdev_node("d1", second, "raw"),
+            *("-blockdev", json.dumps(slow)),
+            *("-device", "virtio-scsi-pci", "-device", "scsi-hd,drive=slow,id=stuck"),
+        ],
+    }
+    async with WritingGuest(qemu, tmp_path, disks) as guest:
+        await guest.acks("vda", at_least=100)  # sda is in its first batch by then
+        with pytest.raises(
+            GuestError, match=r"1 more records on each disk: not within 0\.1 s; .*; still not reached"
+        ) as told:
+            await guest.progress(timeout=0.1)
+        known = str(told.value)
+        assert re.search(r"QEMU \d+ used [\d.]+ s of a processor's time in its [\d.]+ s", known)
+        assert "status: running\nno jobs\n" in known
+        assert re.search(r"disk stuck on slow: \d+ reads \(0 failed\), \d writes \(0 failed\), 0 flushes", known)
+        assert re.search(
+            r"queue \d of \S+: inuse 1, last-avail-idx (\d+), shadow-avail-idx \1, used-idx (?!\1,)", known
+        )
+        assert known.count(" RIP=") == 2
+        assert re.search(r"task:dd +state:D.*\n( \w.*\n)* blkdev_", known), "where the program waits that writes to sda"
+
+        await guest.qemu.command("stop")
+        with pytest.raises(GuestError, match="status: paused"):
+            await guest.progress(timeout=0.1)
+
+        monkeypatch.setattr("blockferry.testing.stall.ANSWER_S", 1.0)
+        guest.qemu.process.signal(signal.SIGSTOP)
+        with pytest.raises(GuestError, match="QEMU does not answer within 1 s"):
+            await guest.progress(timeout=0.1)
+        guest.qemu.process.signal(signal.SIGCONT)
+
+
+@pytest.mark.guest
+async def test_a_guest_whose_writer_dies_says_so(qemu: QemuBinaries, tmp_path: Path) -> None:
+    image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
+    disks = {"vda": blockdev_disk("d0", image, "raw")}
+    async with WritingGuest(qemu, tmp_path, disks, slots=0) as guest:  # its shell ends where it divides by that
+        with pytest.raises(
+            GuestError, match=r"(?s)^boot; the program that writes to vda died with status 2; .*console:"
+        ):
+            await guest.booted()
+
+
+@pytest.mark.guest
+async def test_a_guest_that_does_not_boot_in_time_is_started_again(qemu: QemuBinaries, tmp_path: Path) -> None:
+    image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
+    async with WritingGuest(qemu, tmp_path, {"vda": blockdev_disk("d0", image, "raw")}) as guest:
+        await guest.qemu.command("stop")
+        first = guest.qemu.pid
+        with pytest.warns(StartedAgainWarning, match=r"(?s)started again: boot: not within .*status: paused"):
+            await guest.booted(timeout=0.1)
+        assert guest.qemu.pid != first
+        assert guest.records.first == 4, "it writes no record that the first may have written"
+        await guest.progress()
+        await guest.stop()
+    assert guest.verify("vda", image, "raw") == []
+
+
+@pytest.mark.guest
+async def test_a_guest_whose_qemu_aborts_while_it_boots_is_started_again(qemu: QemuBinaries, tmp_path: Path) -> None:
+    image = make_image(qemu, tmp_path / "a.raw", "raw", 64 * MIB)
+    async with WritingGuest(qemu, tmp_path, {"vda": blockdev_disk("d0", image, "raw")}) as guest:
+        with (tmp_path / "qemu.stderr").open("a") as words:
+            words.write("physmem.c:2678: iotlb_to_section: Assertion `section_index < d->map.sections_nb' failed.\n")
+        guest.qemu.process.signal(signal.SIGABRT)
+        with pytest.warns(StartedAgainWarning, match=r"(?s)boot: QEMU ended; .*iotlb_to_section"):
+            await guest.booted()
+        guest.qemu.process.signal(signal.SIGABRT)
+        with pytest.raises(GuestError, match="QEMU ended"):
+            await guest.progress()
 
 
 def test_records_found_and_missing(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from blockferry.testing.agent import AgentFault, AgentRelay, ask_agent
 from blockferry.testing.ext4 import file_on_ext4, fsck, make_ext4, needs_recovery
-from blockferry.testing.guest import GuestError, Missing, Records, WritingGuest
+from blockferry.testing.guest import GuestError, Missing, Records, StartedAgainWarning, WritingGuest
 from blockferry.testing.images import (
     ImageDamagedError,
     ToolError,
@@ -47,6 +47,7 @@ __all__ = [
     "QmpFaultProxy",
     "Records",
     "StartError",
+    "StartedAgainWarning",
     "TestQemu",
     "ToolError",
     "WritingGuest",

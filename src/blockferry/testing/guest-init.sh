@@ -4,8 +4,9 @@
 # The kernel's command line arrives as environment: bf_disks (vda,vdb), bf_run, bf_first, bf_slots, bf_batch and
 # bf_block (the region's start in blocks of 4096 bytes). The second serial port carries the protocol: "ACK disk N"
 # (records up to N are flushed), "IOERROR disk N" (tried again until it works), "FOUND disk N" (with bf_resume: N is the
-# newest record that is on the disk, and the next is written next), "stop", answered by "STOPPED", and "off": it finishes
-# what it writes and powers off, as it does when its power button is pressed (ACPI).
+# newest record that is on the disk, and the next is written next), "DIED disk STATUS" (nobody writes to it any more),
+# "stop", answered by "STOPPED", and "off": it finishes what it writes and powers off, as it does when its power button is
+# pressed (ACPI).
 # Records are built by the shell itself: a batch costs one fork.
 #
 # With bf_agent=1 there is an ext4 on every disk, the records are in the file /DISK/records at the same offsets, and
@@ -79,6 +80,15 @@ write_records() {
     : >"/done-$disk"
 }
 
+# A writer that is killed, or crashes, would be missed by nobody in here.
+keep_writing() {
+    (write_records "$1") || {
+        died="DIED $1 $?"
+        busybox dmesg | busybox tail -n 20 # to the console, before whoever waits reads it
+        echo "$died" >&3
+    }
+}
+
 # Not `wait`: that would also wait for the power button.
 finish() {
     : >/stop
@@ -113,7 +123,7 @@ await_button() {
 [ -z "$bf_agent" ] || run_agent &
 await_button &
 IFS=,
-for disk in $bf_disks; do write_records "$disk" & done
+for disk in $bf_disks; do keep_writing "$disk" & done
 unset IFS
 while read -r word <&3; do
     case $word in
