@@ -474,11 +474,12 @@ class Journal:
             "INSERT OR REPLACE INTO move VALUES (?, ?, ?)", (move.operation, move.domain, msgspec.json.encode(move))
         )
 
-    def put_move(self, move: Move) -> None:
-        """Remember a move as it is now."""
+    def put_move(self, move: Move, events: tuple[Event, ...] = ()) -> tuple[Event, ...]:
+        """Remember a move as it is now, and what is to be said of it; the events get their numbers."""
         with self._write("move"):
             self._put_move(move)
             self._close_in_progress(move.domain)
+            return tuple(self._put_event(event) for event in events)
 
     def moves(self, domain: str | None = None) -> tuple[Move, ...]:
         """All moves, of one domain or of all, oldest first; those that have ended too."""

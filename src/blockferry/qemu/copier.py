@@ -164,8 +164,8 @@ class FileCopy:
     async def _run(self, source: int, copy: int, keep: Callable[[tuple[Region, ...]], None]) -> Method:
         size = self._stamp.size
         if not self._done and await apart(self._cloned, source, copy):
+            # Nothing of it is kept: done again after a crash, it takes as little as to look.
             await apart(self._synced, os.fsync, copy)
-            keep((Region(start=0, length=size),))
             self.moved = size
             return "reflink"
         os.ftruncate(copy, size)

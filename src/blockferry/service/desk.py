@@ -94,6 +94,13 @@ class Desk:
         event = view.Event(seq=0, time=time.time(), type=kind, domain=domain, data=data)
         self.bus.publish((self.journal.put_event(event),))
 
+    def keep_move(self, move: Move, kind: str, **data: Any) -> None:
+        """Remember a move as it is now, with an event of it, and hand that on."""
+        event = view.Event(
+            seq=0, time=time.time(), type=kind, domain=move.domain, data={"operation": move.operation, **data}
+        )
+        self.bus.publish(self.journal.put_move(move, (event,)))
+
     @contextlib.asynccontextmanager
     async def holding(self, name: str) -> AsyncIterator[Keeper]:
         """The domain to oneself, with everything of before settled; it may be shut off."""

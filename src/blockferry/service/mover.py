@@ -98,8 +98,7 @@ class Mover:
         """Give in: what is done stays, the reason is recorded and said."""
         self.stands = True
         move = msgspec.structs.replace(self._move, reason=reason)
-        self._keep(move)
-        self._say("move-stands", phase=next_of(move, self._jobs(move)), reason=reason)
+        self._desk.keep_move(move, "move-stands", phase=next_of(move, self._jobs(move)), reason=reason)
 
     def _keep(self, move: Move) -> None:
         self._desk.journal.put_move(move)
@@ -110,20 +109,18 @@ class Mover:
     # --- what is copied outside QEMU --------------------------------------------------------------------------
 
     async def _copy(self, move: Move) -> None:
-        for layer in move.layers:
-            if layer.source in move.methods:
-                continue
+        missing = [layer for layer in move.layers if layer.source not in move.methods]
+        new = {layer.source: await settled(layer.source) for layer in missing if layer.source not in move.stamps}
+        if new:
+            self._keep(msgspec.structs.replace(self._move, stamps={**self._move.stamps, **new}))
+        for layer in missing:
             await self._copy_layer(self._move, layer)
 
     async def _copy_layer(self, move: Move, layer: Layer) -> None:
-        journal = self._desk.journal
-        stamp = move.stamps.get(layer.source) or await settled(layer.source)
+        journal, stamp = self._desk.journal, move.stamps[layer.source]
         claim = journal.claim(move.operation, layer.file)
         if claim is None:
             raise CopyFailed(f"{layer.file} is not there any more")
-        if layer.source not in move.stamps:
-            move = msgspec.structs.replace(move, stamps={**move.stamps, layer.source: stamp})
-            self._keep(move)
         done = journal.regions(move.operation, layer.file)
         throttles = (self._throttle, await self._storages.throttle(layer.file))
         copy = FileCopy(layer.source, stamp, layer.file, claim, done=done, throttles=throttles)
@@ -135,9 +132,9 @@ class Mover:
         finally:
             ticker.cancel()
             self.copying_to = None
-        self._keep(msgspec.structs.replace(self._move, methods={**self._move.methods, layer.source: method}))
-        seconds = time.monotonic() - began
-        self._say("move-copied", file=layer.file, method=method, bytes=copy.moved, kept=copy.kept, seconds=seconds)
+        move = msgspec.structs.replace(self._move, methods={**self._move.methods, layer.source: method})
+        said = {"file": layer.file, "method": method, "bytes": copy.moved, "kept": copy.kept}
+        self._desk.keep_move(move, "move-copied", **said, seconds=time.monotonic() - began)
 
     async def _tick(self, move: Move, layer: Layer, copy: FileCopy) -> None:
         """Say once a second how far a copy is; never recorded."""
@@ -231,8 +228,8 @@ class Mover:
         snapshots = self._desk.journal.snapshots(move.domain)
         plan = going_over(move, pivot, mirrors, names=names, operation=number, snapshots=snapshots)
         done = await keeper.run(number, plan)
-        self._keep(msgspec.structs.replace(self._move, pause_ms=done.pause_ms))
-        self._say("move-pivoted", pause_ms=done.pause_ms)
+        move = msgspec.structs.replace(self._move, pause_ms=done.pause_ms)
+        self._desk.keep_move(move, "move-pivoted", pause_ms=done.pause_ms)
 
     async def set_speed(self) -> None:
         """Limit what works already as the move says now."""
@@ -259,8 +256,8 @@ class Mover:
         if any(disk.bitmap not in seen.graph.nodes[disk.node].bitmaps for disk in disks):
             # QEMU was started anew since: what the guest has written nobody knows any more, and never will.
             reason = "its guest was started anew before everything was compared, so that it can't be compared any more"
-            self._keep(msgspec.structs.replace(self._move, verify="none", delete_source=False, reason=reason))
-            self._say("move-unverified", reason=reason)
+            unverified = msgspec.structs.replace(self._move, verify="none", delete_source=False, reason=reason)
+            self._desk.keep_move(unverified, "move-unverified", reason=reason)
             return
         session = await keeper.connect()
         await forget(session, disks, names)
@@ -276,8 +273,9 @@ class Mover:
             )
         except CompareFailed as failure:
             raise CopyFailed(f"source and destination could not be compared: {failure}") from failure
-        self._keep(msgspec.structs.replace(self._move, verdict=verdict, reason=None))
-        self._say("move-verified", how=verdict.how, compared=verdict.compared, differences=verdict.different)
+        verified = msgspec.structs.replace(self._move, verdict=verdict, reason=None)
+        said = {"how": verdict.how, "compared": verdict.compared, "differences": verdict.different}
+        self._desk.keep_move(verified, "move-verified", **said)
 
     async def _compared(self, move: Move, moved: MovedDisk, seen: Observation, names: Names) -> Compared:
         disk = find_disk(move.domain, seen, moved.target)
@@ -296,13 +294,15 @@ class Mover:
 
     async def _end(self, move: Move) -> None:
         """Record the end, and remove the sources that nobody has a use for, if that was asked for."""
-        async with self._desk.holding(move.domain) as keeper:
-            equal = move.verdict is None or not move.verdict.different
-            drop = await self._unused_sources(keeper, move) if move.delete_source and equal else ()
-            number, _names = self._desk.names()
-            await keeper.run(number, plan_end(self._move, drop=drop))
         different = move.verdict.different if move.verdict is not None else 0
-        self._say("move-done", pause_ms=move.pause_ms, removed=drop, different=different)
+        drop: tuple[str, ...] = ()
+        if move.delete_source and not different:
+            async with self._desk.holding(move.domain) as keeper:
+                drop = await self._unused_sources(keeper, move)
+                number, _names = self._desk.names()
+                await keeper.run(number, plan_end(self._move, drop=drop))
+        ended = msgspec.structs.replace(self._move, state="done", reason=None)
+        self._desk.keep_move(ended, "move-done", pause_ms=move.pause_ms, removed=drop, different=different)
 
     async def _unused_sources(self, keeper: Keeper, move: Move) -> tuple[str, ...]:
         """The old images that nothing stands on, mentions or mirrors any more."""
