@@ -16,15 +16,16 @@ from typing import Literal, Protocol, get_args
 from operations import OPERATIONS, REMOVE, REOPEN, Operation
 from verdict import (
     WORKING,
+    Look,
     Standing,
     images_of,
     jobs,
+    look,
     named,
     require_agreement,
     require_contents,
     require_nothing_left,
     require_settled,
-    show,
     standing,
 )
 from worlds import TARGETS, OwnQemu, Stage, World, definition, open_world, serving, worked_out
@@ -231,7 +232,8 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
             await service.submit(request)
             if not isinstance(request, ask.MoveStorage):
                 await worked_out(service)
-        found = await standing(service), await images_of(service), world.files()
+        seen = await look(service)
+        found = seen.standing, seen.images, world.files()
     if operation.crashed:
         await world.qemu.stop()
     if operation.forgets and (plan := world.pen()) is not None:
@@ -330,21 +332,23 @@ async def lives(
         await worked_out(service)
         await require_running(world)
         states = await require_settled(service)
+        seen = await look(service)
         if not operation.moves:
-            require_one_of(await standing(service), course, operation)
+            require_one_of(seen.standing, course, operation)
             if "undone" in states and not operation.alone:
                 assert world.files() - files == set(), "files are left of what was undone"
-        await require_agreement(service, world)
-        await require_nothing_left(service, world)
+        await require_agreement(world, seen)
+        await require_nothing_left(service, world, seen)
         if operation.moves and flushless:
             # No overlay is written down into an image that QEMU can't flush; it stands still, and has said so.
-            return await images_of(service)
+            return seen.images
         await go_on_or_back(service, continuing=continuing)
+        seen = await look(service)
         if operation.moves:
-            await require_moved_or_not(service, world, course, files)
+            await require_moved_or_not(service, world, seen, course, files)
         assert await world.command("query-jobs") == []
-        await require_nothing_left(service, world)
-        return await images_of(service)
+        await require_nothing_left(service, world, seen)
+        return seen.images
 
 
 async def require_running(world: World) -> None:
@@ -360,17 +364,16 @@ def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
         assert chain in (course.before.chains[target], course.after.chains[target]), f"{target}: {chain}"
 
 
-async def require_moved_or_not(service: Service, world: World, course: Course, files: set[str]) -> None:
+async def require_moved_or_not(service: Service, world: World, seen: Look, course: Course, files: set[str]) -> None:
     """A move is over: the guest is where it was, with no file more or less, or where it was to go."""
-    now = await standing(service)
     moves = [await service.submit(ask.ShowMove(operation=number)) for number in await moves_of(service, "done")]
+    where = {Path(file).parent.name for file, _format in seen.images.values()}
     if any(isinstance(each, view.MoveView) and each.state == "done" for each in moves):
-        assert now == course.after, f"not as it goes: {now}"
-        where = {Path(file).parent.name for file, _format in (await images_of(service)).values()}
+        assert seen.standing == course.after, f"not as it goes: {seen.standing}"
         assert where == {"dst"}, where
         return
-    assert now.snapshots == course.before.snapshots
-    assert {Path(file).parent.name for file, _format in (await images_of(service)).values()} == {"src"}
+    assert seen.standing.snapshots == course.before.snapshots
+    assert where == {"src"}, where
     assert world.files() - files == set(), "files are left of a move that was given up"
 
 
@@ -415,20 +418,22 @@ async def stays_defined(
     async with serving(world) as service:
         await worked_out(service)
         await require_settled(service)
-        shown = await show(service)
-        assert shown.state in ("running", "shut off"), shown.state
-        assert (shown.state == "running") == world.qemu.alive, "a QEMU that nobody lets run"
-        now = await standing(service)
+        seen = await look(service)
+        state = seen.shown.state
+        assert state in ("running", "shut off"), state
+        assert (state == "running") == world.qemu.alive, "a QEMU that nobody lets run"
+        now = seen.standing
         require_one_of_chains(now, course, operation)
         if operation.forgets and now.chains == course.after.chains != course.before.chains:
             world.log.unlink()
-        if shown.state == "shut off":
+        if state == "shut off":
             await service.submit(ask.Start(domain="vm"))
+            seen = await look(service)
         await require_running(world)
-        await require_agreement(service, world)
-        await require_nothing_left(service, world)
+        await require_agreement(world, seen)
+        await require_nothing_left(service, world, seen)
         await go_on_or_back(service, continuing=continuing)
-        await require_nothing_left(service, world)
+        await require_nothing_left(service, world, await look(service))
         await service.submit(ask.Stop(domain="vm", force=True))
         assert not world.qemu.alive
         return await images_of(service)
@@ -452,16 +457,18 @@ async def is_gone(
     await world.start_again(now)
     async with serving(world) as service:
         await service.submit(ask.Attach(domain="vm", qmp=str(world.qmp)))
-        assert await images_of(service) == now
         await require_settled(service)
+        seen = await look(service)
+        assert seen.images == now
         if operation.moves:
             await go_on_or_back(service, continuing=continuing)
-            await require_moved_or_not(service, world, course, files)
-            now = await images_of(service)
+            seen = await look(service)
+            await require_moved_or_not(service, world, seen, course, files)
+            now = seen.images
         else:
-            require_one_of_chains(await standing(service), course, operation)
-        await require_agreement(service, world)
-        await require_nothing_left(service, world)
+            require_one_of_chains(seen.standing, course, operation)
+        await require_agreement(world, seen)
+        await require_nothing_left(service, world, seen)
     return now
 
 

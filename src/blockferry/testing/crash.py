@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import select
@@ -231,6 +232,9 @@ def _child(case: _Case, answer: int) -> None:
 
 
 def _serve() -> None:
+    # What is there now stays: no child looks through it again for what is to be collected.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         case = msgspec.json.decode(line, type=_Case)
         ours, theirs = os.pipe()

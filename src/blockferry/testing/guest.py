@@ -120,6 +120,7 @@ class WritingGuest:
         images: kernel and initramfs; built where it is not given.
         slots: size of the region that is written, in records of 4096 bytes; a multiple of `batch`.
         batch: records that are written and flushed at once.
+        pause_s: how long each disk rests between two batches; without a pause the guest keeps two processors busy.
         first: number of the first record, for a guest that goes on where another ended; rounded up to a batch.
         run: the word in this guest's records; random unless given.
         machine: the machine type.
@@ -145,6 +146,7 @@ class WritingGuest:
         images: GuestImages | None = None,
         slots: int = 4096,
         batch: int = 4,
+        pause_s: float = 0.0,
         first: int = 0,
         run: str | None = None,
         machine: str = "pc",
@@ -167,7 +169,10 @@ class WritingGuest:
         self.agent = socket_path(directory / "agent.sock")
         boot = images or build_guest(agent=agent)
         arguments = ["-cpu", "max", "-smp", "2", "-no-reboot", "-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
-        arguments += ["-append", f"{BOOT_OPTIONS} {self._environment(batch)}{' bf_agent=1' if agent else ''}"]
+        words = (
+            f"{self._environment(batch)}{' bf_agent=1' if agent else ''}{f' bf_pause={pause_s:g}' if pause_s else ''}"
+        )
+        arguments += ["-append", f"{BOOT_OPTIONS} {words}"]
         arguments += ["-chardev", f"file,id=console,path={str(self.console).replace(',', ',,')}"]
         arguments += ["-chardev", f"socket,id=acks,fd={self._qemu_port.fileno()}"]
         arguments += ["-serial", "chardev:console", "-serial", "chardev:acks"]

@@ -74,7 +74,9 @@ class Monitor:
 
     def ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Execute a command and return its answer."""
-        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n")
+        asked = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        # QEMU reads its monitor byte by byte, with a turn of its main loop for each.
+        self._socket.sendall(json.dumps(asked, separators=(",", ":")).encode() + b"\n")
         while line := self._lines.readline():
             answer = json.loads(line)
             if "error" in answer:
