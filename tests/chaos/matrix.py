@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from blockferry.model import view
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind
 from blockferry.testing.crash import Accident
-from blockferry.testing.pen import Pen, Records
+from blockferry.testing.pen import Pen, PenPlan, Records
 from blockferry.testing.sick import order
 
 # At a boundary: the host process dies, QEMU is killed, the connection ends.
@@ -58,6 +59,7 @@ WEIGHTS = {"die": 40, "kill": 16, "cut": 8, "error": 10, "drop": 3, "late": 3, "
 WEIGHTS |= dict.fromkeys(get_args(Sick), 4)
 REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
 LATE_SECONDS = 0.7
+WRITES = 24  # of a pen's, in an operation to whose end nothing happens; and one at each mishap
 RECOVERY_BOUNDARIES = 30  # a recovery has some tens of them; one that has less is not hit
 
 
@@ -255,7 +257,7 @@ async def play(
             if mishap.command:
                 fault = Fault(mishap.command, KINDS[mishap.kind], nth=mishap.at, seconds=LATE_SECONDS)
                 world.proxy.inject(fault)
-        await have_accidents(world, operation, case, tally)
+        await have_accidents(world, operation, case, course, tally)
         world.proxy.clear()
         stage.heal()
         await let_go_on(world, case)
@@ -282,7 +284,7 @@ async def let_go_on(world: World, case: Case) -> None:
         await world.command("cont")
 
 
-async def have_accidents(world: World, operation: Operation, case: Case, tally: Tally) -> None:
+async def have_accidents(world: World, operation: Operation, case: Case, course: Course, tally: Tally) -> None:
     """The operation, and the recovery after it if something goes wrong in that too, each in a process of its own."""
     for again in (False, True):
         accidents = accidents_of(world, [m for m in case.mishaps if m.again is again and not m.command])
@@ -295,12 +297,20 @@ async def have_accidents(world: World, operation: Operation, case: Case, tally: 
             accidents=accidents,
             from_open=again,
             to_the_end=True,
-            pen=None if operation.forgets else world.pen(),
+            pen=None if operation.forgets else pen_of(world, case, course, again=again),
             reply_seconds=REPLY_SECONDS,
         )
         assert result.error is None or "Traceback" not in result.error, result.error
         tally.ends["died" if result.killed else result.error or "well"] += 1
         tally.kills += result.killed + sum(a.what == "kill" and a.at < len(result.boundaries) for a in accidents)
+
+
+def pen_of(world: World, case: Case, course: Course, *, again: bool) -> PenPlan | None:
+    """What the guest writes: as often in a long operation as in a short one, at other boundaries in each case."""
+    if again:
+        return world.pen()
+    every = max(4, len(course.boundaries) // WRITES)
+    return world.pen(every, zlib.crc32(str(case).encode()) % every)
 
 
 def nothing_written() -> dict[str, Records]:

@@ -34,12 +34,14 @@ class PenPlan:
         disks: by target, the device as QEMU's test command names it: a qdev path.
         log: where records are announced and acknowledged.
         every: write at each so manieth moment.
+        first: the first of them, below `every`.
     """
 
     monitor: str
     disks: Mapping[str, str]
     log: str
     every: int = 4
+    first: int = 0
 
 
 def listener(path: str) -> int | None:
