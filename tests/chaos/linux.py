@@ -15,6 +15,7 @@ from worlds import FORMATS, MIB, SIZE, TARGETS, Stage, World, disk_arguments
 from blockferry.testing import QmpFaultProxy
 from blockferry.testing.guest import BLOCK_BYTES, WritingGuest
 
+PAUSE_S = 0.1  # a guest that never rests takes most of what a case costs
 SLOTS = 256  # they begin at 1 MiB, behind the pattern
 SAVE_SECONDS = 60.0
 
@@ -33,7 +34,15 @@ def linux(stage: Stage, folder: Path, *args: str) -> WritingGuest:
     arguments: dict[str, list[str]] = {target: [] for target in TARGETS}
     arguments["vda"] = disk_arguments(files)
     return WritingGuest(
-        stage.binaries, folder, arguments, slots=SLOTS, run="chaos", memory_mib=96, args=args, sockets=("qmp", "pen")
+        stage.binaries,
+        folder,
+        arguments,
+        slots=SLOTS,
+        pause_s=PAUSE_S,
+        run="chaos",
+        memory_mib=96,
+        args=args,
+        sockets=("qmp", "pen"),
     )
 
 

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,16 @@ from operations import OPERATIONS, REMOVE, REOPEN, Operation
 from qemu.qmp import ExecInterruptedError, StateError
 from verdict import (
     WORKING,
+    Look,
     Standing,
     images_of,
     jobs,
+    look,
     named,
     require_agreement,
     require_contents,
     require_nothing_left,
     require_settled,
-    show,
     standing,
 )
 from worlds import TARGETS, OwnQemu, Stage, World, definition, open_world, serving, worked_out
@@ -35,7 +37,7 @@ from blockferry.model import view
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind, TestQemu
 from blockferry.testing.crash import WORK_SECONDS, Accident
-from blockferry.testing.pen import Pen, Records
+from blockferry.testing.pen import Pen, PenPlan, Records
 from blockferry.testing.sick import order
 
 # At a boundary: the host process dies, QEMU is killed, the connection ends.
@@ -58,6 +60,7 @@ WEIGHTS = {"die": 40, "kill": 16, "cut": 8, "error": 10, "drop": 3, "late": 3, "
 WEIGHTS |= dict.fromkeys(get_args(Sick), 4)
 REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
 LATE_SECONDS = 0.7
+WRITES = 24  # of a pen's, in an operation to whose end nothing happens; and one at each mishap
 RECOVERY_BOUNDARIES = 30  # a recovery has some tens of them; one that has less is not hit
 
 
@@ -232,7 +235,8 @@ async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str
             await service.submit(request)
             if not isinstance(request, ask.MoveStorage):
                 await worked_out(service)
-        found = await standing(service), await images_of(service), world.files()
+        seen = await look(service)
+        found = seen.standing, seen.images, world.files()
     if operation.crashed:
         await world.qemu.stop()
     if operation.forgets and (plan := world.pen()) is not None:
@@ -254,7 +258,7 @@ async def play(
             if mishap.command:
                 fault = Fault(mishap.command, KINDS[mishap.kind], nth=mishap.at, seconds=LATE_SECONDS)
                 world.proxy.inject(fault)
-        await have_accidents(world, operation, case, tally)
+        await have_accidents(world, operation, case, course, tally)
         world.proxy.clear()
         stage.heal()
         await let_go_on(world, case)
@@ -291,7 +295,7 @@ async def let_go_on(world: World, case: Case) -> None:
             await world.qemu.process.wait()
 
 
-async def have_accidents(world: World, operation: Operation, case: Case, tally: Tally) -> None:
+async def have_accidents(world: World, operation: Operation, case: Case, course: Course, tally: Tally) -> None:
     """The operation, and the recovery after it if something goes wrong in that too, each in a process of its own."""
     for again in (False, True):
         accidents = accidents_of(world, [m for m in case.mishaps if m.again is again and not m.command])
@@ -304,12 +308,20 @@ async def have_accidents(world: World, operation: Operation, case: Case, tally: 
             accidents=accidents,
             from_open=again,
             to_the_end=True,
-            pen=None if operation.forgets else world.pen(),
+            pen=None if operation.forgets else pen_of(world, case, course, again=again),
             reply_seconds=REPLY_SECONDS,
         )
         assert result.error is None or "Traceback" not in result.error, result.error
         tally.ends["died" if result.killed else result.error or "well"] += 1
         tally.kills += result.killed + sum(a.what == "kill" and a.at < len(result.boundaries) for a in accidents)
+
+
+def pen_of(world: World, case: Case, course: Course, *, again: bool) -> PenPlan | None:
+    """What the guest writes: as often in a long operation as in a short one, at other boundaries in each case."""
+    if again:
+        return world.pen()
+    every = max(4, len(course.boundaries) // WRITES)
+    return world.pen(every, zlib.crc32(str(case).encode()) % every)
 
 
 def nothing_written() -> dict[str, Records]:
@@ -341,21 +353,23 @@ async def lives(
         await worked_out(service)
         await require_running(world)
         states = await require_settled(service)
+        seen = await look(service)
         if not operation.moves:
-            require_one_of(await standing(service), course, operation)
+            require_one_of(seen.standing, course, operation)
             if "undone" in states and not operation.alone:
                 assert world.files() - files == set(), "files are left of what was undone"
-        await require_agreement(service, world)
-        await require_nothing_left(service, world)
+        await require_agreement(world, seen)
+        await require_nothing_left(service, world, seen)
         if operation.moves and flushless:
             # No overlay is written down into an image that QEMU can't flush; it stands still, and has said so.
-            return await images_of(service)
+            return seen.images
         await go_on_or_back(service, continuing=continuing)
+        seen = await look(service)
         if operation.moves:
-            await require_moved_or_not(service, world, course, files)
+            await require_moved_or_not(service, world, seen, course, files)
         assert await world.command("query-jobs") == []
-        await require_nothing_left(service, world)
-        return await images_of(service)
+        await require_nothing_left(service, world, seen)
+        return seen.images
 
 
 async def require_running(world: World) -> None:
@@ -371,17 +385,16 @@ def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
         assert chain in (course.before.chains[target], course.after.chains[target]), f"{target}: {chain}"
 
 
-async def require_moved_or_not(service: Service, world: World, course: Course, files: set[str]) -> None:
+async def require_moved_or_not(service: Service, world: World, seen: Look, course: Course, files: set[str]) -> None:
     """A move is over: the guest is where it was, with no file more or less, or where it was to go."""
-    now = await standing(service)
     moves = [await service.submit(ask.ShowMove(operation=number)) for number in await moves_of(service, "done")]
+    where = {Path(file).parent.name for file, _format in seen.images.values()}
     if any(isinstance(each, view.MoveView) and each.state == "done" for each in moves):
-        assert now == course.after, f"not as it goes: {now}"
-        where = {Path(file).parent.name for file, _format in (await images_of(service)).values()}
+        assert seen.standing == course.after, f"not as it goes: {seen.standing}"
         assert where == {"dst"}, where
         return
-    assert now.snapshots == course.before.snapshots
-    assert {Path(file).parent.name for file, _format in (await images_of(service)).values()} == {"src"}
+    assert seen.standing.snapshots == course.before.snapshots
+    assert where == {"src"}, where
     assert world.files() - files == set(), "files are left of a move that was given up"
 
 
@@ -426,20 +439,22 @@ async def stays_defined(
     async with serving(world) as service:
         await worked_out(service)
         await require_settled(service)
-        shown = await show(service)
-        assert shown.state in ("running", "shut off"), shown.state
-        assert (shown.state == "running") == world.qemu.alive, "a QEMU that nobody lets run"
-        now = await standing(service)
+        seen = await look(service)
+        state = seen.shown.state
+        assert state in ("running", "shut off"), state
+        assert (state == "running") == world.qemu.alive, "a QEMU that nobody lets run"
+        now = seen.standing
         require_one_of_chains(now, course, operation)
         if operation.forgets and now.chains == course.after.chains != course.before.chains:
             world.log.unlink()
-        if shown.state == "shut off":
+        if state == "shut off":
             await service.submit(ask.Start(domain="vm"))
+            seen = await look(service)
         await require_running(world)
-        await require_agreement(service, world)
-        await require_nothing_left(service, world)
+        await require_agreement(world, seen)
+        await require_nothing_left(service, world, seen)
         await go_on_or_back(service, continuing=continuing)
-        await require_nothing_left(service, world)
+        await require_nothing_left(service, world, await look(service))
         await service.submit(ask.Stop(domain="vm", force=True))
         assert not world.qemu.alive
         return await images_of(service)
@@ -463,16 +478,18 @@ async def is_gone(
     await world.start_again(now)
     async with serving(world) as service:
         await service.submit(ask.Attach(domain="vm", qmp=str(world.qmp)))
-        assert await images_of(service) == now
         await require_settled(service)
+        seen = await look(service)
+        assert seen.images == now
         if operation.moves:
             await go_on_or_back(service, continuing=continuing)
-            await require_moved_or_not(service, world, course, files)
-            now = await images_of(service)
+            seen = await look(service)
+            await require_moved_or_not(service, world, seen, course, files)
+            now = seen.images
         else:
-            require_one_of_chains(await standing(service), course, operation)
-        await require_agreement(service, world)
-        await require_nothing_left(service, world)
+            require_one_of_chains(seen.standing, course, operation)
+        await require_agreement(world, seen)
+        await require_nothing_left(service, world, seen)
     return now
 
 

@@ -38,6 +38,19 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield stage
 
 
+@pytest.fixture(scope="module")
+def courses(stage: Stage) -> dict[str, Course]:
+    """How each operation goes on that QEMU, as far as somebody has looked."""
+    assert stage.template.is_dir()
+    return {}
+
+
+def course_of(operation: str, stage: Stage, folder: Path, courses: dict[str, Course]) -> Course:
+    if operation not in courses:
+        courses[operation] = asyncio.run(whole(stage, folder / "whole", operation))
+    return courses[operation]
+
+
 def chosen(operation: str, version: str, course: Course, count: int, which: str = "") -> Iterator[Case]:
     chance = random.Random(f"{SEED} {operation} {version}{which}")  # noqa: S311 - it has to be found again, not secret
     return itertools.islice(choose(operation, course, chance), count)
@@ -62,11 +75,12 @@ async def play_all(stage: Stage, folder: Path, cases: Iterable[Case], course: Co
 def test_whatever_goes_wrong(
     operation: str,
     stage: Stage,
+    courses: dict[str, Course],
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     with playground(tmp_path) as folder:
-        course = asyncio.run(whole(stage, folder / "whole", operation))
+        course = course_of(operation, stage, folder, courses)
         cases = chosen(operation, stage.version, course, CASES)
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=open_world))
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
@@ -80,15 +94,16 @@ def saved(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sa
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("operation", [name for name, each in OPERATIONS.items() if not each.defined])
-def test_whatever_goes_wrong_under_a_linux_that_writes(
+def test_whatever_goes_wrong_under_a_linux_that_writes(  # noqa: PLR0917 - fixtures
     operation: str,
     stage: Stage,
+    courses: dict[str, Course],
     saved: Saved,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     with playground(tmp_path) as folder:
-        course = asyncio.run(whole(stage, folder / "whole", operation))
+        course = course_of(operation, stage, folder, courses)
         cases = chosen(operation, stage.version, course, LINUX_CASES, " linux")
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=functools.partial(open_linux, saved)))
     record_property("chaos", [tally.cases, tally.kills, tally.faults])

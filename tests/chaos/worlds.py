@@ -109,12 +109,12 @@ class World:
     def log(self) -> Path:
         return self.folder / "records"
 
-    def pen(self) -> PenPlan | None:
-        """What the guest is to write meanwhile, unless it does by itself."""
+    def pen(self, every: int = 4, first: int = 0) -> PenPlan | None:
+        """What the guest is to write meanwhile, unless it does by itself; see PenPlan."""
         if self.guest is not None:
             return None
         disks = OWN_QDEVS if isinstance(self.qemu, OwnQemu) else QDEVS
-        return PenPlan(monitor=str(self.qemu.sockets["pen"]), disks=disks, log=str(self.log))
+        return PenPlan(monitor=str(self.qemu.sockets["pen"]), disks=disks, log=str(self.log), every=every, first=first)
 
     def records(self) -> dict[str, Records]:
         return read_log(self.log, TARGETS)

@@ -244,12 +244,12 @@ class Keeper(Link):
             nonlocal pending
             # What is recorded to work before we look has to be seen then; what begins in between has not.
             recorded = [job for job in self._journal.jobs(self.name) if job.target in targets]
-            seen = await self.observe()
+            jobs = await self.jobs()
             for mirror in recorded:
                 if isinstance(mirror, ChainJob) and mirror.state == "active":
                     pending = f"{mirror.target}: {WAITS_FOR[mirror.type]}"
                     return False
-                job = seen.jobs.get(mirror.job)
+                job = jobs.get(mirror.job)
                 if job is None or job.over or mirror.state != "active":
                     reason = mirror.reason or (job.error if job else None) or "its job has ended"
                     raise errors.JobLost(domain=self.name, disk=mirror.target, reason=reason)

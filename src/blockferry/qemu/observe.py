@@ -55,6 +55,7 @@ class Observer:
         self._session = session
         self.targets = dict(targets)
         self._devices: dict[str, Device | None] = {}
+        self._buses: dict[str, tuple[int, ...]] = {}
         self._fixed: dict[str, Any] = {}
 
     async def capabilities(self, domain: str) -> Capabilities:
@@ -82,9 +83,8 @@ class Observer:
         """
         capabilities = await self.capabilities(domain)
         ask = self._session.execute
-        graph, status, drives, jobs = await asyncio.gather(
-            self.graph(), ask("query-status"), ask("query-block"), self.jobs()
-        )
+        listed, status, drives = await asyncio.gather(ask("query-jobs"), ask("query-status"), ask("query-block"))
+        jobs, graph = await asyncio.gather(self._jobs(listed), self._graph(listed))
         about = await self._about()
         return Observation(
             status=status["status"],
@@ -99,8 +99,11 @@ class Observer:
 
     async def jobs(self) -> dict[str, Job]:
         """Every job by its id."""
-        ask = self._session.execute
-        return read_jobs(*await asyncio.gather(ask("query-jobs"), ask("query-block-jobs")))
+        return await self._jobs(await self._session.execute("query-jobs"))
+
+    async def _jobs(self, listed: list[dict[str, Any]]) -> dict[str, Job]:
+        """See `jobs`; `listed` is what query-jobs has just said: where it is nothing, there is nothing more to be asked."""
+        return read_jobs(listed, await self._session.execute("query-block-jobs") if listed else [])
 
     async def graph(self) -> Graph:
         """Nodes and edges alone, as of one moment.
@@ -108,8 +111,12 @@ class Observer:
         Raises:
             JobNotDismissed: somebody's stream has ended and is kept: to ask for the nodes now would crash QEMU.
         """
+        return await self._graph(await self._session.execute("query-jobs"))
+
+    async def _graph(self, jobs: list[dict[str, Any]]) -> Graph:
+        """See `graph`; `jobs` is what query-jobs has just said."""
         ask = self._session.execute
-        for job in await ask("query-jobs"):
+        for job in jobs:
             if job["type"] == "stream" and job["status"] == "concluded":
                 # Tried on 7.2 and 10.0: query-named-block-nodes then ends in a segmentation fault. Ours are never kept.
                 raise errors.JobNotDismissed(job=job["id"])
@@ -182,19 +189,20 @@ class Observer:
         elif kind.startswith("nvme"):
             bus = "nvme"
         elif kind.startswith("scsi"):
-            place = str(await self._property(path, "parent_bus"))
-            bus = "usb" if await self._is_usb(place) else "scsi"
+            place = _owner(str(await self._property(path, "parent_bus")))
+            bus = "usb" if (await self._kind(place)).startswith("usb") else "scsi"
             order = tuple([int(await self._property(path, each) or 0) for each in ("channel", "scsi-id", "lun")])
         elif kind.startswith("ide"):
-            place = str(await self._property(path, "parent_bus"))
-            digits = re.search(r"\d+$", place)
+            plugged = str(await self._property(path, "parent_bus"))
+            place = _owner(plugged)
+            digits = re.search(r"\d+$", plugged)
             number = int(digits[0]) if digits else 0
             unit = int(await self._property(path, "unit") or 0)
             order = (number, unit)
-            bus = "sata" if await self._is_ahci(place) else "ide"
+            bus = "sata" if "ahci" in await self._kind(place) else "ide"
             slot = 2 * number + unit if bus == "ide" else None
         elif kind == "floppy":
-            place, bus = str(await self._property(path, "parent_bus")), "fdc"
+            place, bus = _owner(str(await self._property(path, "parent_bus"))), "fdc"
             slot = int(await self._property(path, "unit") or 0)
             order = (slot,)
         if bus is None:
@@ -208,31 +216,35 @@ class Observer:
         except CommandRefused:
             return None
 
-    async def _is_usb(self, place: str) -> bool:
-        return any([str(await self._property(each, "type")).startswith("usb") for each in _ancestors(place)])
-
-    async def _is_ahci(self, place: str) -> bool:
-        return any(["ahci" in str(await self._property(each, "type")) for each in _ancestors(place)])
+    async def _kind(self, path: str) -> str:
+        return str(await self._property(path, "type"))
 
     async def _pci_address(self, place: str, hops: int = 0) -> tuple[int, ...]:
         """Slot and function of the nearest device on a PCI bus at or above `place`, bridges' first."""
         if hops > HOPS_MAX:
             raise BadReply("qom-get", "its devices are plugged into each other in a circle")
         for each in _ancestors(place):
-            address = await self._property(each, "addr")
+            if each.endswith("/virtio-backend"):
+                continue  # in the device above it, which has the address
+            # What is plugged into nothing, as buses and folders are, has no address either.
             bus = await self._property(each, "parent_bus")
-            if isinstance(address, int) and isinstance(bus, str):
-                bridge = bus.rpartition("/")[0]
-                above = (
-                    await self._pci_address(bridge, hops + 1)
-                    if await self._property(bridge, "addr") is not None
-                    else ()
-                )
-                return (*above, address)
-            if isinstance(bus, str) and bus and not place.startswith(bus):
-                # Plugged into a bus elsewhere in the tree, as a USB device is: on from there.
-                return await self._pci_address(bus, hops + 1)
+            if not isinstance(bus, str) or not bus:
+                continue
+            address = await self._property(each, "addr")
+            if isinstance(address, int):
+                return (*await self._above(bus, hops), address)
+            if not place.startswith(bus):
+                # Plugged into a bus elsewhere in the tree, as a USB device is: on from the device that has the bus.
+                return await self._pci_address(_owner(bus), hops + 1)
         return ()
+
+    async def _above(self, bus: str, hops: int) -> tuple[int, ...]:
+        """The address of the bridge that has a PCI bus; asked for once, however many disks are on it."""
+        if bus not in self._buses:
+            bridge = _owner(bus)
+            plugged = await self._property(bridge, "addr") is not None
+            self._buses[bus] = await self._pci_address(bridge, hops + 1) if plugged else ()
+        return self._buses[bus]
 
 
 def require_sound(graph: Graph) -> None:
@@ -253,6 +265,11 @@ def require_sound(graph: Graph) -> None:
         TopologicalSorter(below).prepare()
     except CycleError as error:
         raise BadReply("x-debug-query-block-graph", "a chain of nodes comes back to itself") from error
+
+
+def _owner(bus: str) -> str:
+    """The device that a bus is of."""
+    return bus.rpartition("/")[0]
 
 
 def _ancestors(path: str) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import select
@@ -93,7 +94,7 @@ class _Witness:
         self._marks = os.open(marks, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) if marks is not None else None
         self.passed: list[str] = []
         self._accidents = accidents
-        self._every = pen.every if pen is not None else 1
+        self._every, self._first = (pen.every, pen.first) if pen is not None else (1, 0)
         self._pen = Pen(pen) if pen is not None else None
 
     def __call__(self, when: str, what: str) -> None:
@@ -101,7 +102,7 @@ class _Witness:
             return
         at = len(self.passed)
         due = [each for each in self._accidents if each.at == at]
-        if self._pen is not None and (due or at % self._every == 0):
+        if self._pen is not None and (due or at % self._every == self._first):
             self._pen.write()
         for accident in due:
             # Of what fails otherwise a write says so itself.
@@ -231,6 +232,9 @@ def _child(case: _Case, answer: int) -> None:
 
 
 def _serve() -> None:
+    # What is there now stays: no child looks through it again for what is to be collected.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         case = msgspec.json.decode(line, type=_Case)
         ours, theirs = os.pipe()

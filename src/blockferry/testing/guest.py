@@ -131,6 +131,7 @@ class WritingGuest:
         images: kernel and initramfs; built where it is not given.
         slots: size of the region that is written, in records of 4096 bytes; a multiple of `batch`.
         batch: records that are written and flushed at once.
+        pause_s: how long each disk rests between two batches; without a pause the guest keeps two processors busy.
         first: number of the first record, for a guest that goes on where another ended; rounded up to a batch.
         run: the word in this guest's records; random unless given.
         machine: the machine type.
@@ -156,6 +157,7 @@ class WritingGuest:
         images: GuestImages | None = None,
         slots: int = 4096,
         batch: int = 4,
+        pause_s: float = 0.0,
         first: int = 0,
         run: str | None = None,
         machine: str = "pc",
@@ -184,7 +186,7 @@ class WritingGuest:
             arguments += disk_arguments
         if agent:
             arguments += agent_channel(self.agent)
-        options = f"{BOOT_OPTIONS}{' bf_agent=1' if agent else ''}"
+        options = f"{BOOT_OPTIONS}{' bf_agent=1' if agent else ''}{f' bf_pause={pause_s:g}' if pause_s else ''}"
 
         def make(port: int) -> TestQemu:
             """One that acknowledges on this descriptor."""

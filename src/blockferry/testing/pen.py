@@ -34,12 +34,14 @@ class PenPlan:
         disks: by target, the device as QEMU's test command names it: a qdev path.
         log: where records are announced and acknowledged.
         every: write at each so manieth moment.
+        first: the first of them, below `every`.
     """
 
     monitor: str
     disks: Mapping[str, str]
     log: str
     every: int = 4
+    first: int = 0
 
 
 def listener(path: str) -> int | None:
@@ -74,7 +76,9 @@ class Monitor:
 
     def ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """Execute a command and return its answer."""
-        self._socket.sendall(json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n")
+        asked = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        # QEMU reads its monitor byte by byte, with a turn of its main loop for each.
+        self._socket.sendall(json.dumps(asked, separators=(",", ":")).encode() + b"\n")
         while line := self._lines.readline():
             answer = json.loads(line)
             if "error" in answer:

@@ -391,4 +391,4 @@ def _error(kind: str, text: str, answered: Arguments) -> bytes:
 
 
 def _encode(message: Arguments) -> bytes:
-    return json.dumps(message).encode() + b"\r\n"
+    return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
