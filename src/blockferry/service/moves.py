@@ -53,6 +53,10 @@ class Moves:
         """Whether a move is under way."""
         return bool(self._tasks)
 
+    def drives(self, operation: int) -> bool:
+        """Whether a move is being gone on with, by itself."""
+        return operation in self._movers and not self._movers[operation].stands
+
     async def close(self) -> None:
         """Let go; what is recorded can be gone on with."""
         tasks = list(self._tasks.values())
@@ -231,14 +235,11 @@ class Moves:
     # --- those that are under way -----------------------------------------------------------------------------
 
     def _go_on(self, operation: int) -> None:
-        if self._at_work(operation):
+        if self.drives(operation):
             return
         mover = self._movers[operation] = Mover(self._desk, operation, self._storages)
         task = self._tasks[operation] = asyncio.ensure_future(mover.run())
         task.add_done_callback(lambda done: self._forget(mover, operation, done))
-
-    def _at_work(self, operation: int) -> bool:
-        return operation in self._movers and not self._movers[operation].stands
 
     def _forget(self, mover: Mover, operation: int, task: asyncio.Task[None]) -> None:
         if self._movers.get(operation) is mover:
@@ -276,7 +277,7 @@ class Moves:
         return answers.move_view(
             move,
             phase=self._desk.phase_of(move),
-            at_work=self._at_work(move.operation),
+            at_work=self.drives(move.operation),
             kept=self._desk.kept_of(move),
             left=left,
             left_out=dict(left_out or {}),
