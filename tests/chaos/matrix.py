@@ -312,8 +312,13 @@ async def have_accidents(world: World, operation: Operation, case: Case, course:
             reply_seconds=REPLY_SECONDS,
         )
         assert result.error is None or "Traceback" not in result.error, result.error
+        killed = sum(each.what == "kill" and each.at < len(result.boundaries) for each in accidents)
+        if killed and isinstance(world.qemu, TestQemu):
+            # It takes a moment to be gone: a process that dies lets go of its sockets first.
+            async with asyncio.timeout(WORK_SECONDS):
+                await world.qemu.process.wait()
         tally.ends["died" if result.killed else result.error or "well"] += 1
-        tally.kills += result.killed + sum(a.what == "kill" and a.at < len(result.boundaries) for a in accidents)
+        tally.kills += result.killed + killed
 
 
 def pen_of(world: World, case: Case, course: Course, *, again: bool) -> PenPlan | None:
