@@ -213,7 +213,9 @@ class Observer:
     async def _property(self, path: str, name: str) -> Any:
         try:
             return await self._session.execute("qom-get", path=path, property=name)
-        except CommandRefused:
+        except CommandRefused as error:
+            if "not found" not in error.words:
+                raise  # a disk that is not recognized would be left out, without a word
             return None
 
     async def _kind(self, path: str) -> str:
