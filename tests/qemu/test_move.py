@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.service import Service
-from blockferry.testing import QemuBinaries, blockdev_disk, make_image, write_pattern
+from blockferry.testing import Fault, FaultKind, QemuBinaries, blockdev_disk, make_image, write_pattern
 
 
 async def moved(rig: Rig, **more: object) -> view.MoveView:
@@ -27,20 +29,29 @@ async def moved(rig: Rig, **more: object) -> view.MoveView:
     return await over(rig, begun.operation)
 
 
-async def over(rig: Rig, operation: int) -> view.MoveView:
-    return await end_of(rig.service, "vm1", operation)
+async def over(rig: Rig, operation: int, since: int = 0) -> view.MoveView:
+    return await end_of(rig.service, "vm1", operation, since)
 
 
-async def end_of(service: Service, domain: str, operation: int) -> view.MoveView:
-    """Wait until a move is over or stands still."""
+async def end_of(service: Service, domain: str, operation: int, since: int = 0) -> view.MoveView:
+    """Wait until a move is over or stands still, after an event of that number."""
     ends = ("move-done", "move-stands", "move-cancelled")
     async with asyncio.timeout(60):
-        async for event in service.watch(domain, 0):
+        async for event in service.watch(domain, since):
             if event.type in ends and event.data["operation"] == operation:
                 break
     shown = await service.submit(ask.ShowMove(operation=operation))
     assert isinstance(shown, view.MoveView)
     return shown
+
+
+@contextlib.contextmanager
+def raw_file(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("strategy", ["offload", "mirror"])
@@ -164,6 +175,28 @@ async def test_chains_are_kept_with_their_snapshots(rig: Rig) -> None:
     await rig.guest.stop()
     for disk in done.disks:
         assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
+async def test_a_header_that_was_torn_is_copied_again(faulty: Rig) -> None:
+    """As the power leaves it that fails while a copy is told what it backs onto: some sectors of the header are new."""
+    await faulty.layers(2)
+    faulty.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR))
+    begun = await faulty.ask(ask.MoveStorage(domain="vm1", dest=str(faulty.dst), strategy="offload", verify="full"))
+    stands = await over(faulty, begun.operation)
+    assert (stands.state, stands.phase) == ("standing still", "mirror")
+    stood = (await faulty.heard("move-stands")).seq
+    faulty.proxy.clear()
+    await faulty.write("vda", 0x45, MIB)
+    torn = Path(next(each.dest for each in stands.disks if each.target == "vda"))
+    at, length = struct.unpack_from(">QI", torn.read_bytes(), 8)
+    with raw_file(torn) as descriptor:
+        os.pwrite(descriptor, bytes(length), at)
+    await faulty.ask(ask.ResumeOperation(operation=begun.operation))
+    done = await over(faulty, begun.operation, stood)
+    assert (done.state, done.reason, done.verified) == ("done", None, "full")
+    await faulty.guest.stop()
+    for disk in done.disks:
+        assert faulty.holds(disk.target, Path(disk.dest), disk.format)
 
 
 async def test_chains_are_made_one_image(rig: Rig) -> None:

@@ -500,6 +500,12 @@ class Journal:
                     (operation, file, region.start, msgspec.json.encode(region)),
                 )
 
+    def begin_again(self, move: Move, file: str) -> None:
+        """Remember a move as it is now, and no region of one of its copies: none of it counts as copied any more."""
+        with self._write("regions"):
+            self._put_move(move)
+            self._db.execute("DELETE FROM region WHERE operation = ? AND file = ?", (move.operation, file))
+
     def regions(self, operation: int, file: str) -> tuple[Region, ...]:
         """The regions of a copy that have reached the disk."""
         rows = self._all("SELECT record FROM region WHERE operation = ? AND file = ? ORDER BY start", (operation, file))

@@ -158,6 +158,11 @@ class Mover:
 
     async def _mirror(self, move: Move) -> None:
         """Start the mirrors that do not work."""
+        for layer in move.layers:
+            if layer.backing is not None and await self._is_torn(layer):
+                methods = {source: how for source, how in move.methods.items() if source != layer.source}
+                self._desk.journal.begin_again(msgspec.structs.replace(self._move, methods=methods), layer.file)
+                return
         async with self._desk.writing(move.domain, move=move.operation) as (keeper, seen):
             disks = waiting(move, self._jobs(move))
             paths = tuple(disk.file for disk in disks if not is_uri(disk.file))
@@ -173,6 +178,12 @@ class Mover:
                 speeds=await self._speeds(move, disks),
             )
             await keeper.run(number, plan)
+
+    async def _is_torn(self, layer: Layer) -> bool:
+        """Whether a copy's header can't be read any more, as its source's can: the power failed while its backing was named."""
+        (copy, *_bases) = await self._desk.images.chain(layer.file, layer.format)
+        (source, *_bases) = await self._desk.images.chain(layer.source, layer.format)
+        return copy.problem is not None and source.problem is None
 
     async def _pivot(self, move: Move) -> None:
         """Wait until the mirrors are ready and the pause is to be short enough, then let the guest go over."""
