@@ -352,6 +352,7 @@ def move_view(
         total=sum(file.total for file in files),
         pivoted=move.pivoted,
         pause_ms=move.pause_ms,
+        deadline=move.deadline,
         verified=verdict.how if verdict is not None else None,
         compared=verdict.compared if verdict is not None else 0,
         differences=tuple(

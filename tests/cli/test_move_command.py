@@ -111,6 +111,18 @@ async def test_a_move_that_is_left_alone_is_seen_and_given_up(vm1: Guest) -> Non
     assert not list(vm1.dest.iterdir())
 
 
+async def test_a_move_that_is_late_is_given_up(vm1: Guest) -> None:
+    late = await vm1.command("move", "vm1", str(vm1.dest), "--bandwidth", "1", "--deadline", "0.5", status=95)
+    assert re.search(
+        r"^  given up at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d if the guest has not gone over by then$",
+        late.stdout,
+        re.MULTILINE,
+    )
+    assert "its guest had not gone over within its deadline, 0.5 s: it was at «copy»" in late.stderr
+    assert await vm1.images() == vm1.old
+    assert not list(vm1.dest.iterdir())
+
+
 async def test_a_move_stands_still_and_is_gone_on_with(vm1: Guest) -> None:
     moving = await vm1.begin("--bandwidth 16M")
     await line_with(moving.stdout, '"move-progress"')

@@ -154,6 +154,56 @@ async def test_mirrors_that_are_lost_are_started_again(rig: Rig) -> None:
     assert list(rig.dst.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("phase", "more"),
+    [("copy", {"bandwidth": 1, "strategy": "offload"}), ("pivot", {"max_pause_ms": 1})],
+    ids=["it copies", "it waits for a short pause"],
+)
+async def test_a_move_that_is_late_is_given_up(rig: Rig, phase: str, more: dict[str, object]) -> None:
+    await rig.write("vda", 0x46, MIB)
+    done = await moved(rig, verify="none", deadline=2.0 if phase == "pivot" else 0.3, **more)
+    assert done.state == "cancelled"
+    assert f" s: it was at «{phase}». More time (--deadline)" in str(done.reason)
+    assert "within its deadline" in str(done.reason)
+    assert done.next == ()
+    assert await rig.qemu_jobs() == {}
+    assert await rig.our_nodes() == set()
+    assert list(rig.dst.iterdir()) == []
+    for target in ALL:
+        assert await rig.chain(target) == [str(rig.source(target))]
+    assert (await rig.operations())[0] == ("move", "undone")
+    await rig.guest.stop()
+    for target in ALL:
+        assert rig.holds(target, rig.source(target), FORMATS[target])
+
+
+async def test_a_move_that_is_in_time_is_done(rig: Rig) -> None:
+    done = await moved(rig, verify="none", deadline=3600.0)
+    assert (done.state, done.reason) == ("done", None)
+    assert done.deadline is not None
+
+
+async def test_a_deadline_that_passed_while_nobody_was_there(rig: Rig) -> None:
+    """Whoever goes on with the move wants it done: the deadline holds no more, and that is said."""
+    begun = await slowly(rig, deadline=3600.0)
+    await rig.reopen_service()
+    journal = rig.service._desk.journal
+    move = journal.move(begun.operation)
+    assert move is not None
+    journal.put_move(msgspec.structs.replace(move, deadline=1.0, bandwidth=0))
+    resumed = await rig.ask(ask.ResumeOperation(operation=begun.operation))
+    assert "deadline has passed" in resumed.notes[0]
+    assert (await over(rig, begun.operation)).state == "done"
+
+
+async def test_what_is_no_deadline(rig: Rig) -> None:
+    for seconds in (0.0, -1.0, float("nan"), 1e12):
+        with pytest.raises(errors.BadRequest, match="a deadline is more than 0"):
+            await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), deadline=seconds))
+    late = ask.MoveStorage(domain="vm1", dest=str(rig.dst), bandwidth=1, deadline=5.0, dry_run=True)
+    assert "it would be given up: the copying alone takes longer" in (await rig.ask(late)).notes[-1]
+
+
 async def test_the_speed_of_a_move_is_changed_while_it_works(rig: Rig) -> None:
     begun = await slowly(rig)
     await rig.ask(ask.SetMoveSpeed(operation=begun.operation, bandwidth=0))

@@ -212,6 +212,7 @@ class Domain:
         verify: Literal["none", "sample", "full"] = "full",
         delete_source: bool = False,
         converge: bool = False,
+        deadline: float | None = None,
     ) -> StorageMove:
         """Move its disks to a directory while it runs; all go over at one instant, or none does.
 
@@ -229,6 +230,7 @@ class Domain:
             verify: how source and destination are compared afterwards.
             delete_source: remove the sources at the end; with `verify` full, or none.
             converge: make the guest's writes wait for the destination.
+            deadline: seconds; a move whose guest has not gone over by then is given up, and the guest stays where it was.
 
         Raises:
             Refused: any of its kinds, with nothing done.
@@ -245,6 +247,7 @@ class Domain:
             verify=verify,
             delete_source=delete_source,
             converge=converge,
+            deadline=deadline,
         )
         return StorageMove(self._ferry, await self._ferry.ask(request, views.MoveView))
 

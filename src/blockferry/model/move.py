@@ -123,6 +123,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
         verify: how source and destination are compared after the pivot.
         delete_source: whether the sources are removed at the end.
         converge: whether the guest's writes wait for the destination.
+        deadline: when it is given up if the guest has not gone over by then, in seconds since the epoch; None for never.
         stamps: path -> what a layer's source looked like when its copying began: nobody may touch it.
         methods: path -> how a layer was copied; of those whose copies are whole.
         pivot: the number of the operation in which the guest went over; None before.
@@ -141,6 +142,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     verify: Verify = "none"
     delete_source: bool = False
     converge: bool = False
+    deadline: float | None = None
     stamps: dict[str, FileStamp] = {}
     methods: dict[str, Method] = {}
     pivot: int | None = None

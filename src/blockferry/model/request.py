@@ -237,7 +237,8 @@ class MoveStorage(_Request, frozen=True, kw_only=True, tag="move"):
     `disks` are those that are moved, each to a file of that name (None: its own name), a block device or an NBD URI; nothing
     there means all. `format` is the new images', `keep` each its own; `chain` keeps the images under the active ones or makes
     one image of each disk. `bandwidth` is bytes per second of the whole move, 0 for no limit; `max_pause_ms` keeps it
-    mirroring while a longer pause is to be expected; `converge` makes the guest's writes wait for the destination.
+    mirroring while a longer pause is to be expected; `converge` makes the guest's writes wait for the destination. A move
+    whose guest has not gone over within `deadline` seconds, more than 0, is given up.
     `verify` compares source and destination afterwards; `delete_source` removes the sources at the end.
     """
 
@@ -252,6 +253,7 @@ class MoveStorage(_Request, frozen=True, kw_only=True, tag="move"):
     verify: Verify = "full"
     delete_source: bool = False
     converge: bool = False
+    deadline: float | None = None
     dry_run: bool = False
 
 

@@ -324,7 +324,8 @@ class MoveView(_View, frozen=True, kw_only=True, tag="move"):
 
     `state` is working, standing still, cancelling, done or cancelled; `phase` what is done next or now: copy, mirror, pivot,
     verify, end; back. `files` are copied outside QEMU, `copied` and `total` bytes of all of them. `verified` is sample or full
-    once a comparison has ended; `differences` what it found. `left` are images of the old places that are still there. `next` is what can be typed now.
+    once a comparison has ended; `differences` what it found. A move is given up at its `deadline` (seconds since the epoch) if its guest has not gone over by then.
+    `left` are images of the old places that are still there. `next` is what can be typed now.
     """
 
     domain: str
@@ -337,6 +338,7 @@ class MoveView(_View, frozen=True, kw_only=True, tag="move"):
     total: int = 0
     pivoted: bool = False
     pause_ms: float | None = None
+    deadline: float | None = None
     verified: str | None = None
     compared: int = 0
     differences: tuple[MoveDifference, ...] = ()

@@ -133,6 +133,7 @@ def plan_move(
     files: Files,
     left_out: Mapping[str, str],
     data: Mapping[str, int],
+    now: float,
 ) -> Plan:
     """The plan of a move's beginning: overlays where disks are offloaded, and the files of what is copied outside QEMU.
 
@@ -146,6 +147,7 @@ def plan_move(
         files: of all `Placed.paths`, and the exports.
         left_out: disks that stay, with the reason.
         data: by source, the bytes of it that hold data.
+        now: seconds since the epoch, when it begins.
 
     Raises:
         Refused: any of its kinds, with nothing done.
@@ -163,6 +165,7 @@ def plan_move(
         verify=request.verify,
         delete_source=request.delete_source,
         converge=request.converge,
+        deadline=now + request.deadline if request.deadline is not None else None,
     )
     overlays = [each for each, disk in zip(placed, disks, strict=True) if disk.overlay is not None]
     return Plan(

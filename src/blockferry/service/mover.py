@@ -77,22 +77,52 @@ class Mover:
     async def run(self) -> None:
         """Go on with the move until it is over, or stands still: then the reason is recorded and said."""
         try:
+            await self._until_deadline()
             while not (move := self._move).over:
-                match next_of(move, self._jobs(move)):
-                    case "copy":
-                        await self._copy(move)
-                    case "mirror":
-                        await self._mirror(move)
-                    case "pivot":
-                        await self._pivot(move)
-                    case "verify":
-                        await self._verify(move)
-                    case "end":
-                        await self._end(move)
-                    case "back":
-                        await self._back(move)
+                await self._next(move)
         except (errors.BlockferryError, CopyFailed) as error:
             self.stand(error.message if isinstance(error, errors.BlockferryError) else str(error))
+
+    async def _until_deadline(self) -> None:
+        """Go on until the guest has gone over, or the move is to be given up: because its time is over, too."""
+        move = self._move
+        left = move.deadline - time.time() if move.deadline is not None else None
+        try:
+            # What it cancels is cancelled as by who gives a move up on request: an operation that was begun ends first.
+            async with asyncio.timeout(left) as bound:
+                while not move.pivoted and move.state == "working":
+                    await self._next(move)
+                    move = self._move
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            move = self._move
+            if not move.pivoted and move.state == "working":
+                await self.give_up(self._too_late(move))
+
+    def _too_late(self, move: Move) -> str:
+        record = self._desk.journal.operation(move.operation)
+        given = (move.deadline or 0.0) - (record.started if record is not None else 0.0)
+        phase = next_of(move, self._jobs(move))
+        return (
+            f"its guest had not gone over within its deadline, {round(given, 1):g} s: it was at «{phase}». More time (--deadline), "
+            "a higher --bandwidth, or --converge, which holds the guest's writes, would help"
+        )
+
+    async def _next(self, move: Move) -> None:
+        match next_of(move, self._jobs(move)):
+            case "copy":
+                await self._copy(move)
+            case "mirror":
+                await self._mirror(move)
+            case "pivot":
+                await self._pivot(move)
+            case "verify":
+                await self._verify(move)
+            case "end":
+                await self._end(move)
+            case "back":
+                await self._back(move)
 
     def stand(self, reason: str) -> None:
         """Give in: what is done stays, the reason is recorded and said."""

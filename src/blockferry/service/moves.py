@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 
 import msgspec
@@ -32,6 +33,8 @@ from blockferry.service.usage import look_up
 TELLING_BYTES = 16 << 20
 # As long as that a copy takes at least, whatever a clock says.
 TELLING_SECONDS = 0.001
+# A year: far beyond any move, and within what clocks and timers take.
+DEADLINE_MAX_SECONDS = 365 * 86400
 
 
 class Moves:
@@ -75,6 +78,8 @@ class Moves:
             raise errors.BadRequest(
                 reason="sources are removed after everything was compared (verify full), or with verify none said out loud"
             )
+        if request.deadline is not None and not 0 < request.deadline <= DEADLINE_MAX_SECONDS:
+            raise errors.BadRequest(reason=f"a deadline is more than 0 and at most {DEADLINE_MAX_SECONDS} seconds")
         async with self._desk.writing(request.domain) as (keeper, seen):
             operation, names = self._desk.names(dry_run=request.dry_run)
             sources = {image.file for disk in seen.disks for image in disk.chain if image.file.startswith("/")}
@@ -96,6 +101,7 @@ class Moves:
                 files=files,
                 left_out=left_out,
                 data=data,
+                now=time.time(),
             )
             if request.dry_run:
                 return self._planned(request, plan, placed, files, data)
@@ -117,11 +123,19 @@ class Moves:
             raise AssertionError(plan)
         planned = answers.planned_files(move, placed, files, data)
         rates = [rate for rate in (request.bandwidth, self._rate_seen()) if rate]
+        seconds = sum(each.bytes for each in planned) / min(rates) if rates else None
+        shown = plan_view(request.domain, plan)
+        notes = shown.notes
+        if request.deadline is not None and seconds is not None and seconds > request.deadline:
+            notes += (
+                f"it would be given up: the copying alone takes longer than the deadline, {request.deadline:g} s",
+            )
         return msgspec.structs.replace(
-            plan_view(request.domain, plan),
+            shown,
+            notes=notes,
             files=planned,
             room=answers.room_by_place(planned, files),
-            seconds=sum(each.bytes for each in planned) / min(rates) if rates else None,
+            seconds=seconds,
             pause_ms=PAUSE_MS,
         )
 
@@ -186,12 +200,16 @@ class Moves:
             )
         if move.over:
             raise errors.MoveNotPossible(domain=move.domain, operation=move.operation, reason="is over")
+        notes: tuple[str, ...] = ()
+        if move.deadline is not None and move.deadline <= time.time() and not move.pivoted:
+            move = msgspec.structs.replace(move, deadline=None)
+            notes = ("its deadline has passed, and holds no more: it goes on until it is done or given up",)
         self._desk.journal.put_move(msgspec.structs.replace(move, reason=None))
         # Refused now, rather than by a task that nobody asks: its QEMU has to be there for all but the copying.
         async with self._desk.writing(move.domain, move=move.operation):
             pass
         self._go_on(move.operation)
-        return await self._view(self._get(move.operation))
+        return await self._view(self._get(move.operation), notes=notes)
 
     async def cancel(self, request: ask.CancelOperation) -> view.View:
         """Give up a move, or a copy."""

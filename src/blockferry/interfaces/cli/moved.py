@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from blockferry.interfaces.cli import render
 from blockferry.interfaces.cli.text import doing, duration, paint, percent, rate, size, table
 from blockferry.interfaces.cli.wire import Json
@@ -13,7 +15,16 @@ LISTED = 10
 def begun(view: Json) -> str:
     """A move that was begun or is gone on with: each disk, and which way it goes."""
     head = f"{view['domain']}: moving {', '.join(disk['target'] for disk in view['disks'])} (operation {view['operation']})"
-    return "\n".join([head, *_disks(view), *_left_out(view)])
+    late = (
+        []
+        if view["deadline"] is None
+        else [f"  given up at {_clock(view['deadline'])} if the guest has not gone over by then"]
+    )
+    return "\n".join([head, *_disks(view), *late, *_left_out(view)])
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _disks(view: Json) -> list[str]:

@@ -85,6 +85,12 @@ def read_disks(_context: click.Context, _option: click.Parameter, given: tuple[s
     "--delete-source", is_flag=True, help="Remove the old images at the end: verify full, or none said out loud."
 )
 @click.option("--converge", is_flag=True, help="Hold the guest's writes until they are on the destination too.")
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SEC",
+    help="Give the move up if the guest has not gone over by then.",
+)
 @dry_run_option
 @detach_option
 @json_option
@@ -103,6 +109,7 @@ def move(
     verify: str | None,
     delete_source: bool,
     converge: bool,
+    deadline: float | None,
     dry_run: bool,
     detach: bool,
 ) -> None:
@@ -122,6 +129,7 @@ def move(
         "verify": verify,
         "delete_source": delete_source,
         "converge": converge,
+        "deadline": deadline,
     }
     if dry_run:
         session.answer(moved.plan, "move", dry_run=True, **wish)
