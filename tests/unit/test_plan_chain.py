@@ -545,6 +545,18 @@ def test_an_end_that_the_graph_shows_is_only_flushed_and_recorded(what: str) -> 
     assert [step for step in before.settle if not isinstance(step, Resume)] == list(made.settle)
 
 
+@pytest.mark.parametrize("what", sorted(ENDS))
+def test_an_end_that_can_t_be_flushed_is_recorded_and_removes_nothing(what: str) -> None:
+    job, after = ENDS[what]
+    flushed, made = plan_end(after, job, ALL), plan_end(after, job, ALL, unflushed="it is ill")
+    assert (made.prepare, made.window) == ((), None)
+    lost = msgspec.structs.replace(flushed.record, ended={"vda": "lost"}, reason="it is ill")
+    assert made.record == lost
+    assert list(made.settle) == [step for step in flushed.settle if not isinstance(step, DropFile)]
+    with pytest.raises(AssertionError):
+        plan_end(SEEN, job, ALL, unflushed="it is ill")
+
+
 def test_the_end_is_not_shown_when_the_disk_or_the_overlay_is_gone() -> None:
     without = observed(Plug("vdb"))
     for job, _after in ENDS.values():

@@ -377,8 +377,16 @@ class Keeper(Link):
                 seen = await self.observe()
             else:
                 return
-        if any(each == job for each in self.active()):
-            await self._lose({job.target: problem}, seen)
+        if not any(each == job for each in self.active()):
+            return
+        if job.type not in ("fill", "resume") and has_ended(job, seen):
+            # The graph is what counts; only a flush can have failed, of storage that is ill.
+            kept = f"QEMU has done it, but not all of it is on disk, and so no image was removed: {problem}"
+            plan = plan_end(seen, job, self._journal.snapshots(self.name), unflushed=kept)
+            with contextlib.suppress(errors.Refused, errors.OperationFailed):
+                await self.run(self._journal.reserve_operation(), plan)
+                return
+        await self._lose({job.target: problem}, seen)
 
     async def run(self, operation: int, plan: Plan) -> OperationRecord:
         """Run a plan that was just made; the caller holds the lock. See `Runner.run`."""

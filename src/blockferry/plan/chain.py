@@ -376,13 +376,17 @@ def has_ended(job: ChainJob, seen: Observation) -> bool:
     return disk is not None and bool(disk.chain) and disk.active.node == base
 
 
-def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) -> Plan:
+def plan_end(
+    seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...], *, unflushed: str | None = None
+) -> Plan:
     """What follows a job that has done its work: it is pending, or ready, or the graph shows its end already.
 
     Args:
         seen: the domain as observed.
         job: the job.
         snapshots: the domain's.
+        unflushed: why what the graph shows can't be flushed. It is recorded nevertheless, as a job that was lost, for that
+            reason; no image is removed: a header on disk may still name it, and it holds what it held.
     """
     if job.type == "fill":
         return _end_fill(job)
@@ -392,25 +396,28 @@ def plan_end(seen: Observation, job: ChainJob, snapshots: tuple[Snapshot, ...]) 
     changed, forgotten = after_commit(snapshots, job, _above(disk, job)) if job.type != "rebase" else ((), ())
     active = _base(job).file if job.type == "active-commit" else disk.active.file
     done = has_ended(job, seen)
+    if unflushed is not None and not done:
+        raise AssertionError(job)
     window = None if done or job.type == "commit" else _window(seen, job, disk)
     return Plan(
         what="job-end",
         text=f"the {job.type} of {job.target} has ended"
         + (f": the guest goes over to {active}" if window and job.type == "active-commit" else ""),
-        prepare=_before(job, disk, done=done),
+        prepare=_before(job, disk, done=done) if unflushed is None else (),
         window=window,
         record=Record(
             authoritative={job.target: active},
             formats={job.target: _base(job).format} if job.type == "active-commit" else {},
             changed=changed,
             forget=forgotten,
-            ended={job.target: "done"},
+            ended={job.target: "done" if unflushed is None else "lost"},
+            reason=unflushed,
         ),
         settle=(
             *([Resume()] if window is not None and window.resume else []),
             DismissJobs(jobs=(job.job,)),
             *close_images(seen.graph, (layer.node for layer in job.leaving)),
-            *_drop(job),
+            *(_drop(job) if unflushed is None else ()),
         ),
     )
 
