@@ -19,7 +19,8 @@ from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 CUTS = 5  # of each operation
-OPERATIONS = ("pivot", "pivot-3", "reopen", "rebase", "commit-active", "commit-middle", "delete", "start")
+MOVES = ("move", "move-chain", "move-resume", "move-cancel")
+OPERATIONS = ("pivot", "pivot-3", "reopen", "rebase", "commit-active", "commit-middle", "delete", "start", *MOVES)
 VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)
 Opened = Callable[[QemuVersion], Theatre]
 
