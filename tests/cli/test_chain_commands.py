@@ -23,7 +23,8 @@ from blockferry.testing import (
 )
 
 SIZE = 16 * MIB
-SLOW = "1M"
+FILLED = range(6, 14)
+SLOW = "512K"  # a disk that is filled is not done with before somebody says so
 
 
 @dataclass
@@ -56,6 +57,11 @@ class Guest:
         for number, name in enumerate(names):
             await self(f"snapshot create vm1 {name} --atomic")
             await self.write(0x40 + number, 4 + number)
+
+    async def fill(self) -> None:
+        """Fill vda's MiBs 6 to 13 with 0x55."""
+        for mib in FILLED:
+            await self.write(0x55, mib)
 
     async def holds(self, name: str, **mibs: int) -> None:
         """The image holds these bytes (m3=0x22) and nothing else, when QEMU has ended."""
@@ -252,6 +258,7 @@ async def test_rebase(vm: Guest) -> None:
 
 async def test_rebase_without_waiting_says_how_to_watch_it(vm: Guest) -> None:
     await vm.layers("before")
+    await vm.fill()
     said = await vm(f"rebase vm1 vda --bandwidth {SLOW}")
     assert "It goes on by itself" in said
     assert "blockferry job cancel vm1 vda" in said
@@ -348,8 +355,7 @@ async def test_commits_that_are_refused(vm: Guest, options: str, words: str) -> 
 
 async def test_ctrl_c_leaves_a_commit_running_and_a_cancel_tells_who_waits(vm: Guest) -> None:
     await vm.layers("before")
-    for mib in range(6, 14):
-        await vm.write(0x55, mib)
+    await vm.fill()
     start = ("commit", "vm1", "vda", "--bandwidth", SLOW, "--wait")
     waiting = await vm.command.start(*start)
     assert waiting.stdout is not None
@@ -374,7 +380,7 @@ async def test_ctrl_c_leaves_a_commit_running_and_a_cancel_tells_who_waits(vm: G
     assert ended.status == 53
     assert "it was cancelled" in ended.stderr
     await vm("commit vm1 vda --wait")
-    await vm.holds("golden.qcow2", m0=0x11, m1=0x22, m4=0x40, **{f"m{mib}": 0x55 for mib in range(6, 14)})
+    await vm.holds("golden.qcow2", m0=0x11, m1=0x22, m4=0x40, **{f"m{mib}": 0x55 for mib in FILLED})
 
 
 # --- copies onto a base ---------------------------------------------------------------------------------------
@@ -391,7 +397,8 @@ async def test_a_copy_onto_a_base_further_down(vm: Guest) -> None:
 
 async def test_a_rebase_joins_a_copy_onto_the_same_base(vm: Guest) -> None:
     await vm.layers("before")
-    await vm(f"copy vm1 vda {{}}/copy.qcow2 --base {{}}/golden.qcow2 --bandwidth {SLOW}")
+    await vm.fill()
+    await vm(f"copy vm1 vda {{}}/copy.qcow2 --base {{}}/golden.qcow2 --bandwidth {SLOW} --buf-size 64K")
     assert (await vm("job list vm1")).splitlines()[1].split()[:3] == ["vda", "fill", "copying"]
     elsewhere = await vm("rebase vm1 vda --base {}/vda.qcow2", status=54)
     assert "copied to copy.qcow2, which backs onto golden.qcow2" in elsewhere
