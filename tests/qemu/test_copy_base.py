@@ -107,6 +107,50 @@ async def test_the_service_starts_again_while_a_copy_is_filled(rig: Rig) -> None
     await finish_whole(rig, "vda", [str(rig.dest("vda")), rig.layer("vda", 0)])
 
 
+async def filled(rig: Rig) -> str:
+    """A copy whose lower layers are pulled in so slowly that much can be done meanwhile; QEMU's job."""
+    await rig.layers(3, only=["vda"])
+    await rig.copy("vda", base=rig.layer("vda", 0), bandwidth=SLOW)
+    (job,) = await rig.qemu_jobs()
+    return job
+
+
+async def mirrored_at(rig: Rig, bandwidth: int) -> None:
+    await rig.ready("vda")
+    job = (await rig.jobs())["vda"]
+    assert (job.type, job.speed) == ("copy", bandwidth)
+    await rig.pivot("vda")
+    await finish_whole(rig, "vda", [str(rig.dest("vda")), rig.layer("vda", 0)])
+
+
+async def test_a_limit_given_while_a_copy_is_filled_is_its_mirrors(rig: Rig) -> None:
+    await filled(rig)
+    await rig.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=64 * MIB))
+    await mirrored_at(rig, 64 * MIB)
+
+
+@pytest.mark.parametrize("command", ["block-job-set-speed", "job-finalize"])
+async def test_a_limit_given_while_a_fill_ends(faulty: Rig, command: str) -> None:
+    """QEMU takes no limit of a job that is pending, and none of one that is gone: the mirror has it all the same."""
+    job = await filled(faulty)
+    gate = faulty.proxy.pause_before(command)
+    if command == "block-job-set-speed":
+        limiting = asyncio.create_task(faulty.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=64 * MIB)))
+        await gate.reached()
+        await faulty.guest.command("block-job-set-speed", {"device": job, "speed": 0})
+        async with asyncio.timeout(20):
+            while (await faulty.qemu_jobs())[job]["status"] != "pending":
+                pass
+    else:
+        await faulty.guest.command("block-job-set-speed", {"device": job, "speed": 0})
+        await gate.reached()
+        limiting = asyncio.create_task(faulty.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=64 * MIB)))
+        await asyncio.sleep(0)  # it looks, and waits for the domain
+    gate.release()
+    await limiting
+    await mirrored_at(faulty, 64 * MIB)
+
+
 # --- what is there already ------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.journal.schema import MIGRATIONS
-from blockferry.model.blockjob import WORKING, BlockJob, JobEnd, Mirror
+from blockferry.model.blockjob import WORKING, BlockJob, ChainJob, JobEnd, Mirror
 from blockferry.model.move import Move, Region
 from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepState, Stretch
 from blockferry.model.snapshot import Snapshot
@@ -411,6 +411,11 @@ class Journal:
         self._db.execute(
             "INSERT OR REPLACE INTO job VALUES (?, ?, ?)", (job.domain, job.target, msgspec.json.encode(job))
         )
+
+    def limit_job(self, job: ChainJob, bandwidth: int) -> None:
+        """Write down the limit of a job that works, and of what comes after it."""
+        with self._write("job"):
+            self._put_job(msgspec.structs.replace(job, speed=bandwidth))
 
     def _end_job(self, domain: str, target: str, end: JobEnd, reason: str | None) -> None:
         for job in self.jobs(domain):

@@ -120,7 +120,7 @@ class ChainJob(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
         then: the mirror that is started after a fill or a resume.
         round: how many rounds of a resume have gone before this one.
         lacking: bytes that the destination lacked when this round began.
-        speed: bytes per second, 0 for no limit; for `then`.
+        speed: bytes per second, 0 for no limit; for the rounds and the mirror after it too.
         state: `active` until it ended; then how.
         reason: why it was lost, in QEMU's own words where there are any.
     """

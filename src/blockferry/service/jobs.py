@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 import msgspec
@@ -206,9 +207,25 @@ class Jobs:
         keeper = self._desk.keeper(request.domain)
         # Not under the domain's lock: it changes nothing that a plan depends on, and must work while others wait.
         (job,) = self._jobs(keeper, await keeper.observe(), (request.disk,))
-        await keeper.set_speed(job, request.bandwidth)
+        if isinstance(job, ChainJob) and job.copy is not None:
+            job = await self._limit_copy(request)
+        else:
+            await keeper.set_speed(job, request.bandwidth)
         limit = f"limited to {request.bandwidth} bytes/s" if request.bandwidth else "not limited any more"
         return view.Done(text=f"the {job.type} of {job.target} is {limit}")
+
+    async def _limit_copy(self, request: ask.SetJobSpeed) -> BlockJob:
+        """Limit a copy before its mirror: what comes after this job begins with the limit, or is here already."""
+        async with self._desk.writing(request.domain) as (keeper, seen):
+            (job,) = self._jobs(keeper, seen, (request.disk,))
+            if not isinstance(job, ChainJob):
+                await keeper.set_speed(job, request.bandwidth)
+                return job
+            self._desk.journal.limit_job(job, request.bandwidth)
+            # One that has just ended takes no limit; what follows it has it.
+            with contextlib.suppress(errors.SpeedRefused):
+                await keeper.set_speed(job, request.bandwidth)
+            return job
 
 
 def _written_into(snapshot: Snapshot, commits: list[ChainJob]) -> bool:
