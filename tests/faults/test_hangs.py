@@ -207,9 +207,15 @@ async def test_qemu_that_is_stopped(rig: Rig, step: str, monkeypatch: pytest.Mon
     finally:
         rig.guest.process.signal(signal.SIGCONT)
     await rig.settled()
-    assert {state for _what, state in await rig.operations()} <= {"undone", "done", "in-progress"}
+    what, state = (await rig.operations())[-1]
     assert await rig.status() == "running"
-    assert await rig.states() == {"vdb": "ready"}
+    # Whether QEMU still reads what it was sent before it was stopped is its own affair: the copy is begun then.
+    begun = {"vda": "ready"} if (what, state) == ("copy", "in-progress") and step == "blockdev-mirror" else {}
+    if not begun:
+        assert state == ("in-progress" if step == "query-jobs" else "undone")
+    else:
+        await rig.ready("vda")
+    assert await rig.states() == {"vdb": "ready"} | begun
     await rig.pivot("vdb")
     await rig.guest.stop()
     assert rig.holds("vdb", rig.dest("vdb"), "raw")
