@@ -25,7 +25,8 @@ from worlds import Stage, open_world, playground
 from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
-CASES = 30  # of each operation on each QEMU
+# Of each operation on each QEMU: a move is some operations in one, and takes as long as three.
+CASES, MOVE_CASES = 32, 20
 LINUX_CASES = 4
 
 
@@ -81,7 +82,8 @@ def test_whatever_goes_wrong(
 ) -> None:
     with playground(tmp_path) as folder:
         course = course_of(operation, stage, folder, courses)
-        cases = chosen(operation, stage.version, course, CASES)
+        count = MOVE_CASES if OPERATIONS[operation].moves else CASES
+        cases = chosen(operation, stage.version, course, count)
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=open_world))
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
 

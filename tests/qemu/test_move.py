@@ -20,7 +20,7 @@ from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.service import Service
-from blockferry.testing import Fault, FaultKind, QemuBinaries, blockdev_disk, make_image, write_pattern
+from blockferry.testing import Fault, FaultKind, FaultyNbdServer, QemuBinaries, blockdev_disk, make_image, write_pattern
 
 
 async def moved(rig: Rig, **more: object) -> view.MoveView:
@@ -338,6 +338,32 @@ async def test_to_an_export_and_to_a_device(rig: Rig) -> None:
         with loop_device(backing) as device:
             await to_both(rig, server.uri, device)
     assert rig.holds("vdb", image, "raw")
+
+
+async def test_a_destination_that_takes_no_writes_is_not_tried_for_ever(faulty: Rig) -> None:
+    """Its mirror is lost before anybody waits for it: the move stands still, and says why; gone on with, it is tried again."""
+    image = make_image(faulty.qemu, faulty.path / "exported", "raw", SIZE)
+    async with FaultyNbdServer(faulty.qemu, image, faulty.path, name="t") as server:
+        await faulty.write("vdb", 0x21, 0, SIZE)
+        server.fail()
+        gate = faulty.proxy.pause_after("blockdev-mirror")
+        moving = asyncio.create_task(moved(faulty, disks={"vdb": server.uri}, format="raw", verify="none"))
+        await gate.reached()
+        async with asyncio.timeout(20):
+            while {job["status"] for job in (await faulty.qemu_jobs()).values()} != {"concluded"}:
+                pass
+        gate.release()
+        begun = await moving
+        assert (begun.state, begun.phase) == ("standing still", "mirror")
+        assert "the mirror of vdb was lost: No space left on device" in str(begun.reason)
+        server.heal()
+        last = (await faulty.ask(ask.ListEvents(since=2**62))).last
+        await faulty.ask(ask.ResumeOperation(operation=begun.operation))
+        assert (await over(faulty, begun.operation, last)).state == "done"
+        assert len(await faulty.events("mirror-started")) == 2
+        assert await faulty.chain("vdb") == [server.uri]
+        await faulty.guest.stop()
+    assert faulty.holds("vdb", image, "raw")
 
 
 async def to_both(rig: Rig, uri: str, device: str) -> None:

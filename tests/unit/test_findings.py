@@ -136,6 +136,13 @@ def said(found: tuple[Finding, ...]) -> list[tuple[str, str]]:
     return [(each.severity, each.code) for each in found if each.severity != "ok"]
 
 
+FORGOTTEN = seen(
+    graph=Graph(
+        {**NODES, "top": Node(name="top", driver="commit_top", filename="", virtual_size=GIB, read_only=False)},
+        frozenset({Edge("d0", "root", "top"), Edge("top", "backing", "n0"), *EDGES} - {Edge("d0", "root", "n0")}),
+    ),
+    disks=(msgspec.structs.replace(DISK, root="top"),),
+)
 NAMELESS = msgspec.structs.replace(SNAPSHOT, disks=(msgspec.structs.replace(SNAPSHOT.disks[0], mode="none"),))
 LOST = msgspec.structs.replace(MIRROR, state="lost", reason="Input/output error")
 RESTING = msgspec.structs.replace(MIRROR, state="resting")
@@ -228,6 +235,14 @@ TABLE: dict[str, tuple[Case, list[tuple[str, str]]]] = {
     "a job of ours that is not in the journal": (
         case(seen=seen(jobs={MIRROR.job: RUNS})),
         [("problem", "job-unknown")],
+    ),
+    "the filter of a job that is no more": (
+        case(seen=FORGOTTEN),
+        [("problem", "filter-left")],
+    ),
+    "the filter of a job of somebody else's": (
+        case(seen=msgspec.structs.replace(FORGOTTEN, jobs={"theirs": RUNS})),
+        [],
     ),
     "a job of somebody else's": (case(seen=seen(jobs={"theirs": RUNS})), []),
     "a job of another state directory": (case(seen=seen(jobs={"bfcafe-5-vda-m": RUNS})), []),
@@ -341,7 +356,7 @@ def test_what_is_said(what: str) -> None:
 
 
 # Here what to do depends on what the text names: a file to bring back, a program that is to let go.
-UNTYPED = {"image-unusable", "image-in-use", "image-missing", "boot-file-missing", "would-not-start"}
+UNTYPED = {"image-unusable", "image-in-use", "image-missing", "boot-file-missing", "would-not-start", "filter-left"}
 
 
 def test_what_to_type_is_what_mends_it() -> None:

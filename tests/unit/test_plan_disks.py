@@ -53,6 +53,18 @@ def test_a_filter_on_top(driver: str, busy: bool) -> None:
     assert job_on(seen.disks[0], seen) == ("vda-flt" if busy else None)
 
 
+@pytest.mark.parametrize("driver", ["mirror_top", "commit_top"])
+@pytest.mark.parametrize("status", [None, *sorted(ENDED), "running", "pending"])
+def test_a_filter_whose_job_is_no_more(driver: str, status: str | None) -> None:
+    """QEMU 7.2 forgets one when a job fails while it drains; of which job a filter is, it does not say."""
+    seen = observed(Plug("vda", filter=driver))
+    jobs = {"some": Job(id="some", type="commit", status=status)} if status else {}
+    seen = msgspec.structs.replace(seen, jobs=jobs)
+    lives = status is not None and status not in ENDED
+    with pytest.raises(errors.DiskBusy if lives else errors.DiskUnsuitable, match="vda-flt"):
+        require_suitable("vm1", seen.disks[0], seen)
+
+
 def test_nothing_works() -> None:
     assert [job_on(disk, SEEN) for disk in SEEN.disks] == [None, None]
     for disk in SEEN.disks:

@@ -9,7 +9,8 @@ from blockferry import errors
 from blockferry.model.domain import Capabilities, Observation
 from blockferry.model.files import FileFact
 from blockferry.model.flags import SnapshotCreate
-from blockferry.model.graph import Disk, Edge, Graph, Node
+from blockferry.model.graph import JOB_FILTERS, Disk, Edge, Graph, Node
+from blockferry.model.job import Job
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.plan.destinations import Files
 from blockferry.plan.files import ClaimFile, CreateImage, RemoveFile
@@ -97,7 +98,9 @@ def observed(*plugs: Plug) -> Observation:
         running=True,
         graph=Graph(nodes, frozenset(edges)),
         disks=tuple(disks),
-        jobs={},
+        jobs={"some": Job(id="some", type="commit", status="running")}
+        if any(p.filter in JOB_FILTERS for p in plugs)
+        else {},
         capabilities=Capabilities(version="0", commands=frozenset({"transaction"})),
     )
 

@@ -52,7 +52,7 @@ def require_suitable(domain: str, disk: Disk, seen: Observation) -> None:
     """Refuse a disk that can't take part, or that has a job on it.
 
     Raises:
-        DiskUnsuitable: with the reason.
+        DiskUnsuitable: with the reason; it has the filter of a job that QEMU has forgotten, too.
         DiskBusy: with the job.
         MoveUnderWay: it is part of a move.
     """
@@ -62,6 +62,12 @@ def require_suitable(domain: str, disk: Disk, seen: Observation) -> None:
     if reason:
         raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
     job = job_on(disk, seen)
+    if job and is_forgotten(job, seen):
+        reason = (
+            f"QEMU {seen.capabilities.version} has left {job}, the filter of a job that is no more, above its image, and starts no "
+            "other job there until the guest is started anew"
+        )
+        raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
     if job:
         raise errors.DiskBusy(domain=domain, disk=disk.target, job=job)
 
@@ -104,6 +110,14 @@ def job_on(disk: Disk, seen: Observation) -> str | None:
             if above is not None and above.driver in JOB_FILTERS:
                 return above.name
     return None
+
+
+def is_forgotten(name: str, seen: Observation) -> bool:
+    """Whether this is a job's filter, and there is no job that it could be of.
+
+    QEMU 7.2 leaves one when a mirror or commit fails while the guest's writes are drained; 10.0 does not.
+    """
+    return name in seen.graph.nodes and all(job.status in ENDED for job in seen.jobs.values())
 
 
 # The version of the first QEMU that was seen to switch such a disk.

@@ -18,6 +18,7 @@ from blockferry.model.files import FileFact, ImageFact
 from blockferry.model.graph import Disk, Image
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Finding
+from blockferry.plan.disks import is_forgotten, job_on
 from blockferry.plan.installed import can_do
 from blockferry.plan.plan import Names, is_ours
 from blockferry.plan.resting import lost_with_guest
@@ -390,6 +391,14 @@ def _nodes(case: Case, seen: Observation) -> Iterator[Finding]:
         reached |= below
         waiting += below
     found = []
+    for disk in seen.disks:
+        job = job_on(disk, seen)
+        if job is not None and is_forgotten(job, seen):
+            text = (
+                f"{job}, the filter of a job that is no more, is above its image: QEMU starts no other job there until the "
+                "guest is started anew"
+            )
+            found.append(problem("filter-left", text, disk=disk.target))
     for name in sorted(_foreign(case, seen.graph.nodes) - reached):
         if not seen.graph.parents(name):
             text = f"QEMU has a node {name} of ours on {seen.graph.nodes[name].filename}, and nothing uses it; QMP closes it"

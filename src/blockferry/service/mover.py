@@ -63,6 +63,7 @@ class Mover:
         self._throttle = Throttle(self._move.bandwidth)
         self.copying_to: str | None = None  # what is written outside QEMU now
         self.stands = False  # whether it has given in, with the reason in the journal
+        self._mirrored: set[str] = set()  # the disks whose mirrors it has started
 
     @property
     def _move(self) -> Move:
@@ -195,6 +196,8 @@ class Mover:
                 return
         async with self._desk.writing(move.domain, move=move.operation) as (keeper, seen):
             disks = waiting(move, self._jobs(move))
+            # One that was lost since is not begun again and again: whoever has looked at its storage says when.
+            self._require_none_lost(move, tuple(disk for disk in disks if disk.target in self._mirrored))
             paths = tuple(disk.file for disk in disks if not is_uri(disk.file))
             claimed = {path for path, *_made in self._desk.journal.claims(move.domain)}
             number, names = self._desk.names()
@@ -208,6 +211,14 @@ class Mover:
                 speeds=await self._speeds(move, disks),
             )
             await keeper.run(number, plan)
+            self._mirrored.update(disk.target for disk in disks)
+
+    def _require_none_lost(self, move: Move, disks: tuple[MovedDisk, ...]) -> None:
+        """Raise for the first of these, whose mirrors do not work any more."""
+        for disk in disks:
+            job = self._jobs(move).get(disk.target)
+            reason = (job.reason if job is not None else None) or "its job has ended"
+            raise errors.JobLost(domain=move.domain, disk=disk.target, reason=reason)
 
     async def _is_torn(self, layer: Layer) -> bool:
         """Whether a copy's header can't be read any more, as its source's can: the power failed while its backing was named."""
@@ -252,11 +263,8 @@ class Mover:
 
     async def _go_over(self, keeper: Keeper, seen: Observation, move: Move) -> None:
         jobs = self._jobs(move)
-        for disk in waiting(move, jobs):
-            # Lost since it was ready: nobody goes over without it.
-            job = jobs.get(disk.target)
-            reason = (job.reason if job is not None else None) or "its job has ended"
-            raise errors.JobLost(domain=move.domain, disk=disk.target, reason=reason)
+        # Lost since they were ready: nobody goes over without them.
+        self._require_none_lost(move, waiting(move, jobs))
         mirrors = mirrors_of(move, jobs)
         bases: dict[str, tuple[ImageFact, ...]] = {
             mirror.target: await self._desk.images.chain(mirror.backing, mirror.backing_format)
