@@ -98,7 +98,7 @@ class World:
     qemu: TestQemu | OwnQemu
     proxy: QmpFaultProxy
     qmp: Path
-    contents: dict[str, bytearray] = field(default_factory=dict)
+    contents: dict[str, bytearray] = field(default_factory=dict, repr=False)
     guest: WritingGuest | None = None
 
     @property

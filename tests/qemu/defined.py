@@ -37,8 +37,8 @@ class Defined:
     qemu: QemuBinaries
     path: Path
     service: Service
-    written: dict[str, bytearray] = field(default_factory=dict)
-    as_of: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    written: dict[str, bytearray] = field(default_factory=dict, repr=False)
+    as_of: dict[str, dict[str, bytes]] = field(default_factory=dict, repr=False)
 
     async def ask(self, request: ask.Request) -> Any:
         return await self.service.submit(request)

@@ -63,7 +63,8 @@ class Rig:
     guest: TestQemu
     service: Service
     proxy: QmpFaultProxy | None
-    written: dict[str, bytearray]
+    # asyncio writes out what its tasks return when it looks at the handler of SIGINT: twice a test, 24 MiB.
+    written: dict[str, bytearray] = field(repr=False)
     qdevs: Mapping[str, str]  # by target, what query-block calls the device
     pauses: EventListener = field(default_factory=lambda: EventListener(("STOP", "RESUME")))
 

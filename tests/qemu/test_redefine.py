@@ -4,7 +4,7 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,7 @@ class Resting:
     service: Service
     binaries: QemuBinaries
     folder: Path
-    written: bytearray
+    written: bytearray = field(repr=False)
 
     async def ask(self, request: ask.Request) -> Any:
         return await self.service.submit(request)
