@@ -12,6 +12,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.blockferry-stamp
 WORKERS ?= 2
+# Some containers set it: every command that a test runs would compile all its modules, half of its time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check setup bench chaos power fuzz packages test-tools clean
 
