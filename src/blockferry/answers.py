@@ -330,11 +330,10 @@ def move_view(
     """
     verdict = move.verdict
     files = _move_files(move, kept)
-    stands = move.state == "working" and not at_work
     return MoveView(
         domain=move.domain,
         operation=move.operation,
-        state="standing still" if stands else move.state,
+        state="standing still" if not move.over and not at_work else move.state,
         phase=phase,
         disks=tuple(
             MoveDiskView(

@@ -115,6 +115,44 @@ async def test_a_move_whose_process_died_is_gone_on_with(rig: Rig) -> None:
         assert rig.holds(disk.target, Path(disk.dest), disk.format)
 
 
+async def test_what_a_move_wrote_can_not_be_written_down_now(faulty: Rig) -> None:
+    """It stands still while it is given up: also for who looks later, and until somebody says so again."""
+    begun = await slowly(faulty)
+    await faulty.write_each(dict.fromkeys(ALL, 0x41))
+    faulty.proxy.inject(Fault("block-commit", FaultKind.ERROR, nth=None))
+    with pytest.raises(errors.MoveStands):
+        await faulty.ask(ask.CancelOperation(operation=begun.operation))
+    await faulty.reopen_service()
+    shown = await faulty.ask(ask.ShowMove(operation=begun.operation))
+    assert (shown.state, shown.phase) == ("standing still", "back")
+    assert shown.next == tuple(f"blockferry operations {verb} {begun.operation}" for verb in ("resume", "cancel"))
+    faulty.proxy.clear()
+    last = (await faulty.ask(ask.ListEvents(since=2**62))).last
+    await faulty.ask(ask.ResumeOperation(operation=begun.operation))
+    assert (await over(faulty, begun.operation, last)).state == "cancelled"
+    await faulty.guest.stop()
+    for target in ALL:
+        assert faulty.holds(target, faulty.source(target), FORMATS[target])
+
+
+async def test_who_gives_a_move_up_goes_away(faulty: Rig) -> None:
+    """And another asks for the same: it is being given up all the time, and once."""
+    begun = await slowly(faulty)
+    gate = faulty.proxy.pause_before("block-commit")
+    first = asyncio.create_task(faulty.ask(ask.CancelOperation(operation=begun.operation)))
+    await gate.reached()
+    second = asyncio.create_task(faulty.ask(ask.CancelOperation(operation=begun.operation)))
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert (await faulty.ask(ask.ShowMove(operation=begun.operation))).state == "cancelling"
+    gate.release()
+    assert (await second).state == "cancelled"
+    for target in ALL:
+        assert await faulty.chain(target) == [str(faulty.source(target))]
+    assert [what for what, _state in await faulty.operations()].count("move-cancel") == 2, "given up, and over"
+
+
 async def test_a_move_whose_guest_died_is_gone_on_with(rig: Rig) -> None:
     begun = await slowly(rig)
     for target in ALL:

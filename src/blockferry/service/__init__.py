@@ -139,10 +139,6 @@ class Service:
             for keeper in self._desk.keepers.values()
         )
 
-    def drives(self, move: int) -> bool:
-        """Whether a move is being gone on with: one that is given up is `cancelling` also while nobody does."""
-        return self._moves.drives(move)
-
     async def submit(self, request: ask.Request) -> view.View:
         """Do what is asked, and answer.
 

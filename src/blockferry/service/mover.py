@@ -370,6 +370,8 @@ class Mover:
         """
         async with self._alone() as (keeper, _seen):
             move = self._move
+            if move.state != "working":  # somebody else has, meanwhile
+                return
             made = {path: (device, inode) for path, _number, device, inode in self._desk.journal.claims(move.domain)}
             mine = {path: made[path] for path in destinations_of(move) if path in made}
             number, _names = self._desk.names()

@@ -223,16 +223,10 @@ class Moves:
         if move.over or move.pivoted:
             reason = "is over" if move.over else "can't be given up: the guest is on the destinations"
             raise errors.MoveNotPossible(domain=move.domain, operation=move.operation, reason=reason)
-        await self._halt(move.operation)
-        move = self._get(move.operation)
-        if move.pivoted:
-            raise errors.MoveNotPossible(
-                domain=move.domain, operation=move.operation, reason="went over to the destinations meanwhile"
-            )
-        mover = Mover(self._desk, move.operation, self._storages)
         if move.state == "working":
-            await mover.give_up("on request")
-        await mover.run()
+            await self._give_up(move.operation)
+        # It goes on also when whoever asked for it goes away.
+        await asyncio.shield(self._go_on(move.operation))
         move = self._get(move.operation)
         if not move.over:
             raise errors.MoveStands(
@@ -252,16 +246,40 @@ class Moves:
 
     # --- those that are under way -----------------------------------------------------------------------------
 
-    def _go_on(self, operation: int) -> None:
-        if self.drives(operation):
-            return
-        mover = self._movers[operation] = Mover(self._desk, operation, self._storages)
+    def _go_on(self, operation: int) -> asyncio.Future[None]:
+        """Have a move gone on with, unless it is already; until that has ended."""
+        if operation in self._tasks and self.drives(operation):
+            return self._tasks[operation]
+        if not self.drives(operation):
+            self._movers[operation] = Mover(self._desk, operation, self._storages)
+        mover = self._movers[operation]
         task = self._tasks[operation] = asyncio.ensure_future(mover.run())
         task.add_done_callback(lambda done: self._forget(mover, operation, done))
+        return task
+
+    async def _give_up(self, operation: int) -> None:
+        """Have a move given up; what was written to its overlays is still there."""
+        # Who follows the move does not see it stand still meanwhile.
+        mover = self._movers[operation] = Mover(self._desk, operation, self._storages)
+        await self._halt(operation)
+        move = self._get(operation)
+        if move.pivoted:
+            self._go_on(operation)
+            raise errors.MoveNotPossible(
+                domain=move.domain, operation=operation, reason="went over to the destinations meanwhile"
+            )
+        try:
+            await mover.give_up("on request")
+        except BaseException:
+            if self._movers.get(operation) is mover and operation not in self._tasks:
+                del self._movers[operation]
+            raise
 
     def _forget(self, mover: Mover, operation: int, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(operation) is task:
+            del self._tasks[operation]
         if self._movers.get(operation) is mover:
-            del self._tasks[operation], self._movers[operation]
+            del self._movers[operation]
         bug = None if task.cancelled() else task.exception()
         if bug is not None:
             # Whoever follows the move is told; the process goes on, and its log has the traceback.

@@ -214,11 +214,7 @@ async def moving(service: Service) -> bool:
     assert isinstance(listed, view.OperationList)
     numbers = [each.id for each in listed.operations if each.what == "move" and each.state == "in-progress"]
     moves = [await service.submit(ask.ShowMove(operation=number)) for number in numbers]
-    return any(
-        isinstance(move, view.MoveView)
-        and (move.state == "working" or (move.state == "cancelling" and service.drives(move.operation)))
-        for move in moves
-    )
+    return any(isinstance(move, view.MoveView) and move.state in ("working", "cancelling") for move in moves)
 
 
 def _child(case: _Case, answer: int) -> None:
