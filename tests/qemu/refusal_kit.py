@@ -20,6 +20,7 @@ from rig import KIB, MIB, SIZE, Rig, wish_xml
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.service import Service
 from blockferry.testing import NbdServer, TestQemu, make_image
 
 PAGE = 4 * KIB
@@ -285,6 +286,24 @@ def listening(*words: bytes, close: bool = True) -> Setting:
             yield
 
     return setting
+
+
+@contextlib.asynccontextmanager
+async def within(place: Place) -> AsyncIterator[None]:
+    """`serve --storage-root` for the guests' own images, each of them a root, and DIR/offered/inside, which has a way out."""
+    rig = place.rig
+    (place.offered / "inside").mkdir()
+    (place.offered / "inside" / "way-out").symlink_to(place.offered)
+    make_image(rig.qemu, place.offered / "there", "qcow2", SIZE, backing=rig.source("vda"), backing_fmt="qcow2")
+    make_image(rig.qemu, place.offered / "alone", "qcow2", SIZE)
+    roots = [path for path in place.path.iterdir() if path.is_file()]
+    roots += [place.path / "other", place.offered / "inside"]
+    await rig.service.close()
+    rig.service = await Service.open(rig.path / "state", storage_roots=tuple(map(str, roots)))
+    try:
+        yield
+    finally:
+        await rig.reopen_service()
 
 
 @contextlib.asynccontextmanager

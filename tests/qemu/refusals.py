@@ -46,6 +46,7 @@ from refusal_kit import (
     storage_daemon,
     twins,
     two_ready,
+    within,
     xml,
 )
 from rig import KIB, MIB, SIZE, wish_xml
@@ -296,6 +297,20 @@ NEW_FILES = (
         "symbolic links",
         made(lambda place: linked(place.offered / "link", place.offered / "link")),
     ),
+    *rows(
+        "outside the storage roots",
+        {**new("DIR/offered/new"), "move": move("DIR/offered", "vda")},
+        errors.DestinationUnusable,
+        "it is outside the storage roots",
+        within,
+    ),
+    *rows(
+        "outside the storage roots, through a link that lies within",
+        {**new("DIR/offered/inside/way-out/new"), "move": move("DIR/offered/inside/way-out", "vda")},
+        errors.DestinationUnusable,
+        "it is outside the storage roots",
+        within,
+    ),
     *rows("a directory", new("DIR/offered"), errors.DestinationUnusable, "it is a directory"),
     *rows(
         "a FIFO",
@@ -405,6 +420,16 @@ TWICE = (
 
 EXISTING_FILES = (
     *rows("no such file", existing("DIR/offered/none"), errors.ImageUnsuitable, "does not exist"),
+    *rows(
+        "outside the storage roots",
+        {
+            "snapshot --reuse-ext": overlay("DIR/offered/there", flags=REUSE),
+            "copy --reuse-ext": copy("DIR/offered/alone", flags=COPY_REUSE),
+        },
+        errors.ImageUnsuitable,
+        "it is outside the storage roots",
+        within,
+    ),
     *rows("a directory", existing("DIR/offered"), errors.ImageUnsuitable, "it is a directory"),
     *rows(
         "a FIFO",
