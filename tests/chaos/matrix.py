@@ -61,6 +61,7 @@ WEIGHTS = {"die": 40, "kill": 16, "cut": 8, "error": 10, "drop": 3, "late": 3, "
 WEIGHTS |= dict.fromkeys(get_args(Sick), 4)
 REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
 LATE_SECONDS = 0.7
+SELDOM = 8  # boundaries between two writes of a pen's at least: each takes QEMU as long as three of them
 WRITES = 12  # of a pen's, in an operation to whose end nothing happens; and one at each mishap
 RECOVERY_BOUNDARIES = 30  # a recovery has some tens of them; one that has less is not hit
 
@@ -328,7 +329,7 @@ def pen_of(world: World, case: Case, course: Course, *, again: bool) -> PenPlan 
     """What the guest writes: as often in a long operation as in a short one, at other boundaries in each case."""
     if again:
         return world.pen()
-    every = max(4, len(course.boundaries) // WRITES)
+    every = max(SELDOM, len(course.boundaries) // WRITES)
     return world.pen(every, zlib.crc32(str(case).encode()) % every)
 
 

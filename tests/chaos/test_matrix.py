@@ -26,8 +26,8 @@ from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 # Of each operation on each QEMU: a move is some operations in one, and takes as long as three.
-CASES, MOVE_CASES = 32, 20
-LINUX_CASES = 4
+CASES, MOVE_CASES = 20, 14
+LINUX_CASES = 3
 
 
 VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)
