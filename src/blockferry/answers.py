@@ -34,7 +34,7 @@ from blockferry.model.view import (
 from blockferry.plan.destinations import NEW_OVERLAY_BYTES
 
 if TYPE_CHECKING:
-    from blockferry.journal.journal import DomainRecord, OperationRecord, StepRecord
+    from blockferry.journal.records import DomainRecord, OperationRecord, StepRecord
     from blockferry.model.definition import Definition, DiskDef
     from blockferry.model.domain import Observation
     from blockferry.model.files import Chains, ImageFact

@@ -16,7 +16,8 @@ from blockferry.engine.executor import StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
-from blockferry.journal.journal import Journal, OperationRecord
+from blockferry.journal.journal import Journal
+from blockferry.journal.records import OperationRecord
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.job import CAUGHT_UP

@@ -12,7 +12,8 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.executor import Executor
-from blockferry.journal.journal import DomainRecord, Journal
+from blockferry.journal.journal import Journal
+from blockferry.journal.records import DomainRecord
 from blockferry.model.domain import Observation, names_that_last
 from blockferry.model.job import Job
 from blockferry.qemu.agent import Agent

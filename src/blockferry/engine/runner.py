@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,10 +18,10 @@ from blockferry.engine.executor import Executor, StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
 from blockferry.engine.rescue import Rescue
-from blockferry.journal.journal import Journal, OperationRecord, StepRecord
+from blockferry.journal.journal import Journal
+from blockferry.journal.records import OperationRecord, StepRecord
 from blockferry.model.blockjob import ChainJob
 from blockferry.model.domain import Observation
-from blockferry.model.operation import OperationState, StepState, Stretch
 from blockferry.model.view import Event
 from blockferry.plan import files, steps, tracking
 from blockferry.plan.chain import leave_window
@@ -99,7 +98,13 @@ class Runner:
     async def _run(self, operation: int, plan: Plan) -> OperationRecord:
         try:
             with self._link.stopwatch() as milliseconds:
-                await self._forwards(operation, plan)
+                outcomes = await self._forwards(operation, plan)
+                if not plan.settle:
+                    # The end is written with the record: one durable write.
+                    end = {"lasting": plan.what in LASTING, "pause_ms": milliseconds()}
+                    self._record(operation, plan.record, outcomes, **end)
+                    return self._get(operation)
+                self._record(operation, plan.record, outcomes)
                 settled = await self._settle(plan)
                 pause = milliseconds()
             self._finish(operation, plan, settled, pause_ms=pause)
@@ -155,22 +160,23 @@ class Runner:
         if after.state not in ("done", "in-progress"):
             raise errors.OperationUnsettled(domain=self._link.name, operation=operation, step=step, reason=reason)
 
-    async def _forwards(self, operation: int, plan: Plan) -> None:
+    async def _forwards(self, operation: int, plan: Plan) -> tuple[StepRecord, ...]:
+        """Do what leads to the record; the outcomes that are to be written with it."""
         outcomes: tuple[StepRecord, ...] = ()
         # A plan that only forgets needs no QEMU: the guest may be gone.
         if plan.prepare or plan.window is not None:
             executor = self._link.nobody() if plan.offline else await self._executor("begin")
-            await self._prepare(operation, plan, executor)
+            outcomes = await self._prepare(operation, plan, executor)
             if plan.window is not None:
-                outcomes = await self._pass_window(operation, plan.window, executor)
-        self._record(operation, plan.record, outcomes)
+                outcomes = await self._pass_window(operation, plan.window, executor, outcomes)
+        return outcomes
 
-    async def _prepare(self, operation: int, plan: Plan, executor: Executor) -> None:
-        """The outcomes of a wave are written together with the intents of the next: one durable write a wave."""
+    async def _prepare(self, operation: int, plan: Plan, executor: Executor) -> tuple[StepRecord, ...]:
+        """The outcomes of a wave are written together with what follows, the next one's intents: one durable write a wave."""
         claims: dict[str, dict[str, Any]] = {}
         last: list[StepRecord] = []
         for wave in waves(plan.prepare):
-            intents = [_intent(index, "prepare", step) for index, step in wave]
+            intents = [StepRecord.begin(index, "prepare", step.text) for index, step in wave]
             self._journal.step(operation, *last, *intents, state="preparing")
             if isinstance(wave[0][1], steps.Freeze):
                 last, failures = await self._pass_freeze(wave, intents, executor)
@@ -182,21 +188,20 @@ class Runner:
             last, failures = [], []
             for (_index, step), intent, result in zip(wave, intents, results, strict=True):
                 if not isinstance(result, Failure):
-                    last.append(_outcome(intent, "done", result))
+                    last.append(intent.end("done", result))
                     if isinstance(step, files.ClaimFile):
                         claims[step.path] = result
                     continue
                 failures.append(result)
                 # No reply is no failure: the step stays an intent, and whoever looks decides.
                 if not result.unknown:
-                    last.append(_outcome(intent, "failed", error=result.reason))
+                    last.append(intent.end("failed", error=result.reason))
             if failures:
                 self._journal.step(operation, *last)
                 raise min(failures, key=lambda failure: failure.unknown)
             if isinstance(wave[-1][1], steps.Launch):
                 executor = await self._executor("connect")
-        if last:
-            self._journal.step(operation, *last)
+        return tuple(last)
 
     async def _pass_freeze(
         self, wave: Wave, intents: list[StepRecord], executor: Executor
@@ -215,9 +220,9 @@ class Runner:
                 result = await _try(executor, step, {})
                 if isinstance(result, Failure):
                     failures.append(result)
-                    outcomes += [] if result.unknown else [_outcome(intent, "failed", error=result.reason)]
+                    outcomes += [] if result.unknown else [intent.end("failed", error=result.reason)]
                     break
-                outcomes.append(_outcome(intent, "done", result))
+                outcomes.append(intent.end("done", result))
         finally:
             # Not what somebody else has frozen, when the freeze was refused.
             thaw = steps.Thaw() if failures else wave[-1][1]
@@ -227,35 +232,36 @@ class Runner:
         elif failures:
             # It was ended early: nobody is to take what is there for the quiesced snapshot that was asked for.
             outcomes = [
-                _outcome(each, "undone") if each.state == "done" and each.index == wave[0][0] else each
-                for each in outcomes
+                each.end("undone") if each.state == "done" and each.index == wave[0][0] else each for each in outcomes
             ]
         else:
-            outcomes.append(_outcome(intents[-1], "done", thawed))
+            outcomes.append(intents[-1].end("done", thawed))
         return outcomes, failures
 
-    async def _pass_window(self, operation: int, window: Window, executor: Executor) -> tuple[StepRecord, ...]:
+    async def _pass_window(
+        self, operation: int, window: Window, executor: Executor, prepared: tuple[StepRecord, ...]
+    ) -> tuple[StepRecord, ...]:
         """One intent for the whole window: a durable write between two of its commands would lengthen the pause."""
-        self._journal.step(operation, state="window")
+        self._journal.step(operation, *prepared, state="window")
         outcomes: list[StepRecord] = []
         with self._watching(window) as rescue:
             rescue.begin()
             executor.deadline = asyncio.get_running_loop().time() + self._window_seconds
             for index, step in enumerate(window.steps):
-                intent = _intent(index, "window", step)
+                intent = StepRecord.begin(index, "window", step.text)
                 try:
                     await _do_in_time(executor, step, rescue)
                 except Failure as failure:
-                    outcomes.append(_outcome(intent, "failed", error=failure.reason))
+                    outcomes.append(intent.end("failed", error=failure.reason))
                     self._journal.step(operation, *outcomes)
                     raise
-                outcomes.append(_outcome(intent, "done"))
+                outcomes.append(intent.end("done"))
             rescue.end()
         return tuple(outcomes)
 
-    def _record(self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = ()) -> None:
+    def _record(self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = (), **end: Any) -> None:
         events = news(self._link.name, operation, record, self._journal.jobs(self._link.name))
-        self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events))
+        self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events, **end))
 
     async def _settle(self, plan: Plan) -> tuple[StepRecord, ...]:
         if not plan.settle:
@@ -263,10 +269,10 @@ class Runner:
         executor = self._link.nobody() if plan.offline and not plan.prepare else await self._executor("settle")
         outcomes = []
         for index, step in enumerate(plan.settle):
-            intent = _intent(index, "settle", step)
+            intent = StepRecord.begin(index, "settle", step.text)
             outcome = await _do(executor, step, {})
             self.remember_left(step, outcome)
-            outcomes.append(_outcome(intent, "done", outcome))
+            outcomes.append(intent.end("done", outcome))
         return tuple(outcomes)
 
     def remember_left(self, step: steps.Step, outcome: Mapping[str, Any]) -> None:
@@ -288,8 +294,7 @@ class Runner:
         row: str | None = None,
         pause_ms: float | None = None,
     ) -> None:
-        working = self._journal.working(self._link.name)
-        state: OperationState = "in-progress" if plan.what in LASTING and operation in working else "done"
+        state = self._journal.end_of(operation, self._link.name, lasting=plan.what in LASTING)
         self._journal.finish(operation, state, outcomes, row=row, pause_ms=pause_ms)
 
     async def _executor(self, step: str) -> Executor:
@@ -359,7 +364,7 @@ class Runner:
             return failure.reason
         for index, step in self._begun(record.id).items():
             if isinstance(record.plan.prepare[index], steps.Freeze):
-                self._journal.step(record.id, _outcome(step, "undone", step.outcome))
+                self._journal.step(record.id, step.end("undone", step.outcome))
         return None
 
     def _say_frozen(self, operation: int, reason: str, row: str | None) -> None:
@@ -481,7 +486,7 @@ class Runner:
                 if not gone or isinstance(back, files.RemoveFile):
                     self.remember_left(back, await _do(executor, back, claims))
             was = begun[index]
-            self._journal.step(record.id, _outcome(was, "undone", was.outcome, error=was.error))
+            self._journal.step(record.id, was.end("undone", was.outcome, error=was.error))
 
     def _undone(self, record: OperationRecord, row: str | None) -> None:
         event = item(self._link.name, "operation-undone", None, operation=record.id, what=record.plan.what)
@@ -586,13 +591,3 @@ async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, 
         raise Failure(step.text, f"no reply ({lost.reason})", unknown=True) from lost
     except (ImageError, StepFailed) as error:
         raise Failure(step.text, str(error)) from error
-
-
-def _intent(index: int, stretch: Stretch, step: steps.Step) -> StepRecord:
-    return StepRecord(index=index, stretch=stretch, text=step.text, state="intent", started=time.time())
-
-
-def _outcome(
-    intent: StepRecord, state: StepState, outcome: dict[str, Any] | None = None, *, error: str | None = None
-) -> StepRecord:
-    return msgspec.structs.replace(intent, state=state, ended=time.time(), outcome=outcome or {}, error=error)

@@ -18,10 +18,11 @@ from typing import Any
 import msgspec
 
 from blockferry import errors
+from blockferry.journal.records import Defined, DomainRecord, OperationRecord, StepRecord
 from blockferry.journal.schema import MIGRATIONS
 from blockferry.model.blockjob import WORKING, BlockJob, ChainJob, JobEnd, Mirror
 from blockferry.model.move import Move, Region
-from blockferry.model.operation import ALL, ENDED, OPEN, OperationState, StepState, Stretch
+from blockferry.model.operation import ALL, ENDED, OPEN, OperationState
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
 from blockferry.plan.files import ClaimFile, CreateImage
@@ -30,71 +31,6 @@ from blockferry.plan.plan import Plan, Record
 
 # Called before and after every durable write with ("before"|"after", what): for tests that die there.
 Witness = Callable[[str, str], None]
-
-
-class DomainRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An attached domain.
-
-    Attributes:
-        name: its name.
-        qmp: its QMP socket.
-        pid: its QEMU process when it was last seen.
-        born: when that process was started (qemu.process.born), to tell it from another of that number.
-        gone: whether that process is known, and has been said, to have ended.
-        defined: whether we start it (and have its definition), rather than somebody else.
-        agent: its guest agent's socket, where that is known.
-        ending: why we are about to end its QEMU.
-        targets: qdev -> target, kept once given.
-    """
-
-    name: str
-    qmp: str
-    pid: int | None = None
-    born: int | None = None
-    gone: bool = False
-    defined: bool = False
-    agent: str | None = None
-    ending: str | None = None
-    targets: dict[str, str] = {}
-
-
-class Defined(msgspec.Struct, frozen=True, kw_only=True):
-    """A domain that we start.
-
-    Attributes:
-        xml: its definition as it was given.
-        images: target -> (file, format) of its active image, where that is another by now.
-    """
-
-    xml: str
-    images: dict[str, tuple[str, str]] = {}
-
-
-class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A step as it was done: times in seconds since 1970, `outcome` what undo and recovery need of it."""
-
-    index: int
-    stretch: Stretch
-    text: str
-    state: StepState
-    started: float
-    ended: float | None = None
-    error: str | None = None
-    outcome: dict[str, Any] = {}
-
-
-class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An operation: its plan, where it stands, and why it failed when it did."""
-
-    id: int
-    domain: str
-    plan: Plan
-    state: OperationState
-    started: float
-    ended: float | None = None
-    error: str | None = None
-    row: str | None = None
-    pause_ms: float | None = None
 
 
 def _nobody(_when: str, _what: str) -> None:
@@ -275,11 +211,21 @@ class Journal:
         domain: str,
         record: Record,
         *,
-        state: OperationState = "recorded",
         steps: tuple[StepRecord, ...] = (),
         events: tuple[Event, ...] = (),
+        lasting: bool | None = None,
+        pause_ms: float | None = None,
     ) -> tuple[Event, ...]:
         """Write the point of no return: in one transaction, everything that is true from then on.
+
+        Args:
+            operation: its number.
+            domain: whose.
+            record: what is true.
+            steps: outcomes that were not written yet.
+            events: what is said of it.
+            lasting: the operation ends with it, see `end_of`; None when something is to be settled yet.
+            pause_ms: of one that ends with it: how long the guest stood still, in milliseconds.
 
         Returns:
             The events with their numbers.
@@ -302,9 +248,29 @@ class Journal:
             for step in steps:
                 self._put_step(operation, step)
             numbered = tuple(self._put_event(event) for event in events)
-            self._db.execute("UPDATE operation SET state = ? WHERE id = ?", (state, operation))
+            state = "recorded" if lasting is None else self.end_of(operation, domain, lasting=lasting)
+            self._put_state(operation, state, pause_ms=pause_ms if lasting is not None else None)
             self._close_in_progress(domain)
         return numbered
+
+    def end_of(self, operation: int, domain: str, *, lasting: bool) -> OperationState:
+        """How an operation ends that was recorded: in progress as long as its jobs work, or its move, if it is one that lasts."""
+        return "in-progress" if lasting and operation in self.working(domain) else "done"
+
+    def _put_state(
+        self,
+        operation: int,
+        state: OperationState,
+        *,
+        error: str | None = None,
+        row: str | None = None,
+        pause_ms: float | None = None,
+    ) -> None:
+        self._db.execute(
+            "UPDATE operation SET state = ?, ended = ?, error = COALESCE(?, error), row = COALESCE(?, row),"
+            " pause_ms = COALESCE(?, pause_ms) WHERE id = ?",
+            (state, time.time() if state in ENDED else None, error, row, pause_ms, operation),
+        )
 
     def finish(
         self,
@@ -324,11 +290,7 @@ class Journal:
                 self._put_snapshot(snapshot)
             for step in steps:
                 self._put_step(operation, step)
-            self._db.execute(
-                "UPDATE operation SET state = ?, ended = ?, error = COALESCE(?, error), row = COALESCE(?, row),"
-                " pause_ms = COALESCE(?, pause_ms) WHERE id = ?",
-                (state, time.time() if state in ENDED else None, error, row, pause_ms, operation),
-            )
+            self._put_state(operation, state, error=error, row=row, pause_ms=pause_ms)
             return tuple(self._put_event(event) for event in events)
 
     def operations(

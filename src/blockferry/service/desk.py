@@ -17,7 +17,8 @@ from blockferry.engine.keeper import Keeper
 from blockferry.formats.defined import inactive_xml
 from blockferry.formats.definition import parse_definition
 from blockferry.formats.names import path_flaw
-from blockferry.journal.journal import Journal, OperationRecord
+from blockferry.journal.journal import Journal
+from blockferry.journal.records import OperationRecord
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, Mirror
 from blockferry.model.definition import Definition

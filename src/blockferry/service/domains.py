@@ -10,7 +10,7 @@ from blockferry import answers, errors
 from blockferry.engine.keeper import Keeper
 from blockferry.formats.definition import parse_definition
 from blockferry.formats.names import path_flaw, valid_name
-from blockferry.journal.journal import DomainRecord
+from blockferry.journal.records import DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror

@@ -6,7 +6,7 @@ import asyncio
 
 from blockferry import answers, errors
 from blockferry.engine.keeper import Keeper
-from blockferry.journal.journal import OperationRecord
+from blockferry.journal.records import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.operation import OperationState

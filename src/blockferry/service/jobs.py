@@ -9,7 +9,7 @@ import msgspec
 
 from blockferry import answers, errors
 from blockferry.engine.keeper import Keeper
-from blockferry.journal.journal import OperationRecord
+from blockferry.journal.records import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror

@@ -12,7 +12,7 @@ from blockferry.engine.keeper import Keeper
 from blockferry.formats import schema
 from blockferry.formats.defined import with_uuid
 from blockferry.formats.definition import parse_definition
-from blockferry.journal.journal import Defined, DomainRecord
+from blockferry.journal.records import Defined, DomainRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror

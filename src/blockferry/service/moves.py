@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import msgspec
 
 from blockferry import answers, errors
-from blockferry.journal.journal import OperationRecord
+from blockferry.journal.records import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from blockferry.engine.keeper import Keeper
-from blockferry.journal.journal import OperationRecord
+from blockferry.journal.records import OperationRecord
 from blockferry.model.blockjob import Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
