@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.qemu import paths
+from blockferry.qemu import images, paths
 
 HUNG = "/hung/image"
 
@@ -72,3 +72,15 @@ async def test_nobody_else_is_held_up(tmp_path: Path) -> None:
 async def test_an_error_that_is_none_of_the_file_system_s_is_raised() -> None:
     with pytest.raises(ValueError, match="null"):
         await paths.real_paths(["/a\0b"])
+
+
+@pytest.mark.usefixtures("hanging")
+async def test_facts_and_stamps_of_images_one_of_which_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FILE_SECONDS", 0.2)
+    (image := tmp_path / "image").touch()
+    facts = await images.Images().facts((str(image), HUNG, "/hung/other"))
+    assert (facts[str(image)].kind, facts[str(image)].problem) == ("file", None)
+    assert [facts[path].problem for path in (HUNG, "/hung/other")] == [
+        f"{path}: its file system does not answer within 0.2 s" for path in (HUNG, "/hung/other")
+    ]
+    assert list(await images.Images().stamps((HUNG, str(image)))) == [str(image)]

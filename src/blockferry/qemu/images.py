@@ -17,7 +17,7 @@ from blockferry.qemu.bounded import bounded
 from blockferry.qemu.folders import folder_of
 from blockferry.qemu.header import BadHeader, Header
 from blockferry.qemu.inspect import inspect_image, read_header, refusal
-from blockferry.qemu.paths import identity_of
+from blockferry.qemu.paths import ask_each, identity_of
 from blockferry.qemu.qcow2 import empty_image
 from blockferry.qemu.roots import StorageRoots
 from blockferry.qemu.tool import ImageError, QemuImg
@@ -57,13 +57,14 @@ class Images:
 
     async def facts(self, paths: tuple[str, ...]) -> dict[str, FileFact]:
         """What each of these paths is; of a file that is there it is asked whether it is locked."""
-        return {path: await self._fact(path) for path in paths}
+        found = await ask_each(self._fact, paths, FILE_SECONDS)
+        return {path: found[path] if path in found else _unknown(path, _hangs(path, FILE_SECONDS)) for path in paths}
 
-    async def _fact(self, path: str) -> FileFact:
+    def _fact(self, path: str) -> FileFact:
         try:
-            return await _bounded(_fact, path, self._roots)
-        except ImageError as hung:
-            return FileFact(path=path, real=path, kind="other", problem=str(hung))
+            return _fact(path, self._roots)
+        except ImageError as error:
+            return _unknown(path, str(error))
 
     async def chain(self, path: str, image_format: str, known: Iterable[str] = ()) -> tuple[ImageFact, ...]:
         """A closed chain's images as their headers say, top first, from `path`, whose format the caller knows.
@@ -216,10 +217,7 @@ class Images:
 
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
         """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""
-        found: dict[str, FileStamp | None] = {}
-        for path in paths:
-            with contextlib.suppress(ImageError):
-                found[path] = await _bounded(stamp_of, path)
+        found = await ask_each(stamp_of, paths, FILE_SECONDS)
         return {path: stamp for path, stamp in found.items() if stamp is not None}
 
     async def sync(self, paths: tuple[str, ...]) -> None:
@@ -244,7 +242,15 @@ async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.k
     try:
         return await bounded(seconds, function, *arguments, **named)
     except TimeoutError as error:
-        raise ImageError(f"{arguments[0]}: its file system does not answer within {seconds:g} s") from error
+        raise ImageError(_hangs(str(arguments[0]), seconds)) from error
+
+
+def _hangs(path: str, seconds: float) -> str:
+    return f"{path}: its file system does not answer within {seconds:g} s"
+
+
+def _unknown(path: str, problem: str) -> FileFact:
+    return FileFact(path=path, real=path, kind="other", problem=problem)
 
 
 def _follow_problem(image_format: str | None, looped: bool) -> str | None:

@@ -25,51 +25,58 @@ async def aliases(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     Of one that hangs, the path alone.
     """
     asked = tuple(dict.fromkeys(paths))
-    found = await _ask(_aliases, asked)
+    found = await ask_each(_aliases, asked)
     return {path: found.get(path, (path,)) for path in asked}
 
 
 async def real_paths(paths: Iterable[str]) -> dict[str, str]:
     """Paths with links resolved; of one that hangs, as it is."""
     asked = tuple(dict.fromkeys(paths))
-    found = await _ask(os.path.realpath, asked)
+    found = await ask_each(os.path.realpath, asked)
     return {path: found.get(path, path) for path in asked}
 
 
 async def existing(paths: Iterable[str]) -> frozenset[str]:
     """Those that are there; one that hangs counts as there."""
     asked = tuple(dict.fromkeys(paths))
-    found = await _ask(os.path.exists, asked)
+    found = await ask_each(os.path.exists, asked)
     return frozenset(path for path in asked if found.get(path, True))
 
 
 async def directories(paths: Iterable[str]) -> frozenset[str]:
     """Those that are directories."""
-    found = await _ask(os.path.isdir, tuple(dict.fromkeys(paths)))
+    found = await ask_each(os.path.isdir, tuple(dict.fromkeys(paths)))
     return frozenset(path for path, directory in found.items() if directory)
 
 
 async def block_devices(paths: Iterable[str]) -> frozenset[str]:
     """Those that are block devices."""
-    found = await _ask(is_block_device, tuple(dict.fromkeys(paths)))
+    found = await ask_each(is_block_device, tuple(dict.fromkeys(paths)))
     return frozenset(path for path, device in found.items() if device)
 
 
 async def storages(folders: Iterable[str]) -> dict[str, int]:
     """The numbers of the file systems that folders are on; 0 of one that is not there, or hangs."""
     asked = tuple(dict.fromkeys(folders))
-    found = await _ask(_storage, asked)
+    found = await ask_each(_storage, asked)
     return {folder: found.get(folder, 0) for folder in asked}
 
 
-async def _ask(what: Callable[[str], T], paths: tuple[str, ...]) -> dict[str, T]:
-    """The answers: of all in one thread, or, where that does not come back, of each in one of its own."""
+async def ask_each(what: Callable[[str], T], paths: tuple[str, ...], seconds: float | None = None) -> dict[str, T]:
+    """The answers, without those that did not come back: of all in one thread, or, where that hangs, of each in its own.
+
+    Args:
+        what: asks the system about a path.
+        paths: which.
+        seconds: the bound; PATH_SECONDS unless told.
+    """
     if not paths:
         return {}
+    bound = PATH_SECONDS if seconds is None else seconds
     try:
-        return await bounded(PATH_SECONDS, lambda: {path: what(path) for path in paths})
+        return await bounded(bound, lambda: {path: what(path) for path in paths})
     except TimeoutError:
-        answers = await asyncio.gather(*(bounded(PATH_SECONDS, what, path) for path in paths), return_exceptions=True)
+        answers = await asyncio.gather(*(bounded(bound, what, path) for path in paths), return_exceptions=True)
     found: dict[str, T] = {}
     for path, answer in zip(paths, answers, strict=True):
         if isinstance(answer, BaseException):
