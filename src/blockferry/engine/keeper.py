@@ -370,9 +370,8 @@ class Keeper(Link):
             if attempt and not has_ended(job, seen):
                 break
             try:
-                await self.run(
-                    self._journal.reserve_operation(), plan_end(seen, job, self._journal.snapshots(self.name))
-                )
+                end = plan_end(seen, job, self._journal.snapshots(self.name))
+                await self.run(self._journal.reserve_operation(), end)
             except (errors.Refused, errors.OperationFailed) as failure:
                 problem = failure.message
                 seen = await self.observe()
@@ -407,8 +406,12 @@ class Keeper(Link):
             with contextlib.suppress(errors.BlockferryError):
                 if not undone and not self._journal.open_operations(self.name):
                     now = await self.jobs() if plan.record.jobs else {}
-                    if not all(job.job in now and now[job.job].busy for job in plan.record.jobs):
-                        await self.check_jobs(await self.observe())
+                    for job in plan.record.jobs:
+                        if job.job in now and now[job.job].caught_up and isinstance(job, Mirror):
+                            self._say_ready(job)
+                        elif job.job not in now or not now[job.job].busy:
+                            await self.check_jobs(await self.observe())
+                            break
 
     async def _to_its_end(self, operation: int, plan: Plan) -> OperationRecord:
         """Run it; whoever is cancelled meanwhile (Ctrl-C, the end of the process) waits for the end of a window.
