@@ -62,17 +62,23 @@ async def test_what_has_come_when_its_taker_is_cancelled_is_closed() -> None:
     assert late.closed.wait(10)
 
 
-async def test_a_late_failure_and_a_late_nothing_disturb_nobody() -> None:
-    for call in (lambda: None, lambda: 1 // 0):
-        until = threading.Event()
+@pytest.mark.parametrize("call", [lambda: None, lambda: 1 // 0], ids=["nothing", "a failure"])
+async def test_a_late_failure_and_a_late_nothing_disturb_nobody(
+    call: Callable[[], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a callback of a future raises is logged, and nothing else."""
+    until, before = threading.Event(), set(threading.enumerate())
 
-        def waits(call: Callable[[], object] = call, until: threading.Event = until) -> object:
-            until.wait()
-            return call()
+    def waits() -> object:
+        until.wait()
+        return call()
 
-        with pytest.raises(TimeoutError):
-            await bounded(0.05, waits)
-        until.set()
+    with pytest.raises(TimeoutError):
+        await bounded(0.05, waits)
+    (thread,) = set(threading.enumerate()) - before
+    until.set()
+    thread.join(10)
+    assert caplog.records == []
 
 
 async def test_a_socket_that_is_connected_too_late_lets_its_server_go() -> None:

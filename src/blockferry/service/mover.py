@@ -214,11 +214,11 @@ class Mover:
             self._mirrored.update(disk.target for disk in disks)
 
     def _require_none_lost(self, move: Move, disks: tuple[MovedDisk, ...]) -> None:
-        """Raise for the first of these, whose mirrors do not work any more."""
-        for disk in disks:
-            job = self._jobs(move).get(disk.target)
+        """Refuse to go on without these, whose mirrors do not work any more; the first is named."""
+        if disks:
+            job = self._jobs(move).get(disks[0].target)
             reason = (job.reason if job is not None else None) or "its job has ended"
-            raise errors.JobLost(domain=move.domain, disk=disk.target, reason=reason)
+            raise errors.JobLost(domain=move.domain, disk=disks[0].target, reason=reason)
 
     async def _is_torn(self, layer: Layer) -> bool:
         """Whether a copy's header can't be read any more, as its source's can: the power failed while its backing was named."""
