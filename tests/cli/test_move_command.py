@@ -31,7 +31,7 @@ class Guest:
         self.dest.mkdir()
 
     async def move(self, line: str = "", **options: int) -> Result:
-        return await self.command("move", "vm1", str(self.dest), "--verify", "none", *line.split(), **options)
+        return await self.command("move", "vm1", str(self.dest), *line.split(), **options)
 
     async def begin(self, line: str) -> asyncio.subprocess.Process:
         """A move that is followed, a line of JSON a second."""
@@ -69,7 +69,12 @@ async def test_a_guest_moves(vm1: Guest) -> None:
         said.index(word) for word in ("vm1: moving vda, vdb", f"copied  {vm1.new[0]}", "mirror  vda  ready", "pivot  ")
     ]
     assert told == sorted(told)
-    assert re.search(rf"stood still for [\d.]+ ms\nvm1 is on {', '.join(vm1.new)} \(operation 1\)\n", said)
+    assert re.search(r"^verify  full: [\d.]+ MiB compared, all equal$", said, re.MULTILINE)
+    assert re.search(
+        r"^compared \(full\): [\d.]+ MiB, equal, but for what the guest has written since$", said, re.MULTILINE
+    )
+    assert re.search(r"the guest is on the destinations; it stood still for [\d.]+ ms$", said, re.MULTILINE)
+    assert re.search(rf"^vm1 is on {', '.join(vm1.new)} \(operation 1\)$", said, re.MULTILINE)
     assert "left at the old place" not in said
     assert await vm1.images() == vm1.new
     assert not [path for path in vm1.old if Path(path).exists()]
@@ -142,10 +147,45 @@ async def test_a_move_stands_still_and_is_gone_on_with(vm1: Guest) -> None:
     assert await vm1.images() == vm1.old
 
 
+async def test_copies_that_differ_keep_their_sources(vm1: Guest) -> None:
+    line = f"move vm1 {vm1.dest} --disk vdb --disk vda --bandwidth {SLOW} --verify full --delete-source"
+    moving = await vm1.command.start(*line.split())
+    await line_with(moving.stdout, f"copied  {vm1.dest}/b.raw")
+    with (vm1.dest / "b.raw").open("r+b") as file:  # behind everybody's back, in what was a hole
+        file.seek(6 * MIB + 17)
+        file.write(b"x")
+    await vm1.command("operations", "speed", "1", "0")
+    told = await vm1.command.ends(moving)
+    assert told.status == errors.MoveDiffers.exit_status
+    assert "not equal" in told.stdout
+    assert re.search(rf"^  vdb: \d+ bytes from {6 * MIB} on$", told.stdout, re.MULTILINE), told.stdout
+    assert "rm " not in told.stdout, "nobody is told to remove them"
+    assert all(Path(path).exists() for path in vm1.old)
+    assert await vm1.images() == vm1.new
+
+
+async def test_a_move_that_the_guest_outruns_says_so(vm1: Guest) -> None:
+    moving = await vm1.begin("--disk vda --strategy mirror --bandwidth 8M")
+    drive = (await vm1.qemu.command("query-block"))[0]["qdev"]
+    while json.loads(line := await line_with(moving.stdout, '"name": "vda"'))["current"] < 24 * MIB:
+        pass
+    await vm1.command("operations", "speed", "1", "512K")
+    for start in range(0, 24, 2):
+        if '"converging": false' in line:
+            break
+        command = f'qemu-io -d {drive} "write -q -P 7 {start}M 2M"'
+        await vm1.qemu.command("human-monitor-command", {"command-line": command})
+        line = await line_with(moving.stdout, '"move-progress"')
+    assert json.loads(line)["parts"][0]["converging"] is False, line
+    await vm1.command("operations", "cancel", "1")
+    assert (await vm1.command.ends(moving)).status == 95
+    assert await vm1.images() == vm1.old
+
+
 async def test_the_bars_on_a_narrow_terminal(vm1: Guest) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, NARROW))
-    line = f"move vm1 {vm1.dest} --verify none --disk vda --strategy mirror --bandwidth 12M"
+    line = f"move vm1 {vm1.dest} --disk vda --strategy mirror --bandwidth 12M"
     process = await asyncio.create_subprocess_exec(
         *[str(BLOCKFERRY), "--state-dir", str(vm1.command.state_dir), *line.split()],
         stdin=theirs,
@@ -158,7 +198,7 @@ async def test_the_bars_on_a_narrow_terminal(vm1: Guest) -> None:
     assert await process.wait() == 0, drawn
     rows = [row.rstrip() for row in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn).replace("\r", "\n").split("\n")]
     drawn_rows = [row for row in rows if " % " in row]
-    assert {row.split()[0] for row in drawn_rows} == {"vda", "mirroring"}
+    assert {row.split()[0] for row in drawn_rows} == {"vda", "mirroring", "comparison", "comparing"}
     assert max(map(len, drawn_rows)) <= NARROW
     assert any("MiB/s" in row and row.endswith("left") for row in drawn_rows)
 

@@ -83,6 +83,22 @@ def test_a_mirror_that_is_outrun_has_no_time_left() -> None:
     assert " left" not in line
 
 
+def test_a_comparison_is_of_all_disks_together() -> None:
+    following = Following(a_move(phase="verify", pivoted=True))
+    figures = {"current": 2 * MIB, "total": 8 * MIB, "rate": 2.0 * MIB, "remaining_seconds": 3.0}
+    assert following.hear(heard("move-progress", operation=7, phase="verify", **figures))
+    at = seen(following)
+    assert [(part.name, part.state, part.current) for part in at.parts] == [("comparison", "comparing", 2 * MIB)]
+    assert (at.phase, at.total, at.remaining_seconds) == ("verify", 8 * MIB, 3.0)
+    assert moved.progress(following.progress()) == "comparing  25 %  2.0 MiB of 8.0 MiB  2.0 MiB/s  0:03 left"
+
+
+@pytest.mark.parametrize(("different", "says"), [(0, "all equal"), (512, "512 B differ")])
+def test_a_verdict_is_said(different: int, says: str) -> None:
+    event = heard("move-verified", operation=7, how="full", compared=8 * MIB, different=different)
+    assert moved.event(event) == f"verify  full: 8.0 MiB compared, {says}"
+
+
 def test_what_is_worth_another_look() -> None:
     following = Following(a_move())
     assert following.concerns(heard("move-copied", seq=3, operation=7))

@@ -11,6 +11,8 @@ from typing import Any
 from blockferry.errors import BlockferryError, MoveCancelled, MoveDiffers, MoveStands
 
 Json = dict[str, Any]
+# The name of the part that is all of a comparison.
+COMPARISON = "comparison"
 # Of differences so many are named in an error; all are in the view.
 NAMED = 3
 # Events after which nobody works on a move any more.
@@ -62,7 +64,8 @@ class Following:
         data, name = event["data"], event["disk"]
         if event["type"] == "move-progress":
             self._enter(data["phase"])
-            name, state = name or data["file"], "copying"
+            # Disks are compared with what they were on all together.
+            name, state = (data["file"], "copying") if "file" in data else (COMPARISON, "comparing")
         elif event["type"] == "progress" and self._phase != "copy" and name in self._targets:
             state = data["state"]
         else:

@@ -351,9 +351,9 @@ class MoveView(_View, frozen=True, kw_only=True, tag="move"):
 
 
 class MovePart(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a disk (its target) or a file that is copied outside QEMU (its path) is: bytes, and bytes per second.
+    """How far a disk (its target), a file that is copied outside QEMU (its path) or the `comparison` is: bytes, bytes per second.
 
-    `converging` is false of a mirror that the guest's writes outrun; `state` as of a job.
+    `converging` is false of a mirror that the guest's writes outrun; `state` is `comparing`, or as of a job.
     """
 
     name: str

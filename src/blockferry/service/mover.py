@@ -172,18 +172,21 @@ class Mover:
         began, first = time.monotonic(), copy.moved
         while True:
             await asyncio.sleep(SAY_SECONDS)
-            rate = (copy.moved - first) / (time.monotonic() - began)
-            current, total = copy.kept + copy.moved, layer.length
-            data = {
-                "operation": move.operation,
-                "phase": "copy",
-                "file": layer.file,
-                "current": current,
-                "total": total,
-                "rate": rate or None,
-                "remaining_seconds": max(0, total - current) / rate if rate else None,
-            }
-            self._desk.bus.publish((item(move.domain, "move-progress", None, **data),))
+            done = copy.moved - first
+            self._say_far(move, began, done, copy.kept + copy.moved, layer.length, phase="copy", file=layer.file)
+
+    def _say_far(self, move: Move, began: float, done: int, current: int, total: int, **where: str) -> None:
+        """Say how far something is of which `done` bytes have been dealt with since it began; never recorded."""
+        rate = done / max(time.monotonic() - began, 1e-9)
+        data = {
+            "operation": move.operation,
+            **where,
+            "current": current,
+            "total": total,
+            "rate": rate or None,
+            "remaining_seconds": max(0, total - current) / rate if rate else None,
+        }
+        self._desk.bus.publish((item(move.domain, "move-progress", None, **data),))
 
     # --- what QEMU copies -------------------------------------------------------------------------------------
 
@@ -310,6 +313,7 @@ class Mover:
             return
         session = await keeper.connect()
         await forget(session, disks, names)
+        began = time.monotonic()
         try:
             verdict = await compare(
                 session,
@@ -317,13 +321,13 @@ class Mover:
                 move.verify,
                 images=self._desk.images,
                 names=names,
-                report=lambda current, total: self._say_compared(move, current, total),
+                report=lambda done, total: self._say_far(move, began, done, done, total, phase="verify"),
                 throttles=(self._throttle,),
             )
         except CompareFailed as failure:
             raise CopyFailed(f"source and destination could not be compared: {failure}") from failure
         verified = msgspec.structs.replace(self._move, verdict=verdict, reason=None)
-        said = {"how": verdict.how, "compared": verdict.compared, "differences": verdict.different}
+        said = {"how": verdict.how, "compared": verdict.compared, "different": verdict.different}
         self._desk.keep_move(verified, "move-verified", **said)
 
     async def _compared(self, move: Move, moved: MovedDisk, seen: Observation, names: Names) -> Compared:
@@ -336,10 +340,6 @@ class Mover:
             source=await self._desk.images.chain(moved.stands_on, image_format),
             size=disk.active.virtual_size,
         )
-
-    def _say_compared(self, move: Move, current: int, total: int) -> None:
-        data = {"operation": move.operation, "phase": "verify", "current": current, "total": total}
-        self._desk.bus.publish((item(move.domain, "move-progress", None, **data),))
 
     async def _end(self, move: Move) -> None:
         """Record the end, and remove the sources that nobody has a use for, if that was asked for."""

@@ -105,8 +105,8 @@ def event(view: Json) -> str | None:
         case "move-pivoted":
             return f"pivot  the guest is on the destinations{_pause(data['pause_ms'])}"
         case "move-verified":
-            found = len(data["differences"])
-            return f"verify  {data['how']}: {size(data['compared'])} compared, {f'{found} differ' if found else 'all equal'}"
+            found = f"{size(data['different'])} differ" if data["different"] else "all equal"
+            return f"verify  {data['how']}: {size(data['compared'])} compared, {found}"
     return None
 
 
