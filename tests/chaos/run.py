@@ -58,6 +58,10 @@ class Session:
             await play(self._stage, folder, case, course, self.tally)
         except (AssertionError, OSError, ValueError, RuntimeError, BlockferryError) as error:
             self._stage.heal()
+            # To another file system: what is no file can't be copied there.
+            for path in folder.rglob("*"):
+                if path.is_socket():
+                    path.unlink()
             kept = shutil.move(folder, tempfile.mkdtemp(prefix="chaos-failed-"))
             self.failed.append(f'--qemu {self._stage.version} "{case}"')
             traceback.print_exception(error)

@@ -287,6 +287,31 @@ async def test_a_header_that_was_torn_is_copied_again(faulty: Rig) -> None:
         assert faulty.holds(disk.target, Path(disk.dest), disk.format)
 
 
+async def test_one_mirror_of_several_is_lost(rig: Rig) -> None:
+    """It is started again beside those that work: their images QEMU writes to meanwhile."""
+    await rig.layers(2)
+    given = ask.MoveStorage(
+        domain="vm1", dest=str(rig.dst), strategy="offload", verify="full", delete_source=True, max_pause_ms=1
+    )
+    begun = await rig.ask(given)
+    await rig.heard("move-waits")
+    await rig.write("vda", 0x47, MIB)
+    (lost,) = [job for job in await rig.qemu_jobs() if "vda" in job]
+    await rig.guest.command("job-cancel", {"id": lost})
+    stood = await rig.heard("move-stands")
+    assert "Operation canceled" in stood.data["reason"]
+    move = rig.service._desk.journal.move(begun.operation)
+    assert move is not None
+    rig.service._desk.journal.put_move(msgspec.structs.replace(move, max_pause_ms=None))
+    await rig.write("vdb", 0x48, MIB)
+    await rig.ask(ask.ResumeOperation(operation=begun.operation))
+    done = await over(rig, begun.operation, stood.seq)
+    assert (done.state, done.reason, done.verified) == ("done", None, "full")
+    await rig.guest.stop()
+    for disk in done.disks:
+        assert rig.holds(disk.target, Path(disk.dest), disk.format)
+
+
 async def test_chains_are_made_one_image(rig: Rig) -> None:
     await rig.layers(2)
     done = await moved(rig, chain="flatten", verify="none")

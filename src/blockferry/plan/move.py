@@ -16,7 +16,7 @@ from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileFact
 from blockferry.model.graph import Disk, Node
-from blockferry.model.move import Move, MovedDisk
+from blockferry.model.move import Layer, Move, MovedDisk
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan import destinations as dest
 from blockferry.plan.chain import commit_job, start_of
@@ -94,7 +94,7 @@ def plan_mirrors(
         NameBacking(
             path=layer.file, format=layer.format, backing=layer.backing, backing_format=str(layer.backing_format)
         )
-        for layer in move.layers
+        for layer in layers_of(move, disks)
         if layer.backing is not None
     ]
     mirrors = []
@@ -122,6 +122,12 @@ def plan_mirrors(
         prepare=(*made, *starts),
         record=Record(authoritative={disk.target: disk.stands_on for disk in disks}, jobs=tuple(mirrors)),
     )
+
+
+def layers_of(move: Move, disks: tuple[MovedDisk, ...]) -> tuple[Layer, ...]:
+    """The images of some disks that were copied outside QEMU: those of others QEMU may have open already, and write to."""
+    sources = {source for moved in disks for source in moved.layers}
+    return tuple(layer for layer in move.layers if layer.source in sources)
 
 
 def require_unchanged(move: Move, moved: MovedDisk, seen: Observation) -> Disk:

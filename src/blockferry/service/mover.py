@@ -21,6 +21,7 @@ from blockferry.plan.disks import find_disk
 from blockferry.plan.move import (
     COUNTED,
     going_over,
+    layers_of,
     mirrors_of,
     next_of,
     plan_back,
@@ -192,7 +193,7 @@ class Mover:
 
     async def _mirror(self, move: Move) -> None:
         """Start the mirrors that do not work."""
-        for layer in move.layers:
+        for layer in layers_of(move, waiting(move, self._jobs(move))):
             if layer.backing is not None and await self._is_torn(layer):
                 methods = {source: how for source, how in move.methods.items() if source != layer.source}
                 self._desk.journal.begin_again(msgspec.structs.replace(self._move, methods=methods), layer.file)
