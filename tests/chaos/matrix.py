@@ -274,6 +274,8 @@ async def play(
             final = await lives(world, operation, course, files, continuing=continuing, flushless=case.flushless)
         if final is None:
             await world.qemu.stop()
+            if case.proxied:
+                world.tell_whose()
             final = await is_gone(world, operation, course, images, files, leaks=case.sick, continuing=continuing)
         if world.guest is not None and world.guest.qemu.alive and not case.flushless:
             await world.guest.progress()

@@ -11,7 +11,7 @@ import pytest
 from rig import ALL, FORMATS, MIB, SIZE, Rig, open_rig
 
 from blockferry import errors
-from blockferry.engine import keeper, link
+from blockferry.engine import link, turns
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.snapshot import DiskWish, SnapshotWish
@@ -249,7 +249,7 @@ async def test_other_domains_are_not_held_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("qemu", ["distribution"], indirect=True)
 async def test_who_waits_is_told_for_whom(faulty: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot that does not come to its end: others get its number and since when, and nothing of theirs is done."""
-    monkeypatch.setattr(keeper, "BUSY_SECONDS", 0.3)
+    monkeypatch.setattr(turns, "BUSY_SECONDS", 0.3)
     gate = faulty.proxy.pause_before("transaction")
     first = asyncio.create_task(faulty.snapshot("s1"))
     await gate.reached()

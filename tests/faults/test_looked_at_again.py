@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from rig import Rig
 
+from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.testing import Fault, FaultKind
 
@@ -44,3 +45,16 @@ async def test_delete_whose_end_could_not_be_looked_at(faulty: Rig) -> None:
         faulty.proxy.clear()
         await delete
     assert await faulty.chain("vda") == [faulty.layer("vda", 2), faulty.layer("vda", 0)]
+
+
+async def test_delete_whose_guest_can_not_be_asked_any_more(faulty: Rig) -> None:
+    """Whoever waits is told: behind the proxy nobody sees that QEMU is gone, and nobody else will say how its job ended."""
+    await faulty.layers(2, only=["vda"])
+    gate = faulty.proxy.pause_before("job-finalize")
+    delete = asyncio.create_task(faulty.delete("s1", 0))
+    await gate.reached()
+    await faulty.guest.kill()
+    gate.release()
+    async with asyncio.timeout(30):
+        with pytest.raises(errors.QmpUnreachable):
+            await delete

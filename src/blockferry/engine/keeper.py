@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -16,6 +15,7 @@ from blockferry.engine.executor import StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
+from blockferry.engine.turns import Turns
 from blockferry.journal.journal import Journal
 from blockferry.journal.records import OperationRecord
 from blockferry.model.blockjob import BlockJob, ChainJob, Mirror
@@ -38,8 +38,6 @@ from blockferry.qemu.replies import shorten
 from blockferry.qemu.session import CommandRefused, LostReply, Session, Witness
 from blockferry.qemu.tool import ImageError
 
-# So long a request waits for others. Twenty at once take two seconds; an end of QEMU, the longest of operations, up to twenty.
-BUSY_SECONDS = 30.0
 # So often somebody who waits for jobs looks whether the connection still stands.
 LOOK_SECONDS = 1.0
 # So often a guest whose agent did not thaw its file systems is asked again.
@@ -87,13 +85,11 @@ class Keeper(Link):
         window_seconds: float,
     ) -> None:
         super().__init__(name, journal, images, witness, home=home)
-        self.lock = asyncio.Lock()
+        self.turns = Turns(name, journal)
         self._bus = bus
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampler = Sampler(name)
         self._said_ready: set[str] = set()
-        self.in_flight: set[int] = set()
-        self._held_since = 0.0
         self._last_words: dict[str, str] = {}
         self._thawing = False
         self._check_waits = False
@@ -124,37 +120,6 @@ class Keeper(Link):
         if self._session is not None:
             await self._session.close()
             self._session = None
-
-    @contextlib.asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """Have the domain's lock, for a request: who asks for one is told who else has it.
-
-        Raises:
-            DomainBusy: it was not free within BUSY_SECONDS.
-        """
-        try:
-            async with asyncio.timeout(BUSY_SECONDS):
-                await self.lock.acquire()
-        except TimeoutError as error:
-            raise self._busy() from error
-        try:
-            self._held_since = time.time()
-            yield
-        finally:
-            self.lock.release()
-
-    def _busy(self) -> errors.DomainBusy:
-        """With the operation that is being carried out; before there is one, its number is 0."""
-        number = max(self.in_flight, default=0)
-        operation = self._journal.operation(number)
-        since = operation.started if operation is not None else self._held_since
-        return errors.DomainBusy(
-            domain=self.name,
-            operation=number,
-            what=operation.plan.what if operation is not None else "none yet: it is looked at",
-            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since)),
-            seconds=BUSY_SECONDS,
-        )
 
     async def reconcile(self) -> list[tuple[int, Decision]]:
         """Settle what was interrupted, by the table, and find out what happened while nobody looked.
@@ -390,7 +355,7 @@ class Keeper(Link):
 
     async def run(self, operation: int, plan: Plan) -> OperationRecord:
         """Run a plan that was just made; the caller holds the lock. See `Runner.run`."""
-        self.in_flight.add(operation)
+        self.turns.in_flight.add(operation)
         undone = False
         try:
             return await self._to_its_end(operation, plan)
@@ -398,7 +363,7 @@ class Keeper(Link):
             undone = True
             raise
         finally:
-            self.in_flight.discard(operation)
+            self.turns.in_flight.discard(operation)
             self.sample()
             self._see_to_thawing()
             # A job may have caught up before it was recorded, when its event said nothing to us yet. What was undone
@@ -438,10 +403,13 @@ class Keeper(Link):
             while self.runner.frozen:
                 await asyncio.sleep(THAW_AGAIN_SECONDS)
                 with contextlib.suppress(errors.BlockferryError, LostReply):
-                    async with self.lock:
+                    async with self.turns.lock:
                         await self.reconcile()
         finally:
             self._thawing = False
+
+    def _connects(self) -> bool:
+        return self._session is not None and self._session.alive
 
     async def wait_over(self, operation: int) -> None:
         """Wait until the jobs of an operation have ended and what follows has been done; without the domain's lock.
@@ -458,10 +426,12 @@ class Keeper(Link):
                             break
                 except TimeoutError:
                     # Not that it has ended, but that nobody could have told us: the connection broke meanwhile.
-                    if self._session is None or not self._session.alive:
+                    if not self._connects():
                         await self._check()
+                        if not self._connects() and self.problem is not None and not self.record.gone:
+                            raise self.problem from None
         # What follows an end is recorded first and settled then, under the lock.
-        async with self.lock:
+        async with self.turns.lock:
             pass
         for job in self._journal.jobs(self.name):
             if job.operation == operation and job.state in ("lost", "cancelled"):
@@ -567,7 +537,7 @@ class Keeper(Link):
         return not self._journal.open_operations(self.name)
 
     async def _check(self) -> None:
-        async with self.lock:
+        async with self.turns.lock:
             self._check_waits = False
             if self._journal.open_operations(self.name):
                 await self.reconcile()
@@ -579,13 +549,13 @@ class Keeper(Link):
     async def _await_end(self, pid: int, started: int | None) -> None:
         """Follow the process of a guest that we started to its end, whatever becomes of the connection."""
         await ends(pid, started, None)
-        async with self.lock:
+        async with self.turns.lock:
             if (self.record.pid, self.record.born) == (pid, started) and await self.is_gone():
                 with contextlib.suppress(errors.BlockferryError):
                     await self.reconcile()
 
     async def _lost_connection(self) -> None:
-        async with self.lock:
+        async with self.turns.lock:
             if self._session is not None and self._session.alive:
                 return
             self._session = None

@@ -132,7 +132,7 @@ class Service:
     def has_work(self) -> bool:
         """Whether there is something to watch: an operation, a job that works, a guest to be thawed, a domain that we started."""
         return self._moves.at_work() or any(
-            keeper.in_flight
+            keeper.turns.in_flight
             or keeper.active()
             or keeper.runner.frozen
             or (keeper.record.defined and not keeper.record.gone)

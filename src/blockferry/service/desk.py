@@ -106,7 +106,7 @@ class Desk:
     async def holding(self, name: str) -> AsyncIterator[Keeper]:
         """The domain to oneself, with everything of before settled; it may be shut off."""
         keeper = self.keeper(name)
-        async with keeper.alone():
+        async with keeper.turns.alone():
             if self.journal.open_operations(name):
                 await keeper.reconcile()
             for operation in self.journal.open_operations(name):

@@ -171,7 +171,7 @@ class Doctor:
         found = []
         for record in self._desk.journal.operations(keeper.name):
             shown = answers.operation_view(
-                record, (), self._desk.following(record), in_flight=record.id in keeper.in_flight
+                record, (), self._desk.following(record), in_flight=record.id in keeper.turns.in_flight
             )
             if shown.state in ("unsettled", "running", "in-progress"):
                 unsettled = shown.state == "unsettled"
@@ -242,9 +242,9 @@ async def _undisturbed(keeper: Keeper) -> AsyncIterator[None]:
     taken = False
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LOCK_SECONDS):
-            taken = await keeper.lock.acquire()
+            taken = await keeper.turns.lock.acquire()
     try:
         yield
     finally:
         if taken:
-            keeper.lock.release()
+            keeper.turns.lock.release()

@@ -50,7 +50,7 @@ class Domains:
         keeper = self._desk.keepers.get(request.domain) or self._desk.new_keeper(request.domain)
         if not known:
             self._desk.journal.put_domain(DomainRecord(name=request.domain, qmp=request.qmp))
-        async with keeper.alone():
+        async with keeper.turns.alone():
             try:
                 await keeper.connect(request.timeout)
                 seen = await keeper.observe()
@@ -80,7 +80,7 @@ class Domains:
         keeper = self._desk.keeper(request.domain)
         if keeper.record.defined:
             raise errors.DomainInUse(domain=request.domain, what="it is defined here: `blockferry undefine` forgets it")
-        async with keeper.alone():
+        async with keeper.turns.alone():
             await keeper.reconcile()
             working = [f"{job.type} of {job.target}" for job in keeper.active()]
             if working:

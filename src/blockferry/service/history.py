@@ -67,7 +67,7 @@ class History:
     async def _recover_domain(self, keeper: Keeper, busy: dict[str, str]) -> list[view.RecoveredOperation]:
         """The report of one domain; one that is busy holds up no other."""
         try:
-            async with keeper.alone():
+            async with keeper.turns.alone():
                 rows = dict(await keeper.reconcile())
         except errors.DomainBusy as error:
             busy[keeper.name] = error.message
@@ -93,7 +93,7 @@ class History:
 
     def _in_flight(self, record: OperationRecord) -> bool:
         keeper = self._desk.keepers.get(record.domain)
-        return keeper is not None and record.id in keeper.in_flight
+        return keeper is not None and record.id in keeper.turns.in_flight
 
 
 def _works(shown: view.OperationView) -> str:

@@ -59,7 +59,7 @@ class Lifecycle:
             keeper = self._desk.new_keeper(name)
         elif not keeper.record.defined:
             raise errors.DomainExists(domain=name, qmp=keeper.record.qmp)
-        async with keeper.alone():
+        async with keeper.turns.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=name)
             self._desk.require_no_move(name, "the domain")
@@ -114,7 +114,7 @@ class Lifecycle:
     async def undefine(self, request: ask.Undefine) -> view.Done:
         """Forget a guest that is shut off."""
         keeper = self._defined(request.domain)
-        async with keeper.alone():
+        async with keeper.turns.alone():
             if keeper.home.taken():
                 raise errors.AlreadyRunning(domain=request.domain)
             self._desk.require_no_move(request.domain, "the domain")

@@ -199,7 +199,7 @@ class Snapshots:
 
     async def _forget(self, request: ask.DeleteSnapshot, snapshot: Snapshot) -> view.Done:
         keeper = self._desk.keeper(request.domain)
-        async with keeper.alone():
+        async with keeper.turns.alone():
             operation, _names = self._desk.names()
             text = f"forget snapshot {snapshot.name}"
             changed = after_forgetting(snapshot, self._desk.journal.snapshots(request.domain))
