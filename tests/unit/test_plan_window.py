@@ -7,6 +7,7 @@ from test_recover import TARGETS, mirror, observed, windowed
 from blockferry import errors
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
+from blockferry.plan.files import SyncFiles
 from blockferry.plan.plan import Names, Plan, Window
 from blockferry.plan.steps import (
     AddNode,
@@ -43,7 +44,7 @@ def window(plan: Plan) -> Window:
 def test_pivot_of_a_guest_that_runs() -> None:
     made = plan(observed(SOURCES, READY, running=True))
     kinds = [type(step) for step in window(made).steps]
-    assert kinds == [Stop, RequireReady, CompleteJobs, FinalizeJobs, RequireRoots, ReadBack]
+    assert kinds == [Stop, RequireReady, CompleteJobs, FinalizeJobs, RequireRoots]
     assert window(made).resume
     assert isinstance(made.settle[0], Resume)  # before anything that could fail
     assert made.record.authoritative == {"vda": "/vda.dst", "vdb": "/vdb.dst"}
@@ -95,6 +96,11 @@ def test_servers_are_asked_before_the_guest_is_stopped() -> None:
     made = plan(observed(SOURCES, READY, running=True), mirrors=(mirror("vda"), remote))
     (check,) = [step for step in made.prepare if isinstance(step, CheckServers)]
     assert (check.uris, check.flush) == ({"vdb": "nbd://h/x"}, ())
+    # A server is read from in the window as well; a file before it.
+    (back,) = [step for step in window(made).steps if isinstance(step, ReadBack)]
+    assert list(back.disks) == ["vdb"]
+    (sync,) = [step for step in made.prepare if isinstance(step, SyncFiles)]
+    assert (sync.paths, sync.readable) == (("/vda.src", "/vda.dst", "/vdb.src"), ("/vda.dst",))
     made = plan(
         observed(SOURCES, READY, running=True),
         mirrors=(mirror("vda"), msgspec.structs.replace(remote, multi_conn=True)),

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockferry.engine import readback
+from blockferry.engine.jobsteps import JobSteps, StepFailed
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
-from blockferry.model.job import ENDED, Job
 from blockferry.plan import files, steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
 from blockferry.qemu.images import Images
@@ -22,12 +22,6 @@ from blockferry.qemu.process import born, ends, kill
 from blockferry.qemu.session import CommandRefused, LostReply, Session
 from blockferry.qemu.tool import ImageError
 
-# Draining and switching took 83 ms for 8 disks. Of a job that is not waited for in a window, whose deadline is another.
-WINDOW_SECONDS = 10.0
-# A ready job is on standby while the guest is drained; one that somebody has paused stays there, and so would the guest.
-READY_SECONDS = 1.0
-# Commits that undo a snapshot copy what the guest wrote in between, which was milliseconds.
-COMMIT_SECONDS = 300.0
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
 # QEMU closes its images within this time, or is ended without.
@@ -37,11 +31,6 @@ QUIT_SECONDS = 10.0
 NO_SUCH_NODE = "Failed to find node"
 # Of the outcomes of a freeze and its thaw.
 FROZEN_FROM, FROZEN_UNTIL = "frozen_from", "frozen_until"
-JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
-
-
-class StepFailed(Exception):
-    """What a step looks for is not so."""
 
 
 class Executor:
@@ -123,7 +112,7 @@ class Executor:
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case files.SyncFiles():
                 await self._flush(step.nodes)
-                await self._images.sync(step.paths)
+                await self._images.sync(step.paths, step.readable)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
                     words = await (flushes(uri) if target in step.flush else reachable(uri))
@@ -195,45 +184,7 @@ class Executor:
                 for target, words in (await self.read_back(step.disks)).items():
                     raise StepFailed(f"the destination of {target} does not answer: {words}")
             case _:
-                return await self._do_job(step)
-        return {}
-
-    async def _do_job(self, step: steps.Step) -> dict[str, Any]:
-        match step:
-            case steps.CommitDown():
-                await self._commit_down(step)
-            case steps.StartMirror():
-                await self._start_mirror(step)
-            case steps.StartCommit():
-                await self._start_commit(step)
-            case steps.StartStream():
-                await self._start_stream(step)
-            case steps.StartBackup():
-                await self._start_backup(step)
-            case steps.FinalizeStream():
-                await self._finalize_stream(step.job)
-            case steps.CancelJob():
-                await self._cancel(step.job)
-            case steps.RequireReady():
-                # `stop` drains: a ready job is on standby for a moment.
-                await self.wait_jobs(step.jobs, frozenset({"ready"}), READY_SECONDS)
-            case steps.AwaitReady():
-                await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)
-            case steps.CompleteJobs():
-                await self._complete(step)
-            case steps.FinalizeJobs():
-                for name, job in (await self.jobs()).items():
-                    if name in step.jobs and job.status == "pending":
-                        await self._session.execute("job-finalize", id=name)
-                await self.wait_jobs(step.jobs, frozenset({"concluded"}), WINDOW_SECONDS)
-            case steps.DrainMirrors():
-                return {"equal": await self._drain(step)}
-            case steps.DismissJobs():
-                for name, job in (await self.jobs()).items():
-                    if name in step.jobs and job.status == "concluded":
-                        await self._session.execute("job-dismiss", id=name)
-            case _:
-                raise AssertionError(step)
+                return await JobSteps(self._session, self.graph, self._within).do(step)
         return {}
 
     # --- nodes ------------------------------------------------------------------------------------------------
@@ -330,6 +281,9 @@ class Executor:
         return found.bitmaps[bitmap].count
 
     async def _require_roots(self, step: steps.RequireRoots) -> None:
+        # A node with a filter on top is under it: that takes a look at the whole graph.
+        if self._maybe_observer is not None and step.roots.items() <= (await self._maybe_observer.roots()).items():
+            return
         graph = await self.graph()
         for backend, node in step.roots.items():
             root = graph.child(backend, "root")
@@ -349,183 +303,6 @@ class Executor:
         """An access that QMP has no command for. HMP says when there is nothing of that name, not when the access fails."""
         answer = await self._session.execute("human-monitor-command", command_line=f'qemu-io {where} "{command}"')
         return str(answer).strip()
-
-    # --- jobs -------------------------------------------------------------------------------------------------
-
-    async def jobs(self) -> dict[str, Job]:
-        """Every job now."""
-        answer = await self._session.execute("query-jobs")
-        return {
-            each["id"]: Job(id=each["id"], type=each["type"], status=each["status"], error=each.get("error"))
-            for each in answer
-        }
-
-    async def wait_jobs(self, names: tuple[str, ...], states: frozenset[str], seconds: float) -> None:
-        """Wait until every one of these jobs is in one of these states without an error.
-
-        Raises:
-            StepFailed: one ended with an error, or vanished: in QEMU's words.
-            LostReply: not within `seconds`.
-        """
-
-        async def met() -> bool:
-            jobs = await self.jobs()
-            for name in names:
-                job = jobs.get(name)
-                if job is None or job.error is not None or (job.status in ENDED and "concluded" not in states):
-                    raise StepFailed(_words(name, job))
-            return all(jobs[name].status in states for name in names)
-
-        what = f"wait for {', '.join(names)}"
-        await self._session.wait_until(met, JOB_EVENTS, what=what, seconds=self._within(seconds))
-
-    async def _start_job(
-        self,
-        command: str,
-        step: steps.StartMirror | steps.StartCommit | steps.StartStream | steps.StartBackup,
-        **arguments: Any,
-    ) -> None:
-        """Start a job that is kept after its end and not finalized by itself, unless `arguments` say otherwise.
-
-        Those that are None are left out. Looked at only when QEMU refuses, which it does for one that there is.
-        """
-        common = {"auto_dismiss": False, "auto_finalize": False, "speed": step.speed}
-        given = {name: value for name, value in arguments.items() if value is not None}
-        names = {"job_id": step.job, "device": step.device, "filter_node_name": step.filter_node}
-        try:
-            await self._session.execute(command, **{**names, **common, **given})
-        except CommandRefused:
-            if step.job not in await self.jobs():
-                raise
-
-    async def _start_mirror(self, step: steps.StartMirror) -> None:
-        await self._start_job(
-            "blockdev-mirror",
-            step,
-            target=step.node,
-            sync=step.sync,
-            replaces=step.replaces,
-            **step.options,
-            # The guest never stops for a mirror: an error on either side ends the job, and the job says why.
-            on_source_error="report",
-            on_target_error="report",
-        )
-
-    async def _start_commit(self, step: steps.StartCommit) -> None:
-        await self._start_job(
-            "block-commit",
-            step,
-            top_node=step.top,
-            base_node=step.base,
-            backing_file=step.backing_file,
-            on_error="report",
-        )
-
-    async def _start_backup(self, step: steps.StartBackup) -> None:
-        await self._start_job(
-            "blockdev-backup",
-            step,
-            target=step.node,
-            sync="bitmap",
-            bitmap=step.bitmap,
-            bitmap_mode="always",
-            # Nothing is switched at its end, and until then its filter is in the guest's way.
-            auto_finalize=True,
-            on_source_error="report",
-            on_target_error="report",
-        )
-
-    async def _start_stream(self, step: steps.StartStream) -> None:
-        await self._start_job(
-            "block-stream",
-            step,
-            base_node=step.base,
-            backing_file=step.backing_file if step.base else None,
-            auto_dismiss=True,
-            on_error="report",
-        )
-
-    async def _finalize_stream(self, name: str) -> None:
-        job = (await self.jobs()).get(name)
-        if job is None:
-            return
-        if not job.allows("finalize"):
-            raise StepFailed(_words(name, job))
-        await self._session.execute("job-finalize", id=name)
-
-        async def forgotten() -> bool:
-            return name not in await self.jobs()
-
-        await self._session.wait_until(
-            forgotten, JOB_EVENTS, what=f"finalize {name}", seconds=self._within(WINDOW_SECONDS)
-        )
-
-    async def _complete(self, step: steps.CompleteJobs) -> None:
-        await self.wait_jobs(step.jobs, frozenset({"ready", "pending", "concluded"}), WINDOW_SECONDS)
-        for name, job in (await self.jobs()).items():
-            if name in step.jobs and job.status == "ready":
-                if step.soft_cancel:
-                    # Not job-cancel, which forces: this one lets the destination become a consistent copy.
-                    await self._session.execute("block-job-cancel", device=name, force=False)
-                else:
-                    await self._session.execute("job-complete", id=name)
-        await self.wait_jobs(step.jobs, frozenset({"pending", "concluded"}), WINDOW_SECONDS)
-
-    async def _drain(self, step: steps.DrainMirrors) -> list[str]:
-        """The targets whose mirrors have ended without an error; a destination that fails or hangs keeps nobody."""
-        names = set(step.jobs.values())
-        for name, job in (await self.jobs()).items():
-            if name in names and job.status == "ready":
-                with contextlib.suppress(CommandRefused):
-                    await self._session.execute("block-job-cancel", device=name, force=False)
-
-        async def over() -> bool:
-            jobs = await self.jobs()
-            for name in names & jobs.keys():
-                if jobs[name].status == "pending":
-                    await self._session.execute("job-finalize", id=name)
-            return all(jobs[name].status in ENDED for name in names & jobs.keys())
-
-        try:
-            await self._session.wait_until(over, JOB_EVENTS, what="bring mirrors to rest", seconds=WINDOW_SECONDS)
-        except LostReply:
-            if not self._session.alive:
-                raise
-        jobs = await self.jobs()
-        ended = {name for name, job in jobs.items() if job.status == "concluded" and job.error is None}
-        return [target for target, name in step.jobs.items() if name in ended]
-
-    async def _cancel(self, name: str) -> None:
-        job = (await self.jobs()).get(name)
-        if job is None:
-            return
-        if job.allows("cancel"):
-            await self._session.execute("job-cancel", id=name)
-
-        async def ended() -> bool:
-            now = (await self.jobs()).get(name)
-            return now is None or now.status in ENDED
-
-        await self._session.wait_until(ended, JOB_EVENTS, what=f"cancel {name}", seconds=WINDOW_SECONDS)
-        now = (await self.jobs()).get(name)
-        if now is not None and now.allows("dismiss"):
-            await self._session.execute("job-dismiss", id=name)
-
-    async def _commit_down(self, step: steps.CommitDown) -> None:
-        graph = await self.graph()
-        # One that was committed down before stays on its base, open, until it is closed: nobody uses it.
-        in_use = graph.child(step.overlay, "backing") == step.base and bool(graph.parents(step.overlay))
-        if not in_use and step.job not in await self.jobs():
-            return
-        if step.job not in await self.jobs():
-            await self._session.execute(
-                "block-commit", job_id=step.job, device=step.overlay, base_node=step.base, auto_dismiss=False
-            )
-        await self.wait_jobs((step.job,), frozenset({"ready", "concluded"}), COMMIT_SECONDS)
-        if (await self.jobs())[step.job].allows("complete"):
-            await self._session.execute("job-complete", id=step.job)
-        await self.wait_jobs((step.job,), frozenset({"concluded"}), COMMIT_SECONDS)
-        await self._session.execute("job-dismiss", id=step.job)
 
     # --- QEMU itself ------------------------------------------------------------------------------------------
 
@@ -588,9 +365,3 @@ def _limits(step: steps.SetLimits) -> dict[str, Any]:
         what, _, more = name.partition("_sec")
         said["iops_size" if what == "size_iops" else names[what] + more] = number
     return said
-
-
-def _words(name: str, job: Job | None) -> str:
-    if job is None:
-        return f"QEMU has no job {name} any more"
-    return job.error or f"job {name} is {job.status}"

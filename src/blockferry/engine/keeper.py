@@ -11,7 +11,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.bus import Bus
-from blockferry.engine.executor import StepFailed
+from blockferry.engine.jobsteps import StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.progress import Sampler, state_of
 from blockferry.engine.runner import DYING_SECONDS, Runner
@@ -203,6 +203,9 @@ class Keeper(Link):
             JobNotReady: one is not, in time.
             JobLost: one was lost.
         """
+        # One that has said so is looked at again by whoever plans with it.
+        if {job.target for job in self.active() if job.job in self._said_ready}.issuperset(targets):
+            return
         session = await self.connect()
         pending = ""
 

@@ -26,8 +26,8 @@ async def read_back(session: Session, disks: Mapping[str, str], seconds: float =
     if not disks:
         return {}
     before = await _reads(session)
-    for qdev in disks.values():
-        await session.execute("human-monitor-command", command_line=f'qemu-io -d {qdev} "aio_read -q 0 512"')
+    lines = [f'qemu-io -d {qdev} "aio_read -q 0 512"' for qdev in disks.values()]
+    await session.execute_each("human-monitor-command", [{"command_line": line} for line in lines])
     waiting: dict[str, str] = dict(disks)
     dead: dict[str, str] = {}
     deadline = asyncio.get_running_loop().time() + seconds

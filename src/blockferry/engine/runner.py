@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from blockferry import errors
-from blockferry.engine.executor import Executor, StepFailed
+from blockferry.engine.executor import Executor
+from blockferry.engine.jobsteps import StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
 from blockferry.engine.rescue import Rescue
@@ -268,11 +269,13 @@ class Runner:
             return ()
         executor = self._link.nobody() if plan.offline and not plan.prepare else await self._executor("settle")
         outcomes = []
-        for index, step in enumerate(plan.settle):
-            intent = StepRecord.begin(index, "settle", step.text)
-            outcome = await _do(executor, step, {})
-            self.remember_left(step, outcome)
-            outcomes.append(intent.end("done", outcome))
+        for wave in waves(plan.settle):
+            results = await asyncio.gather(*(_try(executor, step, {}) for _index, step in wave))
+            for (index, step), outcome in zip(wave, results, strict=True):
+                if isinstance(outcome, Failure):
+                    raise outcome
+                self.remember_left(step, outcome)
+                outcomes.append(StepRecord.begin(index, "settle", step.text).end("done", outcome))
         return tuple(outcomes)
 
     def remember_left(self, step: steps.Step, outcome: Mapping[str, Any]) -> None:

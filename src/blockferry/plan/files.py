@@ -61,11 +61,12 @@ class RemoveFile(Verb, frozen=True, kw_only=True, tag="remove-file"):
 class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
     """Write files' dirty pages to disk and have their beginnings in memory: the window's flush and reads are short then.
 
-    Before that, what QEMU itself still holds back of the images of `nodes`.
+    Before that, what QEMU itself still holds back of the images of `nodes`. Those of `readable` have to be: the guest is to go there.
     """
 
     paths: tuple[str, ...]
     nodes: tuple[str, ...] = ()
+    readable: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

@@ -43,6 +43,9 @@ class AddNode(Verb, frozen=True, kw_only=True, tag="add-node"):
 class RemoveNode(Verb, frozen=True, kw_only=True, tag="remove-node"):
     """blockdev-del, if the node is there. `if_unused`: leave it when something uses it."""
 
+    # In their order: QEMU takes them one after the other.
+    alongside: ClassVar[bool] = True
+
     node: str
     if_unused: bool = False
 

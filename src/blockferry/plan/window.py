@@ -79,7 +79,7 @@ def plan_window(
         if ends_on == "destination":
             prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
     jobs = tuple(mirror.job for mirror in mirrors)
-    prepare += [*_check_servers(mirrors), _sync(mirrors, bases)]
+    prepare += [*_check_servers(mirrors), _sync(mirrors, bases, ends_on)]
     window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
     roots = {
         disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
@@ -91,7 +91,7 @@ def plan_window(
         CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
         FinalizeJobs(jobs=jobs),
         RequireRoots(roots=roots),
-        *([ReadBack(disks={disk.target: disk.drive for disk in disks})] if ends_on == "destination" else []),
+        *(_read_back(disks, mirrors) if ends_on == "destination" else []),
     )
     return Plan(
         what=what,
@@ -113,14 +113,28 @@ def plan_window(
     )
 
 
-def _sync(mirrors: tuple[Mirror, ...], bases: Mapping[str, tuple[ImageFact, ...]]) -> Step:
+def _read_back(disks: list[Disk], mirrors: tuple[Mirror, ...]) -> list[Step]:
+    """A job ends well on a server that is gone when nothing is left to be written; a file has just been flushed by it."""
+    served = {disk.target: disk.drive for disk, mirror in zip(disks, mirrors, strict=True) if is_uri(mirror.file)}
+    return [ReadBack(disks=served)] if served else []
+
+
+def _sync(
+    mirrors: tuple[Mirror, ...],
+    bases: Mapping[str, tuple[ImageFact, ...]],
+    ends_on: Literal["destination", "source"],
+) -> Step:
     """What the window flushes and reads: sources, destinations, and the destinations' own chains."""
     files = [
         file
         for mirror in mirrors
         for file in (mirror.source, mirror.file, *(base.path for base in bases.get(mirror.target, ())))
     ]
-    return SyncFiles(paths=tuple(file for file in files if file.startswith("/")))
+    goes_to = [mirror.file if ends_on == "destination" else mirror.source for mirror in mirrors]
+    return SyncFiles(
+        paths=tuple(file for file in files if file.startswith("/")),
+        readable=tuple(file for file in goes_to if file.startswith("/")),
+    )
 
 
 def _check_servers(mirrors: tuple[Mirror, ...]) -> list[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -181,7 +182,7 @@ class Images:
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
         onto = ["-u", "-b", backing, "-F", str(backing_format)] if backing else []
         await self._tool.run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
-        await _bounded(_sync, (path,))
+        await _bounded(_sync, path)
         return False
 
     async def remove(self, path: str, identity: Mapping[str, Any] | None) -> bool:
@@ -213,23 +214,35 @@ class Images:
         """
         await _bounded(_require_plain, path)
         await self._tool.run("rebase", "-q", "-u", "-f", image_format, "-F", backing_format, "-b", backing, path)
-        await _bounded(_sync, (path,))
+        await _bounded(_sync, path)
 
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
         """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""
         found = await ask_each(stamp_of, paths, FILE_SECONDS)
         return {path: stamp for path, stamp in found.items() if stamp is not None}
 
-    async def sync(self, paths: tuple[str, ...]) -> None:
+    async def sync(self, paths: tuple[str, ...], readable: tuple[str, ...] = ()) -> None:
         """Call fdatasync on each file, read its beginning, and see whether its file system takes a change at all.
 
-        A file that is not there is not ours.
+        On all at once: a disk takes them together, and what is written to one of them meanwhile would be to be flushed by whoever
+        goes on from here. A file that is not there is not ours.
+
+        Args:
+            paths: the files.
+            readable: those of them that have to be.
 
         Raises:
             ImageError: in the system's words; or nothing came back, and whoever uses the file hangs as well.
         """
-        await _bounded(_sync, paths)
-        await _bounded(_read_beginnings, paths)
+        files = dict.fromkeys(paths)
+        folders = dict.fromkeys(os.path.dirname(path) for path in files)
+        work = [
+            *(_bounded(_sync, path, BEGINNING_BYTES, path in readable) for path in files),
+            *(_bounded(_touch, folder) for folder in folders),
+        ]
+        for problem in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(problem, BaseException):
+                raise problem
 
 
 async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
@@ -238,7 +251,7 @@ async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.k
     Raises:
         ImageError: as the function; or it did not come back.
     """
-    seconds = SYNC_SECONDS if function is _sync else FILE_SECONDS
+    seconds = SYNC_SECONDS if function in (_sync, _touch) else FILE_SECONDS
     try:
         return await bounded(seconds, function, *arguments, **named)
     except TimeoutError as error:
@@ -521,19 +534,23 @@ def _remove(path: str, identity: Mapping[str, Any] | None) -> bool:
     return ours
 
 
-def _sync(paths: tuple[str, ...]) -> None:
-    for path in paths:
+def _sync(path: str, beginning: int = 0, readable: bool = False) -> None:
+    """Flush a file, of which so many bytes are in memory then; whether they have to be readable is somebody else's question."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            os.pread(descriptor, beginning, 0)
         except OSError:
-            continue
-        try:
-            os.fdatasync(descriptor)
-            _touch(os.path.dirname(path))
-        except OSError as error:
-            raise ImageError(f"{path}: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
+            if readable:
+                raise
+        os.fdatasync(descriptor)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 def _touch(folder: str) -> None:
@@ -543,13 +560,6 @@ def _touch(folder: str) -> None:
     """
     with contextlib.suppress(OSError), _opened(folder, os.O_TMPFILE | os.O_WRONLY):
         pass
-
-
-def _read_beginnings(paths: tuple[str, ...]) -> None:
-    """Have them in memory; whether they can be read is somebody else's question."""
-    for path in paths:
-        with contextlib.suppress(OSError), _opened(path, os.O_RDONLY) as descriptor:
-            os.pread(descriptor, BEGINNING_BYTES, 0)
 
 
 def _sync_folder(path: str) -> None:

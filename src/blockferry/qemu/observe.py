@@ -131,6 +131,17 @@ class Observer:
         require_sound(graph)
         return graph
 
+    async def roots(self) -> dict[str, str]:
+        """The node directly under each device's backend: a small part of `graph`, for the time in which the guest stands still."""
+        shape = await self._session.execute("x-debug-query-block-graph")
+        names = {each["id"]: each["name"] for each in shape["nodes"]}
+        edges = [edge for edge in shape["edges"] if edge["name"] == "root"]
+        return {
+            names[edge["parent"]]: names[edge["child"]]
+            for edge in edges
+            if {edge["parent"], edge["child"]} <= names.keys()
+        }
+
     def _folder(self) -> Path | None:
         """QEMU's working directory, which relative file names are relative to."""
         if self._session.pid is None:

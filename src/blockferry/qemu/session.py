@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ LINE_BYTES_MAX = 10 << 20
 EVENTS_MAX = 10_000
 # So many messages are read before others get their turn.
 MESSAGES_AT_ONCE = 64
+# QEMU reads no further once seven commands wait for it (monitor/qmp.c, QMP_REQ_QUEUE_LEN_MAX), and so would not see what is
+# sent out of band to free it from the first of them.
+COMMANDS_AT_ONCE = 5
 
 
 class BadReply(LostReply):
@@ -171,6 +174,7 @@ class Session:
         self.pid = pid
         self.version = version
         self._witness = witness
+        self._turns = asyncio.Semaphore(COMMANDS_AT_ONCE)
 
     @classmethod
     async def connect(cls, path: str, timeout: float, witness: Witness = _nobody) -> Session:
@@ -258,7 +262,7 @@ class Session:
         sent = arguments if "_" in command else {name.replace("_", "-"): each for name, each in arguments.items()}
         self._witness("before", command)
         try:
-            async with asyncio.timeout(bound):
+            async with asyncio.timeout(bound), self._turns:
                 reply = await self._client.execute(command, sent or None)
         except ExecuteError as error:
             raise CommandRefused(command, str(error)) from error
@@ -279,6 +283,21 @@ class Session:
             raise BadReply(command, f"its reply can't be understood: {error}") from error
         self._witness("after", command)
         return reply
+
+    async def execute_each(self, command: str, arguments: Iterable[Mapping[str, Any]]) -> None:
+        """Execute a command several times, without waiting for one to be answered before the next is sent.
+
+        Args:
+            command: see `execute`.
+            arguments: those of each time.
+
+        Raises:
+            CommandRefused, LostReply: one failed, the first one in their order; all have been answered or given up by then.
+        """
+        asked = (self.execute(command, **each) for each in arguments)
+        for answer in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
 
     async def execute_oob(self, command: str, seconds: float, **arguments: Any) -> None:
         """Execute a command that overtakes all others, and waits for nothing in QEMU.
