@@ -19,6 +19,7 @@ from blockferry.qemu import images, nbd
 from blockferry.qemu.session import Session
 from blockferry.service import Service
 from blockferry.testing import Gate, NbdServer, QemuBinaries, TestQemu, blockdev_disk, find_qemu, make_image
+from blockferry.testing.crash import Crasher
 
 # Long before QEMU's own answer would be given up (30 s): who waits for that has not been freed.
 FREED_SECONDS = 15.0
@@ -122,6 +123,51 @@ async def test_server_that_hangs_before_the_window(rig: Rig, monkeypatch: pytest
         server.resume()
         await rig.pivot(*ALL)
         assert await rig.chain("vda") == [server.uri]
+
+
+async def hung_pivot(qemu: QemuBinaries, path: Path, *, at: int | None) -> tuple[str, ...]:
+    """A pivot whose server hangs with writes in flight, so that QEMU does; its process dies at that boundary, if any.
+
+    Whoever comes next frees the guest: nobody can ask QEMU for anything before. Gives the boundaries that were passed.
+    """
+    path.mkdir()
+    async with open_rig(qemu, path) as rig:
+        image = make_image(rig.qemu, rig.dst / "remote", "raw", SIZE)
+        async with NbdServer(rig.qemu, image, "raw", rig.path, name="t", once=True) as server:
+            await copied(rig, server)
+            await rig.service.close()
+            server.suspend()
+            await rig.write("vda", 0x77, MIB, 4 * MIB)
+            pivot = ask.PivotJobs(domain="vm1", disks=ALL)
+            with Crasher() as crasher:
+                result = await asyncio.to_thread(crasher.run, rig.path / "state", [pivot], at=at)
+            assert result.killed is (at is not None)
+            assert result.error == (None if result.killed else "operation-failed")
+            async with asyncio.timeout(FREED_SECONDS):
+                rig.service = await Service.open(rig.path / "state", window_seconds=0.6)
+                report = await rig.ask(ask.Recover())
+            assert isinstance(report, view.RecoveryReport)
+            assert {each.row for each in report.operations} <= {"-"}, "the opening has settled it"
+            assert await rig.status() == "running"
+            assert await rig.pauses_heard() == ["STOP", "RESUME"]
+            for target in ALL:
+                assert await rig.chain(target) == [str(rig.source(target))]
+            assert await rig.states() == {"vda": "lost", "vdb": "ready", "sda": "ready"}
+            assert "did not answer" in (await rig.heard("mirror-dropped")).data["reason"]
+            assert (await rig.operations())[-1] == ("pivot", "undone")
+            await rig.write_each(dict.fromkeys(ALL, 0x92))
+            await rig.pivot(*OTHERS)
+            await rig.guest.stop()
+            for target, fmt in FORMATS.items():
+                assert rig.holds(target, rig.dest(target) if target in OTHERS else rig.source(target), fmt)
+    return result.boundaries
+
+
+async def test_the_process_dies_while_the_server_hangs_in_the_window(qemu: QemuBinaries, tmp_path: Path) -> None:
+    boundaries = await hung_pivot(qemu, tmp_path / "lives", at=None)
+    hung = boundaries.index("before yank")
+    assert "after stop" not in boundaries[:hung], "QEMU hangs in it"
+    await hung_pivot(qemu, tmp_path / "dies", at=hung)
 
 
 # --- a file system that hangs ---------------------------------------------------------------------------------
