@@ -157,6 +157,44 @@ def test_the_lock_names_its_owner(tmp_path: Path) -> None:
     Lock.take(state).release()
 
 
+HOLDER = """
+import sys, time
+from blockferry.hostprocess import Ownership, StateDir, _lock_folder
+from pathlib import Path
+state = StateDir(Path(sys.argv[1]))
+ownership = Ownership.take(state)
+doorway = _lock_folder(state)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_locks_of_a_process_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """They go with it, whatever it left in its files: another process may have its number by now."""
+    monkeypatch.setattr("blockferry.hostprocess.DOORWAY_SECONDS", 0.3)
+    state = StateDir(tmp_path)
+    prepare_state_dir(state)
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(errors.StateDirBusy) as busy:
+                Lock.take(state)
+            assert busy.value.pid == holder.pid
+            with pytest.raises(errors.StateDirUnusable, match="neither starts nor ends"):
+                Ownership.take(state)
+        finally:
+            holder.send_signal(number)
+    assert holder.returncode == -number
+    assert state.socket.exists(), "it had no time to remove it"
+    state.lock.write_text(f"{os.getppid()}\n")
+    assert connect(state) is None
+    Ownership.take(state).give_up()
+
+
 def test_no_connection_is_lost_to_an_idle_end(tmp_path: Path) -> None:
     state = StateDir(tmp_path)
     prepare_state_dir(state)
