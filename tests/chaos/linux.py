@@ -71,10 +71,11 @@ async def save(stage: Stage, folder: Path) -> Saved:
 
 @contextlib.asynccontextmanager
 async def open_linux(
-    saved: Saved, stage: Stage, folder: Path, *, proxied: bool = True, defined: bool = False
+    saved: Saved, stage: Stage, folder: Path, *, proxied: bool = True, defined: bool = False, served: bool = False
 ) -> AsyncIterator[World]:
     """The saved one, awake, on copies of its disks; as `open_world`."""
     assert not defined, "what blockferry starts boots"
+    assert not served, "one writer is enough for a server"
     shutil.copytree(saved.disks, folder / "src")
     (folder / "dst").mkdir()
     (folder / "state").mkdir(mode=0o700)

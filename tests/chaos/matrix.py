@@ -45,9 +45,11 @@ from blockferry.testing.sick import order
 AtBoundary = Literal["die", "kill", "cut"]
 # From a boundary on until the operation has ended: accesses to the disks' folder (src) or the destinations' (dst) fail.
 Sick = Literal["read-src", "write-src", "flush-src", "full-src", "read-dst", "write-dst", "flush-dst", "full-dst"]
+# From a boundary on the server fails writes, or holds all requests; or it is killed.
+OfServer = Literal["nbd-fail", "nbd-hold", "nbd-die"]
 # Of a command: it is refused, its reply is lost or late, the connection ends before or after it.
 OfCommand = Literal["error", "drop", "late", "before", "after"]
-FAULTS_AT_BOUNDARIES = ("cut", *get_args(Sick))
+FAULTS_AT_BOUNDARIES = ("cut", *get_args(Sick), *get_args(OfServer))
 AT_BOUNDARIES = (*get_args(AtBoundary), *get_args(Sick))
 KINDS = {
     "error": FaultKind.ERROR,
@@ -58,7 +60,7 @@ KINDS = {
 }
 # How often each is chosen.
 WEIGHTS = {"die": 40, "kill": 16, "cut": 8, "error": 10, "drop": 3, "late": 3, "before": 4, "after": 6}
-WEIGHTS |= dict.fromkeys(get_args(Sick), 4)
+WEIGHTS |= dict.fromkeys(get_args(Sick), 4) | {"nbd-fail": 16, "nbd-hold": 6, "nbd-die": 16}
 REPLY_SECONDS = 0.4  # for a reply that never comes; QEMU's are here within milliseconds
 LATE_SECONDS = 0.7
 SELDOM = 8  # boundaries between two writes of a pen's at least: each takes QEMU as long as three of them
@@ -113,6 +115,11 @@ class Case:
         return any(mishap.kind in get_args(Sick) for mishap in self.mishaps)
 
     @property
+    def leaks(self) -> bool:
+        """Whether clusters may be lost to use: QEMU writes that one is taken before it writes by what, and may get no further."""
+        return self.sick or any(mishap.kind == "kill" for mishap in self.mishaps)
+
+    @property
     def flushless(self) -> bool:
         """Whether an image may be left that QEMU flushes no more: it believes no page cache that a flush failed of."""
         return any(mishap.kind.startswith("flush-") for mishap in self.mishaps)
@@ -134,6 +141,8 @@ class Course:
 
     Attributes:
         copies: whether anything lies in the destinations' folder.
+        served: at so many of the first boundaries the server may fail: not so soon before the guest goes over to it that nobody
+            would see it; and what happens afterwards happens to the guest's own storage.
     """
 
     boundaries: tuple[str, ...]
@@ -141,6 +150,7 @@ class Course:
     copies: bool
     before: Standing
     after: Standing
+    served: int = 0
 
 
 @dataclass
@@ -170,6 +180,7 @@ def every_mishap(course: Course) -> dict[str, list[Mishap]]:
     count: Counter[str] = Counter()
     kinds = [kind for kind in AT_BOUNDARIES if course.copies or not kind.endswith("-dst")]
     found = {kind: [Mishap(kind, at) for at in range(len(course.boundaries))] for kind in kinds}
+    found |= {kind: [Mishap(kind, at) for at in range(course.served)] for kind in get_args(OfServer) if course.served}
     for command in course.commands:
         count[command] += 1
         for kind in get_args(OfCommand):
@@ -203,14 +214,14 @@ class Opens(Protocol):
     """Makes the world of a case: `open_world`, or another guest's."""
 
     def __call__(
-        self, stage: Stage, folder: Path, *, proxied: bool, defined: bool
+        self, stage: Stage, folder: Path, *, proxied: bool, defined: bool, served: bool
     ) -> contextlib.AbstractAsyncContextManager[World]: ...
 
 
 async def whole(stage: Stage, folder: Path, name: str) -> Course:
     """An operation without a mishap, which has to be done then."""
     operation = OPERATIONS[name]
-    async with open_world(stage, folder, defined=operation.defined) as world:
+    async with open_world(stage, folder, defined=operation.defined, served=operation.served) as world:
         before, _images, _files = await set_up(world, operation)
         world.proxy.log.clear()
         result = await asyncio.to_thread(
@@ -224,7 +235,10 @@ async def whole(stage: Stage, folder: Path, name: str) -> Course:
         assert world.records() != nothing_written(), "the guest has written nothing meanwhile"
         commands = tuple(world.proxy.commands()) if not operation.defined else ()
         copies = any((world.folder / "dst").iterdir())
-        return Course(boundaries=result.boundaries, commands=commands, copies=copies, before=before, after=after)
+        served = len(result.boundaries) if operation.served else 0
+        if operation.served and "before job-finalize" in result.boundaries:
+            served = result.boundaries.index("before job-finalize")
+        return Course(result.boundaries, commands, copies, before, after, served)
 
 
 async def set_up(world: World, operation: Operation) -> tuple[Standing, dict[str, tuple[str, str]], set[str]]:
@@ -254,7 +268,7 @@ async def play(
 ) -> None:
     """Play a case, and look at what is left; whatever is not as it has to be is an AssertionError."""
     operation = OPERATIONS[case.operation]
-    async with opens(stage, folder, proxied=case.proxied, defined=operation.defined) as world:
+    async with opens(stage, folder, proxied=case.proxied, defined=operation.defined, served=operation.served) as world:
         _before, images, files = await set_up(world, operation)
         for mishap in case.mishaps:
             if mishap.command:
@@ -263,6 +277,7 @@ async def play(
         await have_accidents(world, operation, case, course, tally)
         world.proxy.clear()
         stage.heal()
+        await world.heal()
         await let_go_on(world, case)
         tally.cases += 1
         tally.faults += len(world.proxy.fired) + sum(m.kind in FAULTS_AT_BOUNDARIES for m in case.mishaps)
@@ -276,13 +291,13 @@ async def play(
             await world.qemu.stop()
             if case.proxied:
                 world.tell_whose()
-            final = await is_gone(world, operation, course, images, files, leaks=case.sick, continuing=continuing)
+            final = await is_gone(world, operation, course, images, files, leaks=case.leaks, continuing=continuing)
         if world.guest is not None and world.guest.qemu.alive and not case.flushless:
             await world.guest.progress()
         await world.qemu.stop()
         if world.guest is not None:
             await world.guest.stop()
-        tally.records += require_contents(world, final, leaks=case.sick)
+        tally.records += require_contents(world, final, leaks=case.leaks)
 
 
 async def let_go_on(world: World, case: Case) -> None:
@@ -318,7 +333,8 @@ async def have_accidents(world: World, operation: Operation, case: Case, course:
             reply_seconds=REPLY_SECONDS,
         )
         assert result.error is None or "Traceback" not in result.error, result.error
-        killed = sum(each.what == "kill" and each.at < len(result.boundaries) for each in accidents)
+        guests = [each for each in accidents if each.what == "kill" and not each.target.isdigit()]
+        killed = sum(each.at < len(result.boundaries) for each in guests)
         if killed and isinstance(world.qemu, TestQemu):
             # It takes a moment to be gone: a process that dies lets go of its sockets first.
             async with asyncio.timeout(WORK_SECONDS):
@@ -343,6 +359,9 @@ def accidents_of(world: World, mishaps: Sequence[Mishap]) -> tuple[Accident, ...
     found = []
     for mishap in mishaps:
         match mishap.kind.split("-"):
+            case ["nbd", how]:
+                assert world.server is not None
+                found.append(world.server_accident(how, mishap.at))
             case [ailment, part]:
                 what = order(ailment, world.folder / part)  # type: ignore[arg-type]  # one of Sick
                 found.append(Accident(at=mishap.at, what="fail", target=what))

@@ -27,6 +27,7 @@ class Operation:
         forgets: whether what was written before it is not to be there after it.
         moves: whether it is a move, or of one: it may be in progress with overlays of its own.
         undoes: whether an operation is undone by it.
+        served: whether what it writes to is an export of a server that fails, holds requests, or dies.
     """
 
     before: Requests
@@ -37,6 +38,7 @@ class Operation:
     forgets: bool = False
     moves: bool = False
     undoes: bool = False
+    served: bool = False
 
 
 def snapshot(name: str, *, mirrors: tuple[str, ...] = (), disks: tuple[str, ...] = TARGETS) -> Requests:
@@ -62,6 +64,10 @@ def copies(*targets: str) -> Requests:
         ]
 
     return requests
+
+
+def to_server(world: World) -> list[ask.Request]:
+    return [ask.StartCopy(domain="vm", disk="vda", dest=world.export)]
 
 
 def on(request: Callable[..., ask.Request], **more: object) -> Requests:
@@ -130,6 +136,9 @@ OPERATIONS = {
     "pivot-3": Operation(copies(*TARGETS), on(ask.PivotJobs, disks=TARGETS)),
     "finish": Operation(copies("vda", "vdb"), on(ask.FinishJobs, disks=("vda", "vdb"))),
     "cancel": Operation(copies("vda", "sda"), on(ask.CancelJobs, disks=("vda", "sda"))),
+    "copy-nbd": Operation(nothing, to_server, served=True),
+    "pivot-nbd": Operation(each(to_server, copies("vdb")), on(ask.PivotJobs, disks=("vda", "vdb")), served=True),
+    "finish-nbd": Operation(to_server, on(ask.FinishJobs, disks=("vda",)), served=True),
     "reopen": Operation(MIRRORED, REOPEN),
     "remove-mirror": Operation(MIRRORED, REMOVE),
     "rebase": Operation(TWO_LAYERS, source(ask.Rebase)),

@@ -114,7 +114,9 @@ async def require_agreement(world: World, seen: Look) -> None:
         by_device[drive["qdev"]] = chain
     for disk in seen.shown.disks:
         assert any(chain == [image.file for image in disk.chain] for chain in by_device.values()), (disk, by_device)
-        assert f"'{disk.source}'" in (seen.shown.xml or "").replace('"', "'"), "the XML names another image"
+        # An export is a protocol, a name and a socket there.
+        named_so = str(disk.source).rpartition("socket=")[2]
+        assert f"'{named_so}'" in (seen.shown.xml or "").replace('"', "'"), "the XML names another image"
     for each in seen.snapshots.snapshots:
         for kept in each.disks:
             assert Path(kept.backing).exists(), f"{each.name} keeps {kept.backing}, which is not there"
@@ -128,7 +130,7 @@ def require_contents(world: World, images: Mapping[str, tuple[str, str]], *, lea
         file, fmt = images[target]
         if fmt == "qcow2":
             check_image(world.stage.binaries, Path(file), fmt, leaks=leaks)
-        data = read_image(world.stage, Path(file), fmt, world.folder / f"{target}.raw")
+        data = read_image(world.stage, world.file_of(file), fmt, world.folder / f"{target}.raw")
         if world.guest is not None:
             found += require_writings(world.guest, target, data, world)
         else:
@@ -175,5 +177,5 @@ def named(findings: Any, before: Mapping[str, tuple[str, str]]) -> dict[str, tup
     for finding in findings.findings:
         if finding.code == "start-on":
             file = finding.text.split(" holds what it held")[0]
-            images[finding.disk] = (file, "raw" if file.endswith((".copy", "vdb.img")) else "qcow2")
+            images[finding.disk] = (file, "raw" if file.endswith((".copy", "vdb.img", ".sock")) else "qcow2")
     return images

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 import select
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.service import Service
 from blockferry.testing import (
+    FaultyNbdServer,
     QemuBinaries,
     QemuVersion,
     QmpFaultProxy,
@@ -33,7 +36,7 @@ from blockferry.testing import (
     make_image,
     write_pattern,
 )
-from blockferry.testing.crash import WORK_SECONDS, Crasher, moving
+from blockferry.testing.crash import WORK_SECONDS, Accident, Crasher, moving
 from blockferry.testing.firmware import idle_firmware
 from blockferry.testing.guest import WritingGuest
 from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
@@ -52,6 +55,10 @@ QDEVS = {
 OWN_QDEVS = {target: f"/machine/peripheral/disk-{target}/virtio-backend" for target in ("vda", "vdb")} | {
     "sda": "disk-sda"
 }
+# The image behind the server, how its URI looks, and how long each write to it takes.
+SERVED = "dst/served.img"
+EXPORT = re.compile(r"nbd\+unix:///(\w+)\?socket=(.+)")
+WRITE_DELAY = "2ms"
 SICK = "sick"  # the page that says what fails
 OURS = "bf"  # how the names of our nodes begin
 
@@ -94,6 +101,7 @@ class World:
         qmp: the socket that the service is given.
         contents: what the disks hold beside records, by target.
         guest: the Linux that writes by itself; without one a pen writes.
+        server: of the export that disks are copied to, where they are.
     """
 
     stage: Stage
@@ -103,6 +111,36 @@ class World:
     qmp: Path
     contents: dict[str, bytearray] = field(default_factory=dict, repr=False)
     guest: WritingGuest | None = None
+    server: FaultyNbdServer | None = None
+
+    @property
+    def export(self) -> str:
+        """The server's URI."""
+        assert self.server is not None
+        return self.server.uri
+
+    def server_accident(self, how: str, at: int) -> Accident:
+        """It fails writes (`fail`), holds requests (`hold`), or dies (`die`) at that boundary."""
+        assert self.server is not None
+        match how:
+            case "fail":
+                return Accident(at=at, what="create", target=str(self.server.failing))
+            case "hold":
+                return Accident(at=at, what="hold", target=str(self.server.pause))
+        return Accident(at=at, what="kill", target=str(self.server.pid))
+
+    async def end(self) -> None:
+        """End QEMU."""
+        await self.qemu.stop()
+
+    async def heal(self) -> None:
+        """Have the server serve again, whatever it had; one that is gone is started anew."""
+        if self.server is not None:
+            await self.server.revive()
+
+    def file_of(self, image: str) -> Path:
+        """Where an image is for whoever reads it here: behind the server, of an export."""
+        return self.folder / SERVED if image.startswith("nbd") else Path(image)
 
     @property
     def state_dir(self) -> Path:
@@ -135,9 +173,7 @@ class World:
     async def start_again(self, images: dict[str, tuple[str, str]]) -> None:
         """Start the guest anew, after it was killed, on these images: its sockets are where they were."""
         await self.qemu.stop()
-        self.qemu = guest(
-            self.stage, self.folder, {target: (Path(file), fmt) for target, (file, fmt) in images.items()}
-        )
+        self.qemu = guest(self.stage, self.folder, images)
         await self.qemu.start()
 
     def tell_whose(self) -> None:
@@ -203,16 +239,22 @@ def definition(folder: Path, sockets: dict[str, Path]) -> str:
     )
 
 
-def disk_arguments(files: dict[str, tuple[Path, str]]) -> list[str]:
+def disk_arguments(files: Mapping[str, tuple[Path | str, str]]) -> list[str]:
     """Virtio with an iothread, a drive that nobody named, scsi with an iothread."""
+    paths = {target: (Path(file), fmt) for target, (file, fmt) in files.items()}
+    first = blockdev_disk("da", *paths["vda"], iothread="io0")
+    if (found := EXPORT.fullmatch(str(files["vda"][0]))) is not None:
+        node = next(index for index, word in enumerate(first) if '"da-file"' in word)
+        server = {"type": "unix", "path": found[2]}
+        first[node] = json.dumps({"driver": "nbd", "node-name": "da-file", "export": found[1], "server": server})
     return [
-        *blockdev_disk("da", *files["vda"], iothread="io0"),
-        *legacy_drive(*files["vdb"]),
-        *blockdev_disk("da2", *files["sda"], bus="scsi", iothread="io1"),
+        *first,
+        *legacy_drive(*paths["vdb"]),
+        *blockdev_disk("da2", *paths["sda"], bus="scsi", iothread="io1"),
     ]
 
 
-def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]]) -> TestQemu:
+def guest(stage: Stage, folder: Path, files: Mapping[str, tuple[Path | str, str]]) -> TestQemu:
     """A QEMU on these images that runs, with a socket for the service and one for the pen."""
     return TestQemu(
         stage.binaries, folder, args=disk_arguments(files), paused=False, memory_mib=16, sockets=("qmp", "pen")
@@ -221,9 +263,12 @@ def guest(stage: Stage, folder: Path, files: dict[str, tuple[Path, str]]) -> Tes
 
 @contextlib.asynccontextmanager
 async def open_world(
-    stage: Stage, folder: Path, *, proxied: bool = True, defined: bool = False
+    stage: Stage, folder: Path, *, proxied: bool = True, defined: bool = False, served: bool = False
 ) -> AsyncIterator[World]:
-    """Fresh images; and a guest on them that runs and nobody is attached to, unless blockferry is to start it."""
+    """Fresh images; and a guest on them that runs and nobody is attached to, unless blockferry is to start it.
+
+    `served`: there is a server to copy to.
+    """
     for part in ("src", "dst"):
         (folder / part).mkdir(parents=True)
     (folder / "state").mkdir(mode=0o700)
@@ -244,7 +289,13 @@ async def open_world(
     where = proxy.path if proxied and not defined else qmp
     world = World(stage=stage, folder=folder, qemu=qemu, proxy=proxy, qmp=where, contents=contents)
     try:
-        async with proxy:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(proxy)
+            if served:
+                image = make_image(stage.binaries, folder / SERVED, "raw", SIZE)
+                world.server = FaultyNbdServer(stage.binaries, image, folder, name="t", wdelay=WRITE_DELAY)
+                await stack.enter_async_context(world.server)
+                stack.push_async_callback(world.end)  # which its server waits for
             yield world
     finally:
         await world.qemu.stop()

@@ -131,7 +131,7 @@ class Killer:
     armed: bool = False
 
     def __call__(self, when: str, what: str) -> None:
-        if self.armed and (when, what) == ("before", self.command):
+        if self.armed and self.nth and (when, what) == ("before", self.command):
             self.nth -= 1
             if self.nth == 0:
                 os.kill(self.pid, signal.SIGKILL)

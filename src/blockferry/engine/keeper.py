@@ -203,9 +203,6 @@ class Keeper(Link):
             JobNotReady: one is not, in time.
             JobLost: one was lost.
         """
-        # One that has said so is looked at again by whoever plans with it.
-        if {job.target for job in self.active() if job.job in self._said_ready}.issuperset(targets):
-            return
         session = await self.connect()
         pending = ""
 

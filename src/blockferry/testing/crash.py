@@ -47,14 +47,14 @@ class Accident(msgspec.Struct, frozen=True, kw_only=True):
         at: the boundary, from 0.
         what: `die` (the process that carries out the requests is killed), `interrupt` (it gets what Ctrl-C sends), `kill`
             (another is killed), `create` (a file that a
-            server's fault waits for), `fill` (a file grows until its file system is full), `cut` (connections end), `fail`
+            server's fault waits for), `hold` (a server holds requests from now on), `fill` (a file grows until its file system is full), `cut` (connections end), `fail`
             (storage fails from now on).
         target: the process to kill, as its number or a socket that it listens on; the file to create or to fill; the socket
-            whose connections end; what fails, as `sick.order` says it.
+            that controls the server (nbdkit-pause-filter(1)); the one whose connections end; what fails, as `sick.order` says it.
     """
 
     at: int
-    what: Literal["die", "interrupt", "kill", "create", "fill", "cut", "fail"]
+    what: Literal["die", "interrupt", "kill", "create", "hold", "fill", "cut", "fail"]
     target: str = ""
 
 
@@ -125,6 +125,12 @@ def _happen(accident: Accident) -> None:
             _kill(int(accident.target) if accident.target.isdigit() else listener(accident.target))
         case "create":
             Path(accident.target).touch()
+        case "hold":
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(DEATH_SECONDS)
+                control.connect(accident.target)
+                control.sendall(b"p")
+                control.recv(1)  # what was under way is done
         case "fill":
             _fill(Path(accident.target))
         case "cut":

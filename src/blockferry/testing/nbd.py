@@ -166,13 +166,37 @@ class FaultyNbdServer(NbdServer):
         argv += ["file", str(path), *(word for words in filters.values() for word in words)]
         self._process = ChildProcess(argv, directory / f"{name}.nbd.stderr")
 
+    @property
+    def failing(self) -> Path:
+        """While this file is there, every write ends with ENOSPC."""
+        return self._failing
+
+    @property
+    def pause(self) -> Path:
+        """The socket that holds requests (`p`) and lets them go (`r`)."""
+        return self._pause
+
+    async def start(self) -> None:
+        """As of `NbdServer`; also one that was killed."""
+        self._pause.unlink(missing_ok=True)
+        await super().start()
+
+    async def revive(self) -> None:
+        """Serve again, whatever was done to it: fail nothing, let go of what is held, and start anew if it was killed."""
+        self.heal()
+        try:
+            await self.let_go()
+        except OSError:
+            await self.kill()
+            await self.start()
+
     def fail(self) -> None:
         """From now on every write ends with ENOSPC (nbdkit-error-filter(1))."""
         self._failing.touch()
 
     def heal(self) -> None:
-        """Let writes through again."""
-        self._failing.unlink()
+        """Let writes through again, if they are not."""
+        self._failing.unlink(missing_ok=True)
 
     async def hold(self) -> None:
         """Let no request through from now on (nbdkit-pause-filter(1)): clients are accepted and greeted, and that is all.
