@@ -134,9 +134,11 @@ class World:
         await self.qemu.stop()
 
     async def heal(self) -> None:
-        """Have the server serve again, whatever it had; one that is gone is started anew."""
-        if self.server is not None:
-            await self.server.revive()
+        """Have the server serve again, whatever it had; nobody may have been left on one that was gone."""
+        if self.server is not None and await self.server.revive() and self.qemu.alive:
+            drives = await self.command("query-block")
+            on = [drive["qdev"] for drive in drives if drive["inserted"]["image"]["filename"].startswith("nbd")]
+            assert not on, f"{on} went over to a server that was gone"
 
     def file_of(self, image: str) -> Path:
         """Where an image is for whoever reads it here: behind the server, of an export."""

@@ -181,14 +181,20 @@ class FaultyNbdServer(NbdServer):
         self._pause.unlink(missing_ok=True)
         await super().start()
 
-    async def revive(self) -> None:
-        """Serve again, whatever was done to it: fail nothing, let go of what is held, and start anew if it was killed."""
+    async def revive(self) -> bool:
+        """Serve again, whatever was done to it: fail nothing, let go of what is held, and start anew if it was killed.
+
+        Returns:
+            Whether it was.
+        """
         self.heal()
         try:
             await self.let_go()
         except OSError:
             await self.kill()
             await self.start()
+            return True
+        return False
 
     def fail(self) -> None:
         """From now on every write ends with ENOSPC (nbdkit-error-filter(1))."""
