@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.qemu.images import _claim
+from blockferry.qemu.images import Images, _claim
 from blockferry.qemu.tool import ImageError
 
 
@@ -27,3 +27,14 @@ def test_a_claim_takes_the_mode_of_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "other").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ImageError, match="exists already"):
         _claim(str(tmp_path / "one"), None)
+
+
+async def test_what_has_to_be_readable_is_read(tmp_path: Path) -> None:
+    """A folder can be opened and synced, and not be read."""
+    images = Images()
+    (file := tmp_path / "file").write_bytes(b"x")
+    (unreadable := tmp_path / "unreadable").mkdir()
+    gone = str(tmp_path / "gone")
+    await images.sync((str(file), str(unreadable), gone), (str(file), gone))
+    with pytest.raises(ImageError, match=f"{unreadable}: Is a directory"):
+        await images.sync((str(file), str(unreadable)), (str(unreadable),))

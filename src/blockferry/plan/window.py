@@ -130,7 +130,7 @@ def _sync(
         for mirror in mirrors
         for file in (mirror.source, mirror.file, *(base.path for base in bases.get(mirror.target, ())))
     ]
-    goes_to = [mirror.file if ends_on == "destination" else mirror.source for mirror in mirrors]
+    goes_to = [mirror.file for mirror in mirrors] if ends_on == "destination" else []
     return SyncFiles(
         paths=tuple(file for file in files if file.startswith("/")),
         readable=tuple(file for file in goes_to if file.startswith("/")),
