@@ -403,8 +403,9 @@ class Runner:
         return Evidence(seen=None, gone=True, written=written), nobody
 
     async def _asked(self, record: OperationRecord, rescue: Rescue) -> tuple[Evidence, Executor]:
+        # The connection may have broken without our noticing: it is asked again on another.
+        seen = await self._link.observe()
         executor = await self._link.executor()
-        seen = await executor.observe()
         window = record.plan.window
         dead = dict(rescue.dead)
         if record.state == "window" and window is not None and not seen.running:
