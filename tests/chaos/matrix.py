@@ -360,7 +360,6 @@ def accidents_of(world: World, mishaps: Sequence[Mishap]) -> tuple[Accident, ...
     for mishap in mishaps:
         match mishap.kind.split("-"):
             case ["nbd", how]:
-                assert world.server is not None
                 found.append(world.server_accident(how, mishap.at))
             case [ailment, part]:
                 what = order(ailment, world.folder / part)  # type: ignore[arg-type]  # one of Sick
@@ -385,6 +384,8 @@ async def lives(
     async with serving(world) as service:
         await worked_out(service)
         await require_running(world)
+        if world.server_was_gone:
+            await world.notice()
         states = await require_settled(service)
         seen = await look(service)
         if not operation.moves:

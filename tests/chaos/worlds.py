@@ -39,7 +39,7 @@ from blockferry.testing import (
 from blockferry.testing.crash import WORK_SECONDS, Accident, Crasher, moving
 from blockferry.testing.firmware import idle_firmware
 from blockferry.testing.guest import WritingGuest
-from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, PenPlan, Records, listener, read_log
+from blockferry.testing.pen import RECORD_BYTES, RECORDS_AT, SLOTS, Monitor, Pen, PenPlan, Records, listener, read_log
 from blockferry.testing.process import socket_path
 from blockferry.testing.sick import heal, sick_storage
 
@@ -102,6 +102,7 @@ class World:
         contents: what the disks hold beside records, by target.
         guest: the Linux that writes by itself; without one a pen writes.
         server: of the export that disks are copied to, where they are.
+        server_was_gone: whether it was killed, before it was healed.
     """
 
     stage: Stage
@@ -112,6 +113,7 @@ class World:
     contents: dict[str, bytearray] = field(default_factory=dict, repr=False)
     guest: WritingGuest | None = None
     server: FaultyNbdServer | None = None
+    server_was_gone: bool = False
 
     @property
     def export(self) -> str:
@@ -135,10 +137,25 @@ class World:
 
     async def heal(self) -> None:
         """Have the server serve again, whatever it had; nobody may have been left on one that was gone."""
-        if self.server is not None and await self.server.revive() and self.qemu.alive:
+        self.server_was_gone = self.server is not None and await self.server.revive()
+        if self.server_was_gone and self.qemu.alive:
             drives = await self.command("query-block")
             on = [drive["qdev"] for drive in drives if drive["inserted"]["image"]["filename"].startswith("nbd")]
             assert not on, f"{on} went over to a server that was gone"
+
+    async def notice(self) -> None:
+        """Have the guest write to each disk: a mirror whose server was killed notices by that, sooner or later by itself."""
+        plan = self.pen()
+        assert plan is not None
+        pen = Pen(plan)
+        for _target in TARGETS:
+            pen.write()
+        pen.close()
+        async with asyncio.timeout(WORK_SECONDS):
+            while any(
+                "-vda-" in job["id"] and job["status"] != "concluded" for job in await self.command("query-jobs")
+            ):
+                pass
 
     def file_of(self, image: str) -> Path:
         """Where an image is for whoever reads it here: behind the server, of an export."""
