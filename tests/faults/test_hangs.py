@@ -170,6 +170,31 @@ async def test_the_process_dies_while_the_server_hangs_in_the_window(qemu: QemuB
     await hung_pivot(qemu, tmp_path / "dies", at=hung)
 
 
+async def test_what_frees_qemu_overtakes_all_that_waits_for_it(qemu: QemuBinaries, tmp_path: Path) -> None:
+    """A command waits in QEMU's main loop for a server, and more wait for their turn than QEMU takes in at once."""
+    async with TestQemu(qemu, tmp_path) as guest:
+        image = make_image(qemu, tmp_path / "remote", "raw", SIZE)
+        async with NbdServer(qemu, image, "raw", tmp_path, name="t") as server:
+            session = await Session.connect(str(guest.qmp), 5.0)
+            reached = {"type": "unix", "path": str(server.socket)}
+            options = {"driver": "nbd", "export": "t", "server": reached}
+            await session.execute("blockdev-add", **{"node-name": "n", **options})
+            server.suspend()
+            reading = asyncio.create_task(
+                session.execute("human-monitor-command", command_line='qemu-io n "read -q 0 512"')
+            )
+            others = asyncio.create_task(session.execute_each("query-status", [{}] * 20))
+            try:
+                done, _waiting = await asyncio.wait({reading, others}, timeout=0.5)
+                assert not done, "QEMU does not hang"
+                await session.execute_oob("yank", 5.0, instances=[{"type": "block-node", "node-name": "n"}])
+                async with asyncio.timeout(FREED_SECONDS):
+                    await asyncio.gather(reading, others)
+            finally:
+                server.resume()
+                await session.close()
+
+
 # --- a file system that hangs ---------------------------------------------------------------------------------
 
 

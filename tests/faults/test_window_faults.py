@@ -195,6 +195,22 @@ async def test_finish_that_fails(faulty: Rig, command: str, nth: int, kind: Faul
         assert faulty.holds(target, faulty.dest(target), FORMATS[target])
 
 
+async def test_finish_all_or_nothing_whichever(faulty: Rig) -> None:
+    """The connection ends after the first finalize: the second one may have been told or not."""
+    await started(faulty, "vda", "vdb")
+    faulty.proxy.inject(Fault("job-finalize", FaultKind.CUT_AFTER, nth=1))
+    try:
+        await faulty.finish("vda", "vdb")
+    except errors.OperationFailed:
+        assert await faulty.states() == {"vda": "ready", "vdb": "ready"}
+        await writable(faulty, 0xD4)
+        await faulty.finish("vda", "vdb")
+    await on_sources(faulty)
+    assert await faulty.states() == {"vda": "finished", "vdb": "finished"}
+    for target in ("vda", "vdb"):
+        assert faulty.holds(target, faulty.dest(target), FORMATS[target])
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 async def test_reopen_that_fails(faulty: Rig, nth: int) -> None:
     await faulty.snapshot(mirrors=ALL)

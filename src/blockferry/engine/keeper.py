@@ -408,9 +408,6 @@ class Keeper(Link):
         finally:
             self._thawing = False
 
-    def _connects(self) -> bool:
-        return self._session is not None and self._session.alive
-
     async def wait_over(self, operation: int) -> None:
         """Wait until the jobs of an operation have ended and what follows has been done; without the domain's lock.
 
@@ -428,8 +425,6 @@ class Keeper(Link):
                     # Not that it has ended, but that nobody could have told us: the connection broke meanwhile.
                     if not self._connects():
                         await self._check()
-                        if not self._connects() and self.problem is not None and not self.record.gone:
-                            raise self.problem from None
         # What follows an end is recorded first and settled then, under the lock.
         async with self.turns.lock:
             pass
@@ -541,6 +536,9 @@ class Keeper(Link):
             self._check_waits = False
             if self._journal.open_operations(self.name):
                 await self.reconcile()
+                # What can't be settled because nobody can be asked is said, as by whoever observes.
+                if self.problem is not None and self._journal.open_operations(self.name):
+                    raise self.problem
             else:
                 seen = await self.observe()
                 await self.check_jobs(seen)
@@ -556,7 +554,7 @@ class Keeper(Link):
 
     async def _lost_connection(self) -> None:
         async with self.turns.lock:
-            if self._session is not None and self._session.alive:
+            if self._connects():
                 return
             self._session = None
             if await self.is_gone(DYING_SECONDS):

@@ -124,6 +124,10 @@ class Link:
             raise errors.QmpUnreachable(qmp=record.qmp, reason=str(error)) from error
         return observer
 
+    def _connects(self) -> bool:
+        """Whether the present connection stands."""
+        return self._session is not None and self._session.alive
+
     def session(self) -> Session | None:
         """The present connection; None where there is none."""
         return self._session

@@ -134,13 +134,7 @@ class Observer:
     async def roots(self) -> dict[str, str]:
         """The node directly under each device's backend: a small part of `graph`, for the time in which the guest stands still."""
         shape = await self._session.execute("x-debug-query-block-graph")
-        names = {each["id"]: each["name"] for each in shape["nodes"]}
-        edges = [edge for edge in shape["edges"] if edge["name"] == "root"]
-        return {
-            names[edge["parent"]]: names[edge["child"]]
-            for edge in edges
-            if {edge["parent"], edge["child"]} <= names.keys()
-        }
+        return {edge.parent: edge.child for edge in _edges(shape) if edge.role == "root"}
 
     def _folder(self) -> Path | None:
         """QEMU's working directory, which relative file names are relative to."""
@@ -292,14 +286,16 @@ def _ancestors(path: str) -> list[str]:
 
 def read_graph(named: list[dict[str, Any]], shape: dict[str, Any], folder: Path | None) -> Graph:
     """The graph of query-named-block-nodes and x-debug-query-block-graph."""
-    nodes = {each["node-name"]: _node(each, folder) for each in named}
+    return Graph(nodes={each["node-name"]: _node(each, folder) for each in named}, edges=_edges(shape))
+
+
+def _edges(shape: dict[str, Any]) -> frozenset[Edge]:
     names = {each["id"]: each["name"] for each in shape["nodes"]}
-    edges = frozenset(
+    return frozenset(
         Edge(parent=names[each["parent"]], role=each["name"], child=names[each["child"]])
         for each in shape["edges"]
         if each["parent"] in names and each["child"] in names
     )
-    return Graph(nodes=nodes, edges=edges)
 
 
 def _node(answer: dict[str, Any], folder: Path | None) -> Node:

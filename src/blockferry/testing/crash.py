@@ -33,6 +33,7 @@ from blockferry.model import view
 from blockferry.model.request import Request
 from blockferry.qemu.session import Session
 from blockferry.service import Service
+from blockferry.testing.nbd import tell_pause
 from blockferry.testing.pen import Pen, PenPlan, listener
 from blockferry.testing.sick import fail
 
@@ -46,11 +47,11 @@ class Accident(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         at: the boundary, from 0.
         what: `die` (the process that carries out the requests is killed), `interrupt` (it gets what Ctrl-C sends), `kill`
-            (another is killed), `create` (a file that a
-            server's fault waits for), `hold` (a server holds requests from now on), `fill` (a file grows until its file system is full), `cut` (connections end), `fail`
-            (storage fails from now on).
+            (another is killed), `create` (a file that a server's fault waits for), `hold` (a server holds requests from now
+            on), `fill` (a file grows until its file system is full), `cut` (connections end), `fail` (storage fails from now
+            on).
         target: the process to kill, as its number or a socket that it listens on; the file to create or to fill; the socket
-            that controls the server (nbdkit-pause-filter(1)); the one whose connections end; what fails, as `sick.order` says it.
+            that controls the server, see `tell_pause`; the one whose connections end; what fails, as `sick.order` says it.
     """
 
     at: int
@@ -126,11 +127,8 @@ def _happen(accident: Accident) -> None:
         case "create":
             Path(accident.target).touch()
         case "hold":
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
-                control.settimeout(DEATH_SECONDS)
-                control.connect(accident.target)
-                control.sendall(b"p")
-                control.recv(1)  # what was under way is done
+            with contextlib.suppress(OSError):
+                tell_pause(Path(accident.target), b"p")
         case "fill":
             _fill(Path(accident.target))
         case "cut":

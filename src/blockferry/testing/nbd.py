@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import signal
+import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -143,6 +144,10 @@ class FaultyNbdServer(NbdServer):
         name: the export's name.
         wdelay: how long each write takes, as nbdkit-delay-filter(1) has it; `0` for no delay.
 
+    Attributes:
+        failing: while this file is there, every write ends with ENOSPC.
+        pause: the socket that holds requests and lets them go; see `tell_pause`.
+
     Raises:
         MissingComponentError: nbdkit is not installed.
     """
@@ -154,11 +159,11 @@ class FaultyNbdServer(NbdServer):
         program = shutil.which("nbdkit")
         if program is None:
             raise MissingComponentError("nbdkit", "make test-tools")
-        self._failing = directory / f"{name}.nbd.failing"
-        self._pause = socket_path(directory / f"{name}.nbd.pause")
+        self.failing = directory / f"{name}.nbd.failing"
+        self.pause = socket_path(directory / f"{name}.nbd.pause")
         filters = {
-            "error": ["error-pwrite=ENOSPC", "error-pwrite-rate=100%", f"error-pwrite-file={self._failing}"],
-            "pause": [f"pause-control={self._pause}"],
+            "error": ["error-pwrite=ENOSPC", "error-pwrite-rate=100%", f"error-pwrite-file={self.failing}"],
+            "pause": [f"pause-control={self.pause}"],
             "delay": [f"wdelay={wdelay}"],
         }
         argv = [program, "--foreground", f"--unix={self.socket}", f"--exportname={name}"]
@@ -166,19 +171,9 @@ class FaultyNbdServer(NbdServer):
         argv += ["file", str(path), *(word for words in filters.values() for word in words)]
         self._process = ChildProcess(argv, directory / f"{name}.nbd.stderr")
 
-    @property
-    def failing(self) -> Path:
-        """While this file is there, every write ends with ENOSPC."""
-        return self._failing
-
-    @property
-    def pause(self) -> Path:
-        """The socket that holds requests (`p`) and lets them go (`r`)."""
-        return self._pause
-
     async def start(self) -> None:
         """As of `NbdServer`; also one that was killed."""
-        self._pause.unlink(missing_ok=True)
+        self.pause.unlink(missing_ok=True)
         await super().start()
 
     async def revive(self) -> bool:
@@ -198,22 +193,22 @@ class FaultyNbdServer(NbdServer):
 
     def fail(self) -> None:
         """From now on every write ends with ENOSPC (nbdkit-error-filter(1))."""
-        self._failing.touch()
+        self.failing.touch()
 
     def heal(self) -> None:
         """Let writes through again, if they are not."""
-        self._failing.unlink(missing_ok=True)
+        self.failing.unlink(missing_ok=True)
 
     async def hold(self) -> None:
         """Let no request through from now on (nbdkit-pause-filter(1)): clients are accepted and greeted, and that is all.
 
         Returns when the requests that are under way are done.
         """
-        assert await self._told(b"p") == b"P"
+        assert await asyncio.to_thread(tell_pause, self.pause, b"p") == b"P"
 
     async def let_go(self) -> None:
         """Let all requests through that were held."""
-        assert await self._told(b"r") == b"R"
+        assert await asyncio.to_thread(tell_pause, self.pause, b"r") == b"R"
 
     async def stop(self) -> None:
         """As of `NbdServer`; what is held is let go first, which it would wait for."""
@@ -221,11 +216,15 @@ class FaultyNbdServer(NbdServer):
             await self.let_go()
         await super().stop()
 
-    async def _told(self, word: bytes) -> bytes:
-        reader, writer = await asyncio.open_unix_connection(self._pause)
-        try:
-            writer.write(word)
-            return await reader.readexactly(1)
-        finally:
-            writer.close()
-            await writer.wait_closed()
+
+def tell_pause(control: Path, word: bytes) -> bytes:
+    """Tell a server to hold requests (`p`, answered when those under way are done) or to let them go (`r`), and wait for its answer.
+
+    Raises:
+        OSError: it is gone.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(START_TIMEOUT_S)
+        connection.connect(str(control))
+        connection.sendall(word)
+        return connection.recv(1)
