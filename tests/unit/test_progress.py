@@ -17,6 +17,11 @@ from blockferry.engine.progress import Pace, Sample, pace_of
         (((0.0, 0, 100), (2.0, 20, 120)), Pace(rate=10, dirty_rate=10, converging=False)),
         (((0.0, 0, 100), (2.0, 20, 160)), Pace(rate=10, dirty_rate=30, converging=False)),
         (((0.0, 9, 100), (2.0, 9, 100)), Pace(rate=0, dirty_rate=0)),
+        (((0.0, 0, 0), (1.0, 16, 100)), Pace()),
+        (
+            ((0.0, 0, 0), (1.0, 16, 100), (2.0, 26, 100)),
+            Pace(rate=10, dirty_rate=0, converging=True, remaining_seconds=7.4),
+        ),
         (((0.0, 90, 100), (2.0, 110, 110)), Pace(rate=10, dirty_rate=5, converging=True, remaining_seconds=0)),
     ],
     ids=[
@@ -27,6 +32,8 @@ from blockferry.engine.progress import Pace, Sample, pace_of
         "as fast as it copies",
         "faster",
         "stands still",
+        "its total just set",
+        "its total set a while ago",
         "through",
     ],
 )

@@ -121,8 +121,10 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
 def pace_of(samples: tuple[Sample, ...]) -> Pace:
     """How fast a job has been from the first of these samples to the last.
 
-    What a guest writes to a mirrored disk is added to the job's total (QEMU's block/mirror.c, mirror_run).
+    What a guest writes to a mirrored disk is added to the job's total (QEMU's block/mirror.c, mirror_run). Until it
+    has first set it, the total is 0: what it then becomes nobody has written.
     """
+    samples = tuple(sample for sample in samples if sample[2]) or samples
     (began, first, planned), (now, current, total) = samples[0], samples[-1]
     if now <= began:
         return Pace()
