@@ -24,6 +24,8 @@ from blockferry.qemu.tool import ImageError
 
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
+# A guest that writes all the time leaves the next pass what it wrote during this one: each is a part of the one before.
+SYNC_PASSES, SHORT_SYNC_SECONDS = 4, 0.01
 # QEMU closes its images within this time, or is ended without.
 QUIT_SECONDS = 10.0
 # blockdev-del of a name that no node has, also of one that was closed with what stood on it (block.c, bdrv_lookup_bs); a
@@ -112,7 +114,7 @@ class Executor:
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case files.SyncFiles():
                 await self._flush(step.nodes)
-                await self._images.sync(step.paths, step.readable)
+                await self._sync(step)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
                     words = await (flushes(uri) if target in step.flush else reachable(uri))
@@ -214,6 +216,14 @@ class Executor:
                     raise
             return False
         return True
+
+    async def _sync(self, step: files.SyncFiles) -> None:
+        """Write them out, and again while that takes long: what is written meanwhile is left to the guest's pause."""
+        for _pass in range(SYNC_PASSES):
+            began = time.monotonic()
+            await self._images.sync(step.paths, step.readable)
+            if time.monotonic() - began < SHORT_SYNC_SECONDS:
+                break
 
     async def _leave(self, step: tracking.LeaveDestination) -> dict[str, Any]:
         """Its stamp, if it was closed by this very step and all that was written is on disk."""
