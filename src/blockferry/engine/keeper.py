@@ -303,7 +303,7 @@ class Keeper(Link):
         if stale:
             await self._try_all(stale)
             seen = await self.observe()  # what they used is free
-        kept = names_kept(self._journal.moves(self.name), tag)
+        kept = names_kept(self._journal.moves_under_way(self.name), tag)
         await self._try_all((*unused_nodes(seen, tag, jobs, kept), *unused_bitmaps(seen, tag, jobs, kept)))
 
     async def _try_all(self, unused: tuple[Step, ...]) -> None:

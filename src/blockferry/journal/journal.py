@@ -33,6 +33,9 @@ from blockferry.plan.plan import Plan, Record
 Witness = Callable[[str, str], None]
 
 
+OPERATION = "SELECT id, domain, plan, state, started, ended, error, row, pause_ms FROM operation"
+
+
 def _nobody(_when: str, _what: str) -> None:
     pass
 
@@ -294,22 +297,27 @@ class Journal:
             return tuple(self._put_event(event) for event in events)
 
     def operations(
-        self, domain: str | None = None, *, states: frozenset[OperationState] = ALL
+        self, domain: str | None = None, *, states: frozenset[OperationState] = ALL, since: int = 0
     ) -> tuple[OperationRecord, ...]:
-        """Operations in these states, oldest first, of one domain or of all."""
+        """Operations in these states, oldest first, of one domain or of all, from number `since` on."""
+        whose = "domain = ?1" if domain is not None else "?1 IS NULL"
         rows = self._all(
-            "SELECT id, domain, plan, state, started, ended, error, row, pause_ms FROM operation"
-            " WHERE (?1 IS NULL OR domain = ?1) AND state IN (SELECT value FROM json_each(?2)) ORDER BY id",
-            (domain, json.dumps(sorted(states))),
+            f"{OPERATION} WHERE {whose} AND state IN (SELECT value FROM json_each(?2)) AND id >= ?3 ORDER BY id",  # noqa: S608 - words of ours
+            (domain, json.dumps(sorted(states)), since),
+        )
+        return tuple(_operation(row) for row in rows)
+
+    def operations_of(self, domain: str, what: str) -> tuple[OperationRecord, ...]:
+        """A domain's operations of a kind (`Plan.what`), oldest first."""
+        rows = self._all(
+            f"{OPERATION} WHERE domain = ? AND json_extract(CAST(plan AS TEXT), '$.what') = ? ORDER BY id",
+            (domain, what),
         )
         return tuple(_operation(row) for row in rows)
 
     def operation(self, number: int) -> OperationRecord | None:
         """The operation of that number."""
-        rows = self._all(
-            "SELECT id, domain, plan, state, started, ended, error, row, pause_ms FROM operation WHERE id = ?",
-            (number,),
-        )
+        rows = self._all(f"{OPERATION} WHERE id = ?", (number,))
         return _operation(rows[0]) if rows else None
 
     def open_operations(self, domain: str | None = None) -> tuple[OperationRecord, ...]:
@@ -331,10 +339,10 @@ class Journal:
                 return int(step.outcome["device"]), int(step.outcome["inode"])
         return None
 
-    def claims(self, domain: str) -> tuple[tuple[str, int, int, int], ...]:
-        """(path, operation, device, inode) of every file that operations of a domain have created, oldest first."""
+    def claims(self, domain: str, since: int = 0) -> tuple[tuple[str, int, int, int], ...]:
+        """(path, operation, device, inode) of every file that a domain's operations, from number `since` on, have created."""
         found = []
-        for record in self.operations(domain):
+        for record in self.operations(domain, since=since):
             claims = {index for index, step in enumerate(record.plan.prepare) if isinstance(step, ClaimFile)}
             for step in self.steps(record.id) if claims else ():
                 begun = record.plan.prepare[step.index] if step.stretch == "prepare" else None
@@ -387,15 +395,15 @@ class Journal:
     def working(self, domain: str) -> frozenset[int]:
         """The numbers of a domain's operations whose jobs work, or whose move is not over."""
         jobs = {job.operation for job in self.jobs(domain) if job.state in WORKING}
-        return frozenset(jobs | {move.operation for move in self.moves(domain) if not move.over})
+        return frozenset(jobs | {move.operation for move in self.moves_under_way(domain)})
 
     def _close_in_progress(self, domain: str) -> None:
         """An operation in progress ends with its last job, or its move: undone, if that was given up."""
-        given_up = {move.operation for move in self.moves(domain) if move.state == "cancelled"}
         working = self.working(domain)
         for (number,) in self._all("SELECT id FROM operation WHERE domain = ? AND state = 'in-progress'", (domain,)):
             if number not in working:
-                state = "undone" if number in given_up else "done"
+                move = self.move(number)
+                state = "undone" if move is not None and move.state == "cancelled" else "done"
                 self._db.execute("UPDATE operation SET state = ?, ended = ? WHERE id = ?", (state, time.time(), number))
 
     def jobs(self, domain: str) -> tuple[BlockJob, ...]:
@@ -453,6 +461,15 @@ class Journal:
         rows = self._all("SELECT record FROM move WHERE ?1 IS NULL OR domain = ?1 ORDER BY operation", (domain,))
         return tuple(msgspec.json.decode(row[0], type=Move) for row in rows)
 
+    def moves_under_way(self, domain: str) -> tuple[Move, ...]:
+        """The moves of a domain that are not over, oldest first."""
+        rows = self._all(
+            "SELECT record FROM move WHERE domain = ? AND json_extract(CAST(record AS TEXT), '$.state') IN ('working', 'cancelling')"
+            " ORDER BY operation",
+            (domain,),
+        )
+        return tuple(msgspec.json.decode(row[0], type=Move) for row in rows)
+
     def move(self, operation: int) -> Move | None:
         """The move of that operation's number."""
         rows = self._all("SELECT record FROM move WHERE operation = ?", (operation,))
@@ -492,7 +509,7 @@ class Journal:
     # --- events -----------------------------------------------------------------------------------------------
 
     def _put_event(self, event: Event) -> Event:
-        cursor = self._db.execute("INSERT INTO event (domain, record) VALUES (?, ?)", (event.domain, b""))
+        cursor = self._db.execute("INSERT INTO event (domain, record) VALUES (?, ?)", (event.domain, b"{}"))
         numbered = msgspec.structs.replace(event, seq=int(cursor.lastrowid or 0))
         self._db.execute("UPDATE event SET record = ? WHERE seq = ?", (msgspec.json.encode(numbered), numbered.seq))
         return numbered
@@ -508,6 +525,14 @@ class Journal:
             "SELECT record FROM event WHERE seq > ?1 AND (?2 IS NULL OR domain = ?2) ORDER BY seq", (since, domain)
         )
         return tuple(msgspec.json.decode(row[0], type=Event) for row in rows)
+
+    def newest_first(self, kind: str) -> Iterator[Event]:
+        """The events of one type, of all domains, the newest first."""
+        found = self._db.execute(
+            "SELECT record FROM event WHERE json_extract(CAST(record AS TEXT), '$.type') = ? ORDER BY seq DESC", (kind,)
+        )
+        for (record,) in found:
+            yield msgspec.json.decode(record, type=Event)
 
     def newest_event(self, domain: str, kinds: frozenset[str]) -> Event | None:
         """The newest event of one of these types; None when there is none."""

@@ -47,4 +47,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ),
         "CREATE TABLE storage (folder TEXT PRIMARY KEY, bandwidth INTEGER NOT NULL) STRICT",
     ),
+    (
+        # A state directory lives for years: what is asked all the time is not looked for among all that ever was.
+        "CREATE INDEX event_by_type ON event (json_extract(CAST(record AS TEXT), '$.type'), domain)",
+        (
+            "CREATE INDEX event_by_job ON event (json_extract(CAST(record AS TEXT), '$.data.job'), domain)"
+            " WHERE json_extract(CAST(record AS TEXT), '$.data.job') IS NOT NULL"
+        ),
+        "CREATE INDEX operation_by_what ON operation (domain, json_extract(CAST(plan AS TEXT), '$.what'))",
+        "CREATE INDEX move_by_domain ON move (domain, json_extract(CAST(record AS TEXT), '$.state'))",
+    ),
 )

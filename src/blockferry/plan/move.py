@@ -224,8 +224,8 @@ def going_over(
 
 
 def names_kept(moves: Iterable[Move], tag: str) -> frozenset[str]:
-    """The names of bitmaps and nodes that comparisons need which have not ended, of moves of that state directory."""
-    comparing = [move for move in moves if move.pivot is not None and not move.over and move.verify != "none"]
+    """The names of bitmaps and nodes that comparisons need which have not ended, of moves of that state directory under way."""
+    comparing = [move for move in moves if move.pivot is not None and move.verify != "none"]
     return frozenset(
         Names(tag, move.pivot or 0).of(target, role)
         for move in comparing

@@ -141,7 +141,7 @@ class Desk:
                 raise errors.GuestGone(domain=name, reason=reason) from failed
 
     def _held(self, name: str, own: int | None) -> dict[str, int]:
-        moves = [each for each in self.journal.moves(name) if not each.over and each.operation != own]
+        moves = [each for each in self.journal.moves_under_way(name) if each.operation != own]
         return {target: each.operation for each in moves for target in each.targets}
 
     def require_no_move(self, name: str, what: str) -> None:
@@ -150,9 +150,8 @@ class Desk:
         Raises:
             MoveUnderWay: with that move.
         """
-        for move in self.journal.moves(name):
-            if not move.over:
-                raise errors.MoveUnderWay(domain=name, operation=move.operation, what=what)
+        for move in self.journal.moves_under_way(name):
+            raise errors.MoveUnderWay(domain=name, operation=move.operation, what=what)
 
     def phase_of(self, move: Move) -> Next:
         """What is done next or now with a move."""

@@ -132,11 +132,10 @@ class Domains:
         definition = await self._desk.inactive(keeper.name) if keeper.record.defined else None
         mirrors = self._desk.journal.mirrors(keeper.name)
         moving: dict[str, view.MovingView] = {}
-        for move in self._desk.journal.moves(keeper.name):
-            if not move.over:
-                shown = answers.mirror_views(mirrors, seen)
-                kept = self._desk.kept_of(move)
-                moving |= answers.moving_views(move, shown, phase=self._desk.phase_of(move), kept=kept)
+        for move in self._desk.journal.moves_under_way(keeper.name):
+            shown = answers.mirror_views(mirrors, seen)
+            kept = self._desk.kept_of(move)
+            moving |= answers.moving_views(move, shown, phase=self._desk.phase_of(move), kept=kept)
         return answers.domain_view(keeper.record, seen, mirrors, current=current, definition=definition, moving=moving)
 
     async def _shut_off(self, keeper: Keeper) -> view.DomainView:

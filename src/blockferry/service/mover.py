@@ -203,7 +203,7 @@ class Mover:
             # One that was lost since is not begun again and again: whoever has looked at its storage says when.
             self._require_none_lost(move, tuple(disk for disk in disks if disk.target in self._mirrored))
             paths = tuple(disk.file for disk in disks if not is_uri(disk.file))
-            claimed = {path for path, *_made in self._desk.journal.claims(move.domain)}
+            claimed = {path for path, *_made in self._desk.journal.claims(move.domain, move.operation)}
             number, names = self._desk.names()
             plan = plan_mirrors(
                 move,
@@ -373,7 +373,8 @@ class Mover:
             move = self._move
             if move.state != "working":  # somebody else has, meanwhile
                 return
-            made = {path: (device, inode) for path, _number, device, inode in self._desk.journal.claims(move.domain)}
+            claims = self._desk.journal.claims(move.domain, move.operation)
+            made = {path: (device, inode) for path, _number, device, inode in claims}
             mine = {path: made[path] for path in destinations_of(move) if path in made}
             number, _names = self._desk.names()
             await keeper.run(number, plan_give_up(move, mirrors_of(move, self._jobs(move)), mine, reason))

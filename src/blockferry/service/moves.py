@@ -141,10 +141,10 @@ class Moves:
 
     def _rate_seen(self) -> float | None:
         """Bytes per second of the newest copy that was long enough to tell, and not limited."""
-        free = {move.operation for move in self._desk.journal.moves() if not move.bandwidth}
-        for event in reversed(self._desk.journal.events(None, 0)):
+        for event in self._desk.journal.newest_first("move-copied"):
             data = event.data
-            if event.type == "move-copied" and data["operation"] in free and data["bytes"] >= TELLING_BYTES:
+            move = self._desk.journal.move(data["operation"])
+            if move is not None and not move.bandwidth and data["bytes"] >= TELLING_BYTES:
                 return float(data["bytes"] / max(data["seconds"], TELLING_SECONDS))
         return None
 

@@ -134,11 +134,11 @@ async def mentioned(
                     disk.backing: disk.backing_format,
                     **_backing(disk.mirror_backing, disk.mirror_backing_format),
                 }
-        for move in desk.journal.moves(keeper.name):
-            found |= move.images if not move.over and move.operation != but else {}
-        for operation in desk.journal.operations(keeper.name, states=ENDED):
+        for move in desk.journal.moves_under_way(keeper.name):
+            found |= move.images if move.operation != but else {}
+        for operation in desk.journal.operations_of(keeper.name, "finish"):
             window = operation.plan.window
-            if operation.plan.what == "finish" and window is not None:
+            if operation.state in ENDED and window is not None:
                 found |= {disk.mirror.file: disk.mirror.format for disk in window.disks}
     there = await existing(file for file in found if file not in files)
     for file, image_format in found.items():
