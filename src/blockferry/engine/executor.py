@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from blockferry.engine import readback
@@ -33,6 +33,20 @@ QUIT_SECONDS = 10.0
 NO_SUCH_NODE = "Failed to find node"
 # Of the outcomes of a freeze and its thaw.
 FROZEN_FROM, FROZEN_UNTIL = "frozen_from", "frozen_until"
+
+
+async def until_short(sync: Callable[[], Awaitable[None]], clock: Callable[[], float] = time.monotonic) -> None:
+    """Write files out, and again while that takes long: what is written meanwhile is left to the guest's pause.
+
+    Args:
+        sync: does it once.
+        clock: seconds.
+    """
+    for _pass in range(SYNC_PASSES):
+        began = clock()
+        await sync()
+        if clock() - began < SHORT_SYNC_SECONDS:
+            break
 
 
 class Executor:
@@ -114,7 +128,7 @@ class Executor:
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case files.SyncFiles():
                 await self._flush(step.nodes)
-                await self._sync(step)
+                await until_short(lambda: self._images.sync(step.paths, step.readable))
             case steps.CheckServers():
                 for target, uri in step.uris.items():
                     words = await (flushes(uri) if target in step.flush else reachable(uri))
@@ -216,14 +230,6 @@ class Executor:
                     raise
             return False
         return True
-
-    async def _sync(self, step: files.SyncFiles) -> None:
-        """Write them out, and again while that takes long: what is written meanwhile is left to the guest's pause."""
-        for _pass in range(SYNC_PASSES):
-            began = time.monotonic()
-            await self._images.sync(step.paths, step.readable)
-            if time.monotonic() - began < SHORT_SYNC_SECONDS:
-                break
 
     async def _leave(self, step: tracking.LeaveDestination) -> dict[str, Any]:
         """Its stamp, if it was closed by this very step and all that was written is on disk."""
