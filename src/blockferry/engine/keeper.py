@@ -279,7 +279,8 @@ class Keeper(Link):
                     lost[job.target] = now.error
                 elif now.status in (*CAUGHT_UP, "pending", "concluded"):
                     ended.append(job)
-            elif now.over:
+            # Ended, it waits for whoever did that to finalize it, and QEMU holds the guest's requests to the disk until then.
+            elif now.over or now.status == "pending":
                 lost[job.target] = now.error or "somebody else ended its job"
             elif now.caught_up:
                 self._say_ready(job)
@@ -502,7 +503,7 @@ class Keeper(Link):
                 job = next((each for each in self.active() if each.job == data["id"]), None)
                 if isinstance(job, Mirror) and data["status"] == "ready":
                     self._say_ready(job)
-                ends = ("concluded", "null", "aborting", *(("ready", "pending") if isinstance(job, ChainJob) else ()))
+                ends = ("pending", "concluded", "null", "aborting", *(("ready",) if isinstance(job, ChainJob) else ()))
                 # One that waits for the lock sees this as well: every commit that is ready says so again whenever the
                 # guest is drained, and twenty at once said it a thousand times.
                 if job is not None and data["status"] in ends and not self._check_waits:

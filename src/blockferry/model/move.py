@@ -17,7 +17,7 @@ MoveEnd = Literal["working", "cancelling", "done", "cancelled"]
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a file whose copy is on disk; `checksum` (CRC-32) where its bytes went through us."""
+    """A part of a file whose copy is on disk; `checksum` (XXH3, 64 bits) where its bytes went through us."""
 
     start: int
     length: int

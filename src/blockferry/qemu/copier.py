@@ -14,8 +14,9 @@ import os
 import stat
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
+
+import xxhash
 
 from blockferry.model.files import FileStamp
 from blockferry.model.move import Method, Region
@@ -240,7 +241,7 @@ class FileCopy:
             return next(starts, None)
 
     def _copied(self, source: int, copy: int, start: int, end: int) -> Region:
-        checksum = 0
+        checksum = xxhash.xxh3_64()
         ranged = False
         buffer = memoryview(bytearray(BLOCK_BYTES))
         for begin, length in _data(source, start, end):
@@ -251,12 +252,12 @@ class FileCopy:
                 ranged = ranged or count > 0
                 if not count:
                     count = _by_hand(source, copy, at, buffer[: stop - at])
-                    checksum = zlib.crc32(buffer[:count], checksum)
+                    checksum.update(buffer[:count])
                 at += count
                 with self._counting:
                     self.moved += count
         # Of bytes that the kernel has copied we have seen none.
-        return Region(start=start, length=end - start, checksum=None if ranged else checksum)
+        return Region(start=start, length=end - start, checksum=None if ranged else checksum.intdigest())
 
     def _wait(self, length: int) -> None:
         for throttle in self._throttles:
@@ -362,13 +363,13 @@ def data_bytes(path: str) -> int:
 
 def _checksum(source: int, copy: int, region: Region) -> int:
     """The checksum of a region of a copy, as of when its bytes went through us: of what is data in its source."""
-    checksum = 0
+    checksum = xxhash.xxh3_64()
     buffer = memoryview(bytearray(BLOCK_BYTES))
     for begin, length in _data(source, region.start, region.start + region.length):
         for at in range(begin, begin + length, BLOCK_BYTES):
             count = os.preadv(copy, [buffer[: min(BLOCK_BYTES, begin + length - at)]], at)
-            checksum = zlib.crc32(buffer[:count], checksum)
-    return checksum
+            checksum.update(buffer[:count])
+    return checksum.intdigest()
 
 
 def _heard(worker: asyncio.Future[None]) -> None:
