@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from blockferry.journal.journal import Journal
+from blockferry.journal.log import LOG_BYTES
 from blockferry.journal.records import StepRecord
 from blockferry.journal.schema import MIGRATIONS
 from blockferry.model.move import Move
@@ -111,6 +113,30 @@ def test_a_journal_of_before(tmp_path: Path) -> None:
         live(opened, 1)
         assert [path for path, *_made in opened.claims(DOMAIN, 4)] == ["/dst/5"]
         opened.close()
+
+
+def test_the_log_is_written_within_its_length(tmp_path: Path, journal: Journal) -> None:
+    """Which makes each of its writes durable in a third of the time."""
+    files = [tmp_path / "journal.db", tmp_path / "journal.db-wal"]
+    database, length = (path.stat().st_size for path in files)
+    assert LOG_BYTES <= length < 2 * LOG_BYTES
+    assert database < LOG_BYTES / 2, "what fills the log is in no table"
+    live(journal, 40)
+    assert files[1].stat().st_size == length
+    assert len(journal.events(None, 0)) == 40
+
+
+def test_a_log_that_can_not_be_made_longer(tmp_path: Path) -> None:
+    _soft, hard = was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LOG_BYTES // 2, hard))
+    try:
+        opened = Journal(tmp_path / "journal.db")
+        live(opened, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert (tmp_path / "journal.db-wal").stat().st_size < LOG_BYTES
+    assert len(opened.events(None, 0)) == 1
+    opened.close()
 
 
 ASKED: dict[str, Callable[[Journal, int], object]] = {

@@ -1,4 +1,4 @@
-"""The journal: the only importer of sqlite3, one writer, every write one durable transaction.
+"""The journal: one writer, every write one durable transaction.
 
 WAL with synchronous=FULL: a committed write has reached the disk (sqlite.org/pragma.html#pragma_synchronous) before the
 QMP command that depends on it is sent. Past beliefs only: what is so now is asked of QEMU.
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from blockferry import errors
+from blockferry.journal import log
 from blockferry.journal.records import Defined, DomainRecord, OperationRecord, StepRecord
 from blockferry.journal.schema import MIGRATIONS
 from blockferry.model.blockjob import WORKING, BlockJob, ChainJob, JobEnd, Mirror
@@ -61,6 +62,7 @@ class Journal:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA foreign_keys=ON")
             self._migrate()
+            log.lengthen(self._db, path.parent)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise errors.StateDirUnusable(state_dir=str(path.parent), reason=f"{path.name}: {error}") from error
