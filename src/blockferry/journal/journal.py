@@ -22,7 +22,7 @@ from blockferry.journal import log
 from blockferry.journal.records import Defined, DomainRecord, OperationRecord, StepRecord
 from blockferry.journal.schema import MIGRATIONS
 from blockferry.model.blockjob import WORKING, BlockJob, ChainJob, JobEnd, Mirror
-from blockferry.model.move import Move, Region
+from blockferry.model.move import UNDER_WAY, Move, Region
 from blockferry.model.operation import ALL, ENDED, OPEN, OperationState
 from blockferry.model.snapshot import Snapshot
 from blockferry.model.view import Event
@@ -466,9 +466,9 @@ class Journal:
     def moves_under_way(self, domain: str) -> tuple[Move, ...]:
         """The moves of a domain that are not over, oldest first."""
         rows = self._all(
-            "SELECT record FROM move WHERE domain = ? AND json_extract(CAST(record AS TEXT), '$.state') IN ('working', 'cancelling')"
+            "SELECT record FROM move WHERE domain = ? AND json_extract(CAST(record AS TEXT), '$.state') IN (?, ?)"
             " ORDER BY operation",
-            (domain,),
+            (domain, *UNDER_WAY),
         )
         return tuple(msgspec.json.decode(row[0], type=Move) for row in rows)
 

@@ -14,6 +14,7 @@ Verify = Literal["none", "sample", "full"]
 Method = Literal["reflink", "copy_file_range", "read-write"]
 # A move that is given up is `cancelling` until its overlays are no more.
 MoveEnd = Literal["working", "cancelling", "done", "cancelled"]
+UNDER_WAY: tuple[MoveEnd, ...] = ("working", "cancelling")
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +160,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def over(self) -> bool:
         """Whether nothing is left to be done."""
-        return self.state in ("done", "cancelled")
+        return self.state not in UNDER_WAY
 
     @property
     def images(self) -> dict[str, str]:

@@ -150,8 +150,9 @@ class Desk:
         Raises:
             MoveUnderWay: with that move.
         """
-        for move in self.journal.moves_under_way(name):
-            raise errors.MoveUnderWay(domain=name, operation=move.operation, what=what)
+        moves = self.journal.moves_under_way(name)
+        if moves:
+            raise errors.MoveUnderWay(domain=name, operation=moves[0].operation, what=what)
 
     def phase_of(self, move: Move) -> Next:
         """What is done next or now with a move."""
