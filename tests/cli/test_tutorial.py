@@ -30,9 +30,9 @@ MASKS = (
     (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE"),
     (r"\d+\.\d+ (ms|s)\b", "TIME"),
     (r"[\d.]+ (B|KiB|MiB)\b", "SIZE"),
-    (r"\d+ %", "DONE"),
     (r"ACK (vd[ab]) \d+", r"ACK \1 N"),
-    (r"\b(copying|catching up)\b", "ready"),
+    (r"\b(copying|catching up)(\s+\d+ %)?", "ready"),
+    (r"\d+ %", "DONE"),
     (r"\s+", " "),
 )
 

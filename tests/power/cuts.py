@@ -103,7 +103,7 @@ class Recording:
 def _lefts(seed: int, unflushed: tuple[str, ...]) -> list[str]:
     """Where only the journal is unflushed, all of it is what is flushed at the next moment."""
     some = [f"{seed}.{number}" for number in range(SUBSETS)]
-    return ["none", "all", *some] if unflushed else ["none", some[0]]
+    return ["none", "all", "first", "others", *some] if unflushed else ["none", some[0]]
 
 
 class Theatre:

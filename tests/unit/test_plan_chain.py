@@ -9,6 +9,7 @@ from test_plan_snapshot import SIZE, Plug, observed
 from blockferry import errors
 from blockferry.model.blockjob import ChainJob, Layer, Mirror
 from blockferry.model.domain import Observation
+from blockferry.model.files import Renamed
 from blockferry.model.flags import BlockCommit, BlockRebase
 from blockferry.model.graph import Edge, Graph
 from blockferry.model.job import Job
@@ -448,8 +449,9 @@ def test_end_of_a_commit_needs_no_instant() -> None:
     job = job_of(commit("/two", "/low.raw", DELETE))
     made = plan_end(SEEN, job, ())
     files = ("/top", "/low.raw")
+    renamed = Renamed(path="/top", was=("/two", "qcow2"), becomes=("/low.raw", "raw"))
     assert made.prepare == (
-        SyncFiles(paths=files, nodes=("vda-n3",)),
+        SyncFiles(paths=files, nodes=("vda-n3",), renamed=renamed),
         FinalizeJobs(jobs=(job.job,)),
         SyncFiles(paths=files),
         RequireBacking(node="vda-n", backing="vda-n3"),
@@ -493,7 +495,8 @@ def test_end_of_a_rebase_flushes_before_the_header_changes(
     """By `stop`, also on a guest that is paused."""
     job = job_of(rebase(base))
     made = plan_end(seen, job, ALL)
-    assert made.prepare == (SyncFiles(paths=("/top",)),)
+    renamed = Renamed(path="/top", was=("/two", "qcow2"), becomes=(base, base and "raw"))
+    assert made.prepare == (SyncFiles(paths=("/top",), renamed=renamed),)
     assert made.window is not None
     assert made.window.steps == (
         Stop(),
@@ -540,7 +543,9 @@ def test_an_end_that_the_graph_shows_is_only_flushed_and_recorded(what: str) -> 
     assert has_ended(job, after)
     made, before = plan_end(after, job, ALL), plan_end(SEEN, job, ALL)
     files = {"commit": ("/top", "/low.raw"), "active-commit": ("/low.raw",)}.get(what, ("/top",))
-    assert (made.prepare, made.window) == ((SyncFiles(paths=files),), None)
+    becomes = {"commit": ("/low.raw", "raw"), "rebase": ("/one", "qcow2")}.get(what, (None, None))
+    renamed = Renamed(path="/top", was=("/two", "qcow2"), becomes=becomes) if what != "active-commit" else None
+    assert (made.prepare, made.window) == ((SyncFiles(paths=files, renamed=renamed),), None)
     assert made.record == before.record
     assert [step for step in before.settle if not isinstance(step, Resume)] == list(made.settle)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
-from blockferry.qemu.process import born, ends, lives
+from blockferry.qemu.process import born, ends, kill, lives
 
 # Its first thread ends (exit(2), not exit_group) while another goes on until standard input ends.
 LEADER_FIRST = """
@@ -39,6 +40,21 @@ async def test_a_process_whose_first_thread_has_ended_has_not() -> None:
     assert await ends(process.pid, started, 0.0), "a zombie has ended"
     assert process.wait(10) == 0
     assert await ends(process.pid, started, 0.0)
+
+
+async def test_a_number_that_a_thread_of_another_process_has() -> None:
+    """After a new start of the host, for one. pidfd_open(2) has an error of its own for it, which kernels do not agree on."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    try:
+        assert thread.native_id is not None
+        assert await ends(thread.native_id, None, 0.0)
+        kill(thread.native_id, None)
+        assert thread.is_alive()
+    finally:
+        over.set()
+        thread.join()
 
 
 async def test_another_process_of_that_number_is_not_that_one() -> None:

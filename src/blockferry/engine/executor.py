@@ -138,6 +138,8 @@ class Executor:
                 return {"removed": await self._images.drop(step.path)}
             case files.NameBacking():
                 await self._images.name_backing(step.path, step.format, step.backing, step.backing_format)
+            case files.MendBacking():
+                return {"mended": await self._images.mend_backing(step.header)}
             case files.RemoveCopy():
                 claimed = {"device": step.device, "inode": step.inode}
                 return {"removed": await self._images.remove(step.path, claimed)}

@@ -27,7 +27,7 @@ from blockferry.model.view import Event
 from blockferry.plan import files, steps, tracking
 from blockferry.plan.chain import leave_window
 from blockferry.plan.plan import Plan, Record, Window
-from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen
+from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen, takes_back
 from blockferry.plan.snapshot import in_part
 from blockferry.plan.waves import Wave, waves
 from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
@@ -349,10 +349,8 @@ class Runner:
         return decision
 
     def _interrupted_at(self, record: OperationRecord) -> Interrupted:
-        begun = self._begun(record.id)
-        return Interrupted(
-            state=record.state, plan=record.plan, steps={index: step.state for index, step in begun.items()}
-        )
+        begun = {index: step.state for index, step in self._begun(record.id).items()}
+        return Interrupted(state=record.state, plan=record.plan, steps=begun)
 
     async def _thaw(self, record: OperationRecord) -> str | None:
         """Thaw what a freeze of this operation may still hold; why it may still hold, when that fails.
@@ -426,6 +424,11 @@ class Runner:
         match decision.action:
             case "nothing":
                 self._undone(record, row)
+            case "mend":
+                for step in record.plan.prepare:
+                    for back in step.undo() if isinstance(step, files.SyncFiles) else ():
+                        await _do(executor, back, {})
+                self._undone(record, row)
             case "undo":
                 await self._undo(record, executor, gone=evidence.gone)
                 self._undone(record, row)
@@ -487,7 +490,7 @@ class Runner:
             ):
                 continue
             for back in reversed(step.undo()):
-                if not gone or isinstance(back, files.RemoveFile):
+                if takes_back(back, gone=gone):
                     self.remember_left(back, await _do(executor, back, claims))
             was = begun[index]
             self._journal.step(record.id, was.end("undone", was.outcome, error=was.error))

@@ -104,3 +104,17 @@ class ExportFact(msgspec.Struct, frozen=True, kw_only=True):
 
 # Each disk's images by its target, the active one first; of an empty drive none.
 Chains = Mapping[str, tuple[ImageFact, ...]]
+
+
+class Renamed(msgspec.Struct, frozen=True, kw_only=True):
+    """A qcow2 image into whose header QEMU is about to write another backing file's name.
+
+    Attributes:
+        path: the image.
+        was: what its header names, with that one's format.
+        becomes: what it is to name; (None, None) for nothing.
+    """
+
+    path: str
+    was: tuple[str, str]
+    becomes: tuple[str | None, str | None]

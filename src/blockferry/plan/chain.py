@@ -9,6 +9,7 @@ import msgspec
 from blockferry import errors
 from blockferry.model.blockjob import BlockJob, ChainJob, Layer
 from blockferry.model.domain import Observation
+from blockferry.model.files import Renamed
 from blockferry.model.flags import BlockCommit, BlockRebase, require_flags
 from blockferry.model.graph import Disk, Image
 from blockferry.model.request import Commit, Rebase
@@ -433,10 +434,20 @@ def _before(job: ChainJob, disk: Disk, *, done: bool) -> tuple[Step, ...]:
     base = job.base.file if job.base is not None and job.type != "rebase" else None
     files = tuple(file for file in dict.fromkeys((above, base)) if file and file.startswith("/"))
     synced = SyncFiles(paths=files)
+    renamed = _renamed(job, above)
     if done or job.type != "commit":
-        return (synced,)
-    flushed = SyncFiles(paths=files, nodes=(_base(job).node,))
+        return (msgspec.structs.replace(synced, renamed=renamed),)
+    flushed = SyncFiles(paths=files, nodes=(_base(job).node,), renamed=renamed)
     return (flushed, FinalizeJobs(jobs=(job.job,)), synced, _require_end(job))
+
+
+def _renamed(job: ChainJob, above: str | None) -> Renamed | None:
+    """The image above those that leave the chain; an active commit has none."""
+    if job.type == "active-commit" or above is None or not above.startswith("/"):
+        return None
+    was, base = job.leaving[0], job.base
+    becomes = (base.file, base.format) if base is not None else (None, None)
+    return Renamed(path=above, was=(was.file, was.format), becomes=becomes)
 
 
 def _require_end(job: ChainJob) -> Step:

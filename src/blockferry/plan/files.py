@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from blockferry.model.files import Renamed
 from blockferry.plan.verb import Verb
 
 if TYPE_CHECKING:
@@ -62,16 +63,37 @@ class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
     """Write files' dirty pages to disk and have their beginnings in memory: the window's flush and reads are short then.
 
     Before that, what QEMU itself still holds back of the images of `nodes`. Those of `readable` have to be: the guest is to go there.
+    Of `renamed` the header is changed after this, and mended where the power fails meanwhile.
     """
 
     paths: tuple[str, ...]
     nodes: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()
+    renamed: Renamed | None = None
+
+    def undo(self) -> tuple[Step, ...]:
+        """What mends a half written header."""
+        return (MendBacking(header=self.renamed),) if self.renamed is not None else ()
 
     @property
     def text(self) -> str:
         """A line for people."""
         return "sync " + ", ".join(self.paths)
+
+
+class MendBacking(Verb, frozen=True, kw_only=True, tag="mend-backing"):
+    """Of an image that no QEMU has open any more: have a header that names neither of the two name the one that it did.
+
+    QEMU's header takes two sectors of 512 bytes, the name being in the second one and its length and format in the first. With one of them on
+    disk and the other one not, it names nothing, another file, or a file as of another format: the guest would read what never was.
+    """
+
+    header: Renamed
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"mend the header of {self.header.path}, if it was half written"
 
 
 class DropFile(Verb, frozen=True, kw_only=True, tag="drop-file"):

@@ -16,7 +16,7 @@ from blockferry.model.domain import Observation
 from blockferry.model.job import Job
 from blockferry.model.operation import OperationState, StepState
 from blockferry.plan.chain import has_ended
-from blockferry.plan.files import CreateImage
+from blockferry.plan.files import CreateImage, MendBacking, RemoveFile
 from blockferry.plan.plan import Plan, Window
 from blockferry.plan.steps import (
     AddNode,
@@ -37,12 +37,14 @@ from blockferry.plan.tracking import AddBitmap, OpenAgain
 from blockferry.plan.window import stands_on
 
 Action = Literal[
-    "nothing", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
+    "nothing", "mend", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
 ]
 
 # What is done, and how the operation ends by it.
 ACTIONS: dict[Action, str] = {
     "nothing": "Nothing has to be done. It ends undone.",
+    "mend": "A header that QEMU was changing when the power failed, and that names neither what it did nor what it was to"
+    " name, names the former again. It ends undone.",
     "undo": "What shows of it is undone, the last step first: nodes, jobs and bitmaps go, and the files that we made and"
     " that hold nothing of the guest's. It ends undone.",
     "leave-window": "Every disk is brought back to its source, a mirror that was drained is started again, and the guest"
@@ -88,13 +90,16 @@ ROWS: dict[str, Row] = {
         "leave-window",
         "The guest may stand still with some disks switched or none: bring all back to their sources, let it run.",
     ),
-    "H": Row("undo", "QEMU is gone and nothing had been switched: remove the files that we made."),
+    "H": Row(
+        "undo",
+        "QEMU is gone and nothing had been switched: remove the files that we made; a half written header is mended.",
+    ),
     "I": Row(
         "record",
         "QEMU is gone and the overlays hold data: the switch had happened, so the overlays are authoritative: record.",
     ),
     "J": Row(
-        "nothing",
+        "mend",
         "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
     ),
     "K": Row("settle", "QEMU is gone after the record: nothing is left to settle in it."),
@@ -168,6 +173,13 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     written: frozenset[str] = frozenset()
     dead: Mapping[str, str] = {}
     frozen: bool = False
+
+
+def takes_back(back: Step, *, gone: bool) -> bool:
+    """Whether a step of an undo is carried out: with QEMU gone what concerns files, and some of that only then."""
+    if isinstance(back, MendBacking):
+        return gone
+    return not gone or isinstance(back, RemoveFile)
 
 
 def may_be_frozen(operation: Interrupted) -> bool:

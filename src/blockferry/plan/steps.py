@@ -528,5 +528,6 @@ Step = (
     | tracking.LeaveDestination
     | StartBackup
     | files.NameBacking
+    | files.MendBacking
     | files.RemoveCopy
 )

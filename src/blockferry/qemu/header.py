@@ -126,6 +126,11 @@ def parse_header(first: bytes) -> Header:
     )
 
 
+def without_name(first: bytes) -> bytes:
+    """A header's bytes, of which none says that there is a backing file."""
+    return first[:8] + bytes(12) + first[20:]
+
+
 def _check_sizes(size: int, cluster: int, l1_entries: int, refcount_clusters: int, snapshots: int) -> None:
     if size > VIRTUAL_BYTES_MAX:
         raise BadHeader(f"promises a disk of {size} bytes")

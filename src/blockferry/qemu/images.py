@@ -13,11 +13,11 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind
+from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind, Renamed
 from blockferry.qemu.bounded import bounded
 from blockferry.qemu.folders import folder_of
 from blockferry.qemu.header import BadHeader, Header
-from blockferry.qemu.inspect import inspect_image, read_header, refusal
+from blockferry.qemu.inspect import inspect_image, read_header, read_nameless, refusal
 from blockferry.qemu.paths import ask_each, identity_of
 from blockferry.qemu.qcow2 import empty_image
 from blockferry.qemu.roots import StorageRoots
@@ -216,6 +216,20 @@ class Images:
         await self._tool.run("rebase", "-q", "-u", "-f", image_format, "-F", backing_format, "-b", backing, path)
         await _bounded(_sync, path)
 
+    async def mend_backing(self, header: Renamed) -> bool:
+        """Have a closed image's header name what it did, if it names neither that nor what it was to name; whether it did not.
+
+        Raises:
+            ImageError: in qemu-img's words: somebody has it open, for one; or it would make qemu-img open another file.
+        """
+        if await _bounded(_is_whole, header.path, header):
+            return False
+        await _bounded(_require_plain, header.path, read_nameless)
+        backing, backing_format = header.was
+        await self._tool.run("rebase", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing, header.path)
+        await _bounded(_sync, header.path)
+        return True
+
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
         """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""
         found = await ask_each(stamp_of, paths, FILE_SECONDS)
@@ -274,14 +288,30 @@ def _follow_problem(image_format: str | None, looped: bool) -> str | None:
     return None
 
 
-def _require_plain(path: str) -> Header:
+def _is_whole(path: str, header: Renamed) -> bool:
+    """Whether an image's header names one of the two; an image that is not there has none to be mended."""
+    try:
+        found = read_header(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, BadHeader):
+        return False
+    backing = os.path.join(os.path.dirname(path), found.backing) if found.backing is not None else None
+    for name, image_format in (header.was, header.becomes):
+        # An old image's header may name no format.
+        if backing == name and found.backing_format in (image_format, None):
+            return True
+    return False
+
+
+def _require_plain(path: str, read: Callable[[str], Header] = read_header) -> Header:
     """The header of a qcow2 image that qemu-img may be given.
 
     Raises:
         ImageError: it can't be read, or would make it open another file.
     """
     try:
-        header = read_header(path)
+        header = read(path)
     except (OSError, BadHeader) as error:
         words = error.strerror if isinstance(error, OSError) else f"it {error}"
         raise ImageError(f"{path}: {words}") from error

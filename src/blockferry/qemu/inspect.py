@@ -14,6 +14,7 @@ from blockferry.qemu.header import (
     Header,
     parse_header,
     parse_snapshots,
+    without_name,
 )
 
 
@@ -49,6 +50,16 @@ def read_header(path: str) -> Header:
         return parse_header(os.pread(descriptor, CLUSTER_BYTES_MAX, 0))
     finally:
         os.close(descriptor)
+
+
+def read_nameless(path: str) -> Header:
+    """As `read_header`, whatever stands where the backing file's name is to be."""
+    descriptor = _open(path, os.path.realpath(path))
+    try:
+        first = os.pread(descriptor, CLUSTER_BYTES_MAX, 0)
+    finally:
+        os.close(descriptor)
+    return parse_header(without_name(first))
 
 
 def refusal(header: Header) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -38,11 +39,21 @@ def is_stopped(pid: int) -> bool:
     return fields is not None and fields[0] in ("T", "t")
 
 
+def _opened(pid: int) -> int | None:
+    """A pidfd; None where there is no process of that number."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        # Another process's thread may have the number by now (EINVAL; ENOENT on newer kernels: seen on 6.18).
+        if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
+            return None
+        raise
+
+
 def kill(pid: int, started: int | None) -> None:
     """End that very process without mercy; nothing if it is gone."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+    descriptor = _opened(pid)
+    if descriptor is None:
         return
     try:
         if lives(pid, started):
@@ -69,9 +80,8 @@ async def ends(pid: int, started: int | None, seconds: float | None) -> bool:
 
     Its sockets close a moment before it is gone.
     """
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
+    descriptor = _opened(pid)
+    if descriptor is None:
         return True
     try:
         # Not `lives`: of a process whose first thread has ended it says so while others still hold its files and locks.

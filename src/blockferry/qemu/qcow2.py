@@ -17,10 +17,24 @@ L1_ENTRY_BYTES = CLUSTER // 8 * CLUSTER
 REFCOUNT_ORDER = 4  # 16 bits
 HEADER_BYTES = 112
 # Extensions: a type, a length, and data filled up to eight bytes.
-_BACKING_FORMAT, _END = 0xE2792ACA, 0
+_BACKING_FORMAT, _FEATURE_NAMES, _END = 0xE2792ACA, 0x6803F857, 0
+# The names of features, by set (incompatible, compatible, to be cleared) and bit. Without them the backing file's name would be
+# in the header's first sector until QEMU writes the header for the first time, and in its second one from then on: if the power
+# failed between the two, the image would seem to have no backing file.
+_NAMES = (
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+)
 # magic, version, backing offset and length, cluster bits, size, encryption, L1 size and offset, refcount table's offset and
 # clusters, snapshots and their offset; the three feature sets, refcount order, header length, compression and padding.
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ QQQ II 8x")
+_NAME = struct.Struct(">BB46s")
 
 
 def empty_image(size: int, backing: str | None, backing_format: str | None) -> bytes:
@@ -38,6 +52,9 @@ def empty_image(size: int, backing: str | None, backing_format: str | None) -> b
     if len(name) > BACKING_NAME_MAX:
         raise ValueError(f"a backing file's name in a qcow2 header has at most {BACKING_NAME_MAX} bytes")
     extensions = _extension(_BACKING_FORMAT, (backing_format or "").encode()) if backing_format else b""
+    extensions += _extension(
+        _FEATURE_NAMES, b"".join(_NAME.pack(kind, bit, words.encode()) for kind, bit, words in _NAMES)
+    )
     extensions += _extension(_END, b"")
     l1_entries = -(-size // L1_ENTRY_BYTES)
     if l1_entries * 8 > L1_BYTES_MAX:

@@ -143,6 +143,15 @@ class File:
         if times:
             self.durable_time = self.time
 
+    def torn(self, *, first: bool) -> bytearray:
+        """What is on disk if of all that was written only the first sector has got there, or all but that."""
+        found = bytearray(self.durable)
+        for entry in self.pending:
+            for part in _split(entry, SECTOR):
+                if (part.at < SECTOR) == first:
+                    _apply(found, part)
+        return found
+
     def some(self, chance: random.Random) -> bytearray:
         """What is on disk if only some has got there: all or nothing of a file, of a write, or of each sector of one."""
         piece = chance.choice((0, 0, PAGE, SECTOR, 1 << 40))
@@ -261,8 +270,9 @@ class Disk:
         """Make the real files those that are left when the power fails now, each with the inode that it had.
 
         Args:
-            left: of what was not flushed: `none`, `all`, or a seed that chooses some. Of names some is a beginning: file
-                systems keep their order.
+            left: of what was not flushed: `none`, `all`, `first` (of each file its first sector, in which a header
+                begins), `others` (all but that), or a seed that chooses some. Of names some is a beginning: file systems
+                keep their order.
         """
         names, contents = self._left(left)
         for path in sorted(self._root.rglob("*"), reverse=True):
@@ -285,6 +295,9 @@ class Disk:
             return self._durable, {inode: (file.durable, file.durable_time) for inode, file in self._files.items()}
         if left == "all":
             return self._now, {inode: (file.now, file.time) for inode, file in self._files.items()}
+        if left in ("first", "others"):
+            found = {inode: (file.torn(first=left == "first"), file.time) for inode, file in self._files.items()}
+            return self._durable if left == "first" else self._now, found
         chance = random.Random(left)  # noqa: S311 - it has to be found again, not to be a secret
         names = dict(self._durable)
         for entry in self._pending[: chance.randint(0, len(self._pending))]:
