@@ -81,9 +81,10 @@ async def test_whole_headers_are_left_alone(chain: Chain) -> None:
         assert not await chain.images.mend_backing(chain.renamed)
         assert chain.top.read_bytes() == whole
     # A name may be relative, and an old image's format unsaid.
-    chain.img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "s1")
-    assert not await chain.images.mend_backing(chain.renamed)
-    assert chain.info()["backing-filename"] == "s1"
+    for name in ("s1", f"../{chain.folder.name}/s1"):
+        chain.img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", name)
+        assert not await chain.images.mend_backing(chain.renamed)
+        assert chain.info()["backing-filename"] == name
     chain.top.unlink()
     assert not await chain.images.mend_backing(chain.renamed)
 

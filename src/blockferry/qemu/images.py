@@ -296,12 +296,15 @@ def _is_whole(path: str, header: Renamed) -> bool:
         return True
     except (OSError, BadHeader):
         return False
-    backing = os.path.join(os.path.dirname(path), found.backing) if found.backing is not None else None
-    for name, image_format in (header.was, header.becomes):
-        # An old image's header may name no format.
-        if backing == name and found.backing_format in (image_format, None):
-            return True
-    return False
+
+    def full(name: str | None) -> str | None:
+        return os.path.normpath(os.path.join(os.path.dirname(path), name)) if name is not None else None
+
+    # An old image's header may name no format.
+    return any(
+        full(found.backing) == full(name) and found.backing_format in (image_format, None)
+        for name, image_format in (header.was, header.becomes)
+    )
 
 
 def _require_plain(path: str, read: Callable[[str], Header] = read_header) -> Header:
