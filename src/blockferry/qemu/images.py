@@ -17,7 +17,7 @@ from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind, Renamed
 from blockferry.qemu.bounded import bounded
 from blockferry.qemu.folders import folder_of
 from blockferry.qemu.header import BadHeader, Header
-from blockferry.qemu.inspect import inspect_image, read_header, read_nameless, refusal
+from blockferry.qemu.inspect import inspect_image, is_whole, read_header, read_nameless, refusal
 from blockferry.qemu.paths import ask_each, identity_of
 from blockferry.qemu.qcow2 import empty_image
 from blockferry.qemu.roots import StorageRoots
@@ -222,7 +222,7 @@ class Images:
         Raises:
             ImageError: in qemu-img's words: somebody has it open, for one; or it would make qemu-img open another file.
         """
-        if await _bounded(_is_whole, header.path, header):
+        if await _bounded(is_whole, header.path, header):
             return False
         await _bounded(_require_plain, header.path, read_nameless)
         backing, backing_format = header.was
@@ -286,25 +286,6 @@ def _follow_problem(image_format: str | None, looped: bool) -> str | None:
     if image_format not in ("qcow2", "raw"):
         return f"its format {image_format!r} is not qcow2 or raw" if image_format else "nothing says what format it has"
     return None
-
-
-def _is_whole(path: str, header: Renamed) -> bool:
-    """Whether an image's header names one of the two; an image that is not there has none to be mended."""
-    try:
-        found = read_header(path)
-    except FileNotFoundError:
-        return True
-    except (OSError, BadHeader):
-        return False
-
-    def full(name: str | None) -> str | None:
-        return os.path.normpath(os.path.join(os.path.dirname(path), name)) if name is not None else None
-
-    # An old image's header may name no format.
-    return any(
-        full(found.backing) == full(name) and found.backing_format in (image_format, None)
-        for name, image_format in (header.was, header.becomes)
-    )
 
 
 def _require_plain(path: str, read: Callable[[str], Header] = read_header) -> Header:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from blockferry.model.files import ImageFact
+from blockferry.model.files import ImageFact, Renamed
 from blockferry.model.graph import InternalSnapshot
 from blockferry.qemu.header import (
     CLUSTER_BYTES_MAX,
@@ -60,6 +60,25 @@ def read_nameless(path: str) -> Header:
     finally:
         os.close(descriptor)
     return parse_header(without_name(first))
+
+
+def is_whole(path: str, header: Renamed) -> bool:
+    """Whether an image's header names one of the two; an image that is not there has none to be mended."""
+    try:
+        found = read_header(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, BadHeader):
+        return False
+
+    def full(name: str | None) -> str | None:
+        return os.path.normpath(os.path.join(os.path.dirname(path), name)) if name is not None else None
+
+    # An old image's header may name no format.
+    return any(
+        full(found.backing) == full(name) and found.backing_format in (image_format, None)
+        for name, image_format in (header.was, header.becomes)
+    )
 
 
 def refusal(header: Header) -> str | None:
