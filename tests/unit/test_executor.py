@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 
-from blockferry.engine.executor import SHORT_SYNC_SECONDS, SYNC_PASSES, until_short
+from blockferry.engine.executor import SHORT_SYNC_SECONDS, SYNC_PASSES, Executor, until_short
+from blockferry.plan.files import SyncFiles
+from blockferry.qemu.images import Images
+from blockferry.qemu.launch import Home
 
 SHORT, LONG = SHORT_SYNC_SECONDS / 2, SHORT_SYNC_SECONDS * 20
 
@@ -24,6 +30,29 @@ async def test_files_are_written_out_until_that_is_short(takes: tuple[float, ...
 
     await until_short(sync, lambda: now)
     assert done == passes
+
+
+class SlowImages(Images):
+    """On storage on which nothing is short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs = 0
+
+    async def sync(self, _paths: tuple[str, ...], _readable: tuple[str, ...] = ()) -> None:
+        self.syncs += 1
+        await asyncio.sleep(LONG / 10)
+
+
+@pytest.mark.parametrize(("in_window", "passes"), [(False, SYNC_PASSES), (True, 1)])
+async def test_in_a_window_they_are_written_out_once(tmp_path: Path, in_window: bool, passes: int) -> None:
+    """The guest stands still, and for all of that time."""
+    images = SlowImages()
+    executor = Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm"))
+    if in_window:
+        executor.deadline = asyncio.get_running_loop().time() + 2.0
+    await executor.do(SyncFiles(paths=("/top",)), {})
+    assert images.syncs == passes
 
 
 async def test_what_can_not_be_written_out_is_not_tried_again() -> None:

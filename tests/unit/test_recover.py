@@ -321,7 +321,7 @@ def test_property_a_window_that_had_not_begun_is_never_recorded(
     plan: Plan, evidence: Evidence, steps: Mapping[int, str], state: str
 ) -> None:
     decision = decide(Interrupted(state=state, plan=plan, steps=steps), evidence)
-    assert decision.action in ("nothing", "mend", "undo", "wait")
+    assert decision.action in ("nothing", "undo", "wait")
 
 
 @given(plans, evidence_any, steps_any)

@@ -128,7 +128,7 @@ class Executor:
                 return {"removed": await self._images.remove(step.path, claims.get(step.path))}
             case files.SyncFiles():
                 await self._flush(step.nodes)
-                await until_short(lambda: self._images.sync(step.paths, step.readable))
+                await self._sync(step)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
                     words = await (flushes(uri) if target in step.flush else reachable(uri))
@@ -311,6 +311,13 @@ class Executor:
     async def read_back(self, disks: Mapping[str, str]) -> dict[str, str]:
         """Those of these disks (target -> drive) that do not answer a read, with the reason."""
         return await readback.read_back(self._session, disks, self._within(readback.READ_BACK_SECONDS))
+
+    async def _sync(self, step: files.SyncFiles) -> None:
+        def sync() -> Awaitable[None]:
+            return self._images.sync(step.paths, step.readable)
+
+        # In a window nobody writes meanwhile: again would only be longer.
+        await (until_short(sync) if self.deadline is None else sync())
 
     async def _flush(self, nodes: tuple[str, ...]) -> None:
         for node in nodes:

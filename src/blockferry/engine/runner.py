@@ -27,7 +27,7 @@ from blockferry.model.view import Event
 from blockferry.plan import files, steps, tracking
 from blockferry.plan.chain import leave_window
 from blockferry.plan.plan import Plan, Record, Window
-from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen, takes_back
+from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen, mends, takes_back
 from blockferry.plan.snapshot import in_part
 from blockferry.plan.waves import Wave, waves
 from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
@@ -425,9 +425,8 @@ class Runner:
             case "nothing":
                 self._undone(record, row)
             case "mend":
-                for step in record.plan.prepare:
-                    for back in step.undo() if isinstance(step, files.SyncFiles) else ():
-                        await _do(executor, back, {})
+                for back in mends(record.plan):
+                    await _do(executor, back, {})
                 self._undone(record, row)
             case "undo":
                 await self._undo(record, executor, gone=evidence.gone)

@@ -458,9 +458,9 @@ class Journal:
             self._close_in_progress(move.domain)
             return tuple(self._put_event(event) for event in events)
 
-    def moves(self, domain: str | None = None) -> tuple[Move, ...]:
-        """All moves, of one domain or of all, oldest first; those that have ended too."""
-        rows = self._all("SELECT record FROM move WHERE ?1 IS NULL OR domain = ?1 ORDER BY operation", (domain,))
+    def moves(self, domain: str) -> tuple[Move, ...]:
+        """All moves of a domain, oldest first; those that have ended too."""
+        rows = self._all("SELECT record FROM move WHERE domain = ? ORDER BY operation", (domain,))
         return tuple(msgspec.json.decode(row[0], type=Move) for row in rows)
 
     def moves_under_way(self, domain: str) -> tuple[Move, ...]:

@@ -182,6 +182,11 @@ def takes_back(back: Step, *, gone: bool) -> bool:
     return not gone or isinstance(back, RemoveFile)
 
 
+def mends(plan: Plan) -> tuple[MendBacking, ...]:
+    """What is to be done of a window that ended with QEMU: to the headers that were being changed in it."""
+    return tuple(back for step in plan.prepare for back in step.undo() if isinstance(back, MendBacking))
+
+
 def may_be_frozen(operation: Interrupted) -> bool:
     """Whether a freeze of this operation may still hold: to be thawed before anything else is looked at.
 

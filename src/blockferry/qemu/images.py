@@ -212,9 +212,7 @@ class Images:
         Raises:
             ImageError: in qemu-img's words, or it would make qemu-img open another file.
         """
-        await _bounded(_require_plain, path)
-        await self._tool.run("rebase", "-q", "-u", "-f", image_format, "-F", backing_format, "-b", backing, path)
-        await _bounded(_sync, path)
+        await self._name_backing(path, image_format, backing, backing_format, read_header)
 
     async def mend_backing(self, header: Renamed) -> bool:
         """Have a closed image's header name what it did, if it names neither that nor what it was to name; whether it did not.
@@ -224,11 +222,15 @@ class Images:
         """
         if await _bounded(is_whole, header.path, header):
             return False
-        await _bounded(_require_plain, header.path, read_nameless)
-        backing, backing_format = header.was
-        await self._tool.run("rebase", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing, header.path)
-        await _bounded(_sync, header.path)
+        await self._name_backing(header.path, "qcow2", *header.was, read_nameless)
         return True
+
+    async def _name_backing(
+        self, path: str, image_format: str, backing: str, backing_format: str, read: Callable[[str], Header]
+    ) -> None:
+        await _bounded(_require_plain, path, read)
+        await self._tool.run("rebase", "-q", "-u", "-f", image_format, "-F", backing_format, "-b", backing, path)
+        await _bounded(_sync, path)
 
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
         """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""

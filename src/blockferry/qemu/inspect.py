@@ -45,21 +45,20 @@ def read_header(path: str) -> Header:
     Raises:
         OSError, BadHeader: it can't be read, or is none.
     """
-    descriptor = _open(path, os.path.realpath(path))
-    try:
-        return parse_header(os.pread(descriptor, CLUSTER_BYTES_MAX, 0))
-    finally:
-        os.close(descriptor)
+    return parse_header(_beginning(path))
 
 
 def read_nameless(path: str) -> Header:
     """As `read_header`, whatever stands where the backing file's name is to be."""
+    return parse_header(without_name(_beginning(path)))
+
+
+def _beginning(path: str) -> bytes:
     descriptor = _open(path, os.path.realpath(path))
     try:
-        first = os.pread(descriptor, CLUSTER_BYTES_MAX, 0)
+        return os.pread(descriptor, CLUSTER_BYTES_MAX, 0)
     finally:
         os.close(descriptor)
-    return parse_header(without_name(first))
 
 
 def is_whole(path: str, header: Renamed) -> bool:
