@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rig import MIB
+from rig import FORMATS, MIB, Rig
 
+from blockferry.engine.executor import Executor
+from blockferry.model import request as ask
 from blockferry.model.files import Renamed
+from blockferry.plan.steps import FinalizeJobs, FinalizeStream, Step
 from blockferry.qemu.images import Images
 from blockferry.qemu.qcow2 import empty_image
+from blockferry.qemu.session import LostReply
 from blockferry.qemu.tool import ImageError
 from blockferry.testing import QemuBinaries, TestQemu, blockdev_disk, make_image
 
@@ -108,3 +114,49 @@ async def test_a_data_file_is_not_followed(chain: Chain) -> None:
     with pytest.raises(ImageError, match="another file"):
         await chain.images.mend_backing(chain.renamed)
     assert chain.top.read_bytes() == torn
+
+
+REBASE = ("rebase", FinalizeStream)
+COMMIT = ("commit", FinalizeJobs)
+
+
+@pytest.mark.parametrize(("what", "finalize"), [REBASE, COMMIT], ids=["in a window", "before the record"])
+@pytest.mark.parametrize("first", [True, False], ids=["its first sector", "all but that"])
+async def test_the_power_fails_while_a_header_is_written(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, what: str, finalize: type, first: bool
+) -> None:
+    """QEMU is gone, and of the header that it was writing one half is on disk: recovery finds it."""
+    await rig.snapshot("s1", only=["vda"])
+    await rig.snapshot("a-longer-name", only=["vda"])
+    await rig.write("vda", 0x21)
+    await rig.guest.command("stop")  # flushes, as the guest would
+    top, between, base = (Path(file) for file in await rig.chain("vda"))
+    really = Executor.do
+
+    async def do(self: Executor, step: Step, claims: Any) -> dict[str, Any]:
+        if not isinstance(step, finalize):
+            return await really(self, step, claims)
+        await rig.guest.kill()
+        old = top.read_bytes()
+        copy = rig.path / "written"
+        copy.write_bytes(old)
+        line = [rig.qemu.img, "rebase", "-u", "-f", "qcow2", "-F", FORMATS["vda"], "-b", base, copy]
+        await asyncio.to_thread(subprocess.run, line, check=True)
+        new = copy.read_bytes()
+        halves = (new, old) if first else (old, new)
+        top.write_bytes(halves[0][:SECTOR] + halves[1][SECTOR:])
+        raise LostReply(what, "the power failed")
+
+    monkeypatch.setattr(Executor, "do", do)
+    if what == "rebase":
+        await rig.ask(ask.Rebase(domain="vm1", disk="vda", base=str(base)))
+    else:
+        await rig.ask(ask.Commit(domain="vm1", disk="vda", top=str(between), base=str(base)))
+    await rig.heard("domain-gone")
+    await rig.settled()
+    assert ("job-end", "undone") in await rig.operations()
+    line = [rig.qemu.img, "info", "--output=json", top]
+    told = await asyncio.to_thread(subprocess.run, line, check=True, capture_output=True)
+    found = json.loads(told.stdout)
+    assert (found["backing-filename"], found["backing-filename-format"]) == (str(between), "qcow2")
+    assert rig.holds("vda", top, "qcow2")
