@@ -19,6 +19,8 @@ from test_comes_back import attach, comes_back
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
+from blockferry.model.move import Move
+from blockferry.model.view import Event
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind, FaultyNbdServer, QemuBinaries, blockdev_disk, make_image, write_pattern
 
@@ -240,6 +242,25 @@ async def test_what_is_no_deadline(rig: Rig) -> None:
             await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), deadline=seconds))
     late = ask.MoveStorage(domain="vm1", dest=str(rig.dst), bandwidth=1, deadline=5.0, dry_run=True)
     assert "it would be given up: the copying alone takes longer" in (await rig.ask(late)).notes[-1]
+
+
+async def test_how_long_it_is_to_take_is_told_by_the_newest_copy_that_tells(rig: Rig) -> None:
+    """Not by one of a limited move, nor by one of too little."""
+    planned = ask.MoveStorage(domain="vm1", dest=str(rig.dst), dry_run=True)
+    assert (await rig.ask(planned)).seconds is None
+    journal = rig.service._desk.journal
+    for operation, bandwidth, mib, seconds in (
+        (901, 0, 32, 8.0),
+        (902, 0, 32, 2.0),
+        (903, 5, 32, 1.0),
+        (904, 0, 1, 1.0),
+    ):
+        journal.put_move(Move(domain="vm1", operation=operation, disks=(), bandwidth=bandwidth, state="done"))
+        said = {"operation": operation, "bytes": mib << 20, "seconds": seconds}
+        journal.put_event(Event(seq=0, time=0.0, type="move-copied", domain="vm1", data=said))
+    plan = await rig.ask(planned)
+    assert sum(file.bytes for file in plan.files) > 0
+    assert plan.seconds == pytest.approx(sum(file.bytes for file in plan.files) / (16 << 20))
 
 
 async def test_the_speed_of_a_move_is_changed_while_it_works(rig: Rig) -> None:
