@@ -1,16 +1,18 @@
 """A snapshot that fails anywhere leaves the graph, the XML and the files as they were, and the guest untouched."""
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
-from rig import ALL, MIB, Rig, open_rig, wish_xml
+from rig import ALL, FORMATS, MIB, Rig, open_rig, wish_xml
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image
+from blockferry.testing.sick import fail, heal, sick_storage
 
 # A snapshot of three disks, each mirrored, sends these: two images a disk, one transaction, a mirror a disk.
 COMMANDS = [
@@ -148,6 +150,36 @@ async def test_what_the_guest_wrote_meanwhile_is_kept(faulty: Rig) -> None:
     for target, fmt in (("vda", "qcow2"), ("vdb", "raw"), ("sda", "qcow2")):
         assert faulty.holds(target, faulty.source(target), fmt)
         check_image(faulty.qemu, faulty.source(target), fmt)
+
+
+async def test_overlay_that_finds_no_room_below(
+    qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays until there is room: the job that failed is in nobody's way then."""
+    for name, value in sick_storage(tmp_path / "sick").items():
+        monkeypatch.setenv(name, value)
+    async with open_rig(qemu, tmp_path, proxy=True) as rig:
+        before = await rig.state()
+        gate = rig.proxy.pause_before("blockdev-mirror", 3)
+        rig.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR, nth=3))
+        snapshot = asyncio.create_task(rig.snapshot(mirrors=ALL))
+        await gate.reached()
+        for number, target in enumerate(ALL):
+            await rig.write(target, 0x71 + number, number * MIB)
+        fail(f"w {errno.ENOSPC} {rig.source('vdb')}")
+        gate.release()
+        with pytest.raises(errors.OperationUnsettled, match="No space left"):
+            await snapshot
+        with pytest.raises(errors.BlockferryError, match="not settled yet"):
+            await rig.copy("sda")
+        heal(tmp_path / "sick")
+        await rig.settled()
+        assert await rig.operations() == [("snapshot", "undone")]
+        assert await rig.state() == before
+        assert await rig.qemu_jobs() == {}
+        await rig.guest.stop()
+        for target, fmt in FORMATS.items():
+            assert rig.holds(target, rig.source(target), fmt)
 
 
 async def test_mirror_that_does_not_start_on_a_paused_guest(qemu: QemuBinaries, tmp_path: Path) -> None:

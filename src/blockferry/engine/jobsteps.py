@@ -254,9 +254,14 @@ class JobSteps:
         graph = await self._graph()
         # One that was committed down before stays on its base, open, until it is closed: nobody uses it.
         in_use = graph.child(step.overlay, "backing") == step.base and bool(graph.parents(step.overlay))
-        if not in_use and step.job not in await self._jobs():
+        job = (await self._jobs()).get(step.job)
+        if job is not None and job.error is not None:
+            # It failed before, of storage that was full or ill then: it is kept until it is dismissed.
+            await self._cancel(step.job)
+            job = None
+        if job is None and not in_use:
             return
-        if step.job not in await self._jobs():
+        if job is None:
             await self._session.execute(
                 "block-commit", job_id=step.job, device=step.overlay, base_node=step.base, auto_dismiss=False
             )

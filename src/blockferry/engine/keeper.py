@@ -11,6 +11,7 @@ import msgspec
 
 from blockferry import errors
 from blockferry.engine.bus import Bus
+from blockferry.engine.filling import Filling
 from blockferry.engine.jobsteps import StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.progress import Sampler, state_of
@@ -89,6 +90,7 @@ class Keeper(Link):
         self._bus = bus
         self._tasks: set[asyncio.Task[None]] = set()
         self._sampler = Sampler(name)
+        self._fills = Filling(self._filling, self._spawn)
         self._said_ready: set[str] = set()
         self._last_words: dict[str, str] = {}
         self._thawing = False
@@ -108,9 +110,15 @@ class Keeper(Link):
         task.add_done_callback(self._tasks.discard)
 
     def sample(self) -> None:
-        """See to it that progress is read while a mirror works; to be called when one may have begun."""
+        """See to it that progress is read and destinations are written out; to be called when a job may have begun."""
         if self._session is not None and self.active() and not self._sampler.running:
             self._spawn(self._sampler.run(self._session, self.active, self._bus))
+        self._fills.look()
+
+    def _filling(self) -> frozenset[str]:
+        """The files of copies that lack something of their disks."""
+        copies = (job.copy for job in self.active() if job.job not in self._said_ready)
+        return frozenset(copy.file for copy in copies if copy is not None and copy.file.startswith("/"))
 
     async def close(self) -> None:
         """Let go; the guest and its jobs go on."""

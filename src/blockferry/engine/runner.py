@@ -146,15 +146,14 @@ class Runner:
         after = self._get(operation)
         if operation in self.frozen:
             step, reason = THAW, f"{self.frozen[operation]}; {STAYS_FROZEN}; before that, «{step}»: {reason}"
+        elif after.error not in (None, f"{step}: {reason}"):
+            reason = f"{reason}; and then {after.error}"  # what keeps it from being settled
         if after.state == "undone":
             raise errors.OperationFailed(domain=self._link.name, operation=operation, step=step, reason=reason)
         if after.state == "done" and decision.action == "record-part":
+            switched = ", ".join(self._kept(after))
             raise errors.SnapshotInPart(
-                domain=self._link.name,
-                operation=operation,
-                step=step,
-                reason=reason,
-                switched=", ".join(self._kept(after)),
+                domain=self._link.name, operation=operation, step=step, reason=reason, switched=switched
             )
         if after.state == "done" and decision.action in ("leave-window", "record-as-is"):
             raise errors.OperationAsItIs(domain=self._link.name, operation=operation, step=step, reason=reason)
