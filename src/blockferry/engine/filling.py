@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from blockferry.qemu.writeout import WriteOut
 
-# What is full by then is not worth a process; and so often it is looked whether one is needed still.
-LOOK_SECONDS = 0.1
+# What is full by then is not worth a process.
+WORTH_SECONDS = 0.1
 
 
 class Filling:
@@ -24,25 +25,31 @@ class Filling:
         self._files = files
         self._spawn = spawn
         self._seen: frozenset[str] = frozenset()
+        self._changed = asyncio.Event()
 
     def look(self) -> None:
-        """Begin with files that have come; to be called when a job may have begun."""
+        """See which there are; to be called when a job may have begun, caught up or ended."""
+        self._changed.set()
         new = self._files() - self._seen
         if new:
             self._seen |= new
             self._spawn(self._keep(new))
 
     async def _keep(self, files: frozenset[str]) -> None:
-        """See to these until they are full."""
+        """See to these until none lacks anything."""
         write_out = WriteOut(tuple(sorted(files)))
-        begun = False
         try:
-            await asyncio.sleep(LOOK_SECONDS)
-            while files & self._files():
-                if not begun:
-                    await write_out.begin()
-                    begun = True
-                await asyncio.sleep(LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WORTH_SECONDS):
+                    await self._until_full(files)
+            if files & self._files():
+                await write_out.begin()
+                await self._until_full(files)
         finally:
             self._seen -= files
             await write_out.close()
+
+    async def _until_full(self, files: frozenset[str]) -> None:
+        while files & self._files():
+            self._changed.clear()
+            await self._changed.wait()

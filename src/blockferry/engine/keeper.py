@@ -327,6 +327,7 @@ class Keeper(Link):
     async def _lose(self, lost: dict[str, str], seen: Observation) -> None:
         gone = [job for job in self.active() if job.target in lost]
         self._bus.publish(self._journal.lose_jobs(self.name, lost))
+        self._fills.look()
         images = {image.node for disk in seen.disks for image in disk.chain}
         for job in gone:
             # Somebody who ended the job by a pivot has put the guest onto the destination: don't close that.
@@ -460,6 +461,7 @@ class Keeper(Link):
         lost = {job.target: f"{GONE}: {reason}" for job in ended}
         if lost or resting:
             self._bus.publish(self._journal.lose_jobs(self.name, lost, resting))
+            self._fills.look()
         kind = "domain-gone" if not record.defined else "domain-stopped" if record.ending else "domain-crashed"
         self._say(kind, None, reason=reason)
         record = msgspec.structs.replace(record, gone=True, ending=None)
@@ -474,6 +476,7 @@ class Keeper(Link):
         if mirror.job in self._said_ready:
             return
         self._said_ready.add(mirror.job)
+        self._fills.look()
         if not self._journal.was_said(self.name, "mirror-ready", mirror.job):
             self._say("mirror-ready", mirror.target, file=mirror.file, job=mirror.job)
 

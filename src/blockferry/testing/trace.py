@@ -53,13 +53,14 @@ class Call:
         return self.name in ("open", "openat") and "O_CREAT|O_EXCL" in self.text
 
 
-def strace(to: Path) -> list[str]:
+def strace(to: Path, *also: str) -> list[str]:
     """What a command line begins with so that its calls are written down, and those of its threads and of what it forks.
 
     Programs that it starts are let go: a QEMU that is traced is slow.
 
     Args:
         to: the file to write to.
+        also: more calls than CALLS.
 
     Raises:
         MissingComponentError: there is no strace.
@@ -67,7 +68,7 @@ def strace(to: Path) -> list[str]:
     program = shutil.which("strace")
     if program is None:
         raise MissingComponentError("strace", "scripts/system-packages.sh tests")
-    quiet = ["-qqq", "-e", "signal=none", "-e", f"trace={CALLS}"]
+    quiet = ["-qqq", "-e", "signal=none", "-e", f"trace={','.join((CALLS, *also))}"]
     return [program, "-f", "-b", "execve", "-y", "-s", str(SHOWN_BYTES), *quiet, "-o", str(to), "--"]
 
 

@@ -1,0 +1,90 @@
+"""A destination is written out while it is filled, by a process beside, which is there for no longer."""
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rig import SIZE, Rig
+
+from blockferry.model import request as ask
+from blockferry.qemu import flusher
+from blockferry.qemu.process import born, ends
+from blockferry.testing.trace import strace
+
+SLOW = 256 << 10  # bytes a second: it would take a minute
+WAIT_SECONDS = 20.0
+
+
+def beside() -> dict[int, list[str]]:
+    """The flushers of this process, and what they see to."""
+    found = {}
+    for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for pid in child.read_text().split():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+            if flusher.__file__ in words:
+                found[int(pid)] = words[words.index(flusher.__file__) + 1 : -1]
+    return found
+
+
+async def comes() -> tuple[int, list[str]]:
+    async with asyncio.timeout(WAIT_SECONDS):
+        while not (found := beside()):  # noqa: ASYNC110 - nobody says that a process has begun
+            await asyncio.sleep(0)
+    (one,) = found.items()
+    return one
+
+
+@pytest.mark.parametrize("way", ["is ready", "is cancelled", "nobody looks any more"])
+async def test_while_it_is_filled_and_no_longer(rig: Rig, way: str) -> None:
+    await rig.write("vda", 0x60, 0, SIZE)
+    await rig.copy("vda", bandwidth=SLOW)
+    pid, files = await comes()
+    started = born(pid)
+    assert files == [str(rig.dest("vda"))]
+    match way:
+        case "is ready":
+            await rig.ask(ask.SetJobSpeed(domain="vm1", disk="vda", bandwidth=0))
+            await rig.ready("vda")
+        case "is cancelled":
+            await rig.ask(ask.CancelJobs(domain="vm1", disks=("vda",)))
+        case _:
+            await rig.service.close()
+    assert await ends(pid, started, WAIT_SECONDS)
+    if way == "nobody looks any more":
+        await rig.reopen_service()
+        assert (await comes())[1] == files, "whoever goes on with it sees to it again"
+
+
+def test_it_ends_with_whoever_began_it(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 16))
+    code = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-I', '-S', {flusher.__file__!r}, {str(image)!r}], stdin=-1)\n"
+        "print(child.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        started = born(pid)
+        parent.kill()
+    assert asyncio.run(ends(pid, started, WAIT_SECONDS))
+
+
+def test_the_kernel_is_asked_to_begin_and_nothing_more(tmp_path: Path) -> None:
+    """Also where there is something between that is no image, or nothing: a FIFO would hang whoever opens it."""
+    image, fifo, trace = tmp_path / "disk.img", tmp_path / "fifo", tmp_path / "trace"
+    image.write_bytes(bytes(1 << 16))
+    os.mkfifo(fifo)
+    words = [sys.executable, "-I", "-S", flusher.__file__, *map(str, (tmp_path / "missing", fifo, tmp_path, image))]
+    subprocess.run(
+        [*strace(trace, "sync_file_range"), *words], stdin=subprocess.DEVNULL, check=True, timeout=WAIT_SECONDS
+    )
+    calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
+    (asked,) = [call for call in calls if call.startswith("sync_file_range")]
+    assert asked.endswith(f"<{image}>, 0, 0, SYNC_FILE_RANGE_WRITE) = 0")
+    assert not [call for call in calls if call.startswith(("fsync", "fdatasync", "pwrite"))]
