@@ -87,4 +87,7 @@ def test_the_kernel_is_asked_to_begin_and_nothing_more(tmp_path: Path) -> None:
     calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
     (asked,) = [call for call in calls if call.startswith("sync_file_range")]
     assert asked.endswith(f"<{image}>, 0, 0, SYNC_FILE_RANGE_WRITE) = 0")
+    opened = [call for call in calls if call.startswith("open") and str(fifo) in call]
+    assert opened
+    assert all("O_PATH" in call for call in opened), "a FIFO, and a device that is no disk, is looked at only"
     assert not [call for call in calls if call.startswith(("fsync", "fdatasync", "pwrite"))]

@@ -26,14 +26,22 @@ def begin_writing_out(path: str) -> None:
         path: of the file.
     """
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        # What it is comes first: to open a device that is no disk may do something.
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            mode = os.fstat(descriptor).st_mode
+            mode = os.fstat(found).st_mode
             if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-                whole = (ctypes.c_int64(0), ctypes.c_int64(0))
-                ctypes.CDLL(None).sync_file_range(descriptor, *whole, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+                _begin(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         finally:
-            os.close(descriptor)
+            os.close(found)
+
+
+def _begin(descriptor: int) -> None:
+    whole = (ctypes.c_int64(0), ctypes.c_int64(0))
+    try:
+        ctypes.CDLL(None).sync_file_range(descriptor, *whole, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+    finally:
+        os.close(descriptor)
 
 
 def _main(paths: list[str]) -> None:
