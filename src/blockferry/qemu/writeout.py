@@ -9,7 +9,7 @@ import sys
 from blockferry.qemu import flusher
 
 # One whose storage hangs can't be ended by anybody, and is left to itself.
-_END_SECONDS = 1.0
+_END_SECONDS = 5.0
 
 
 class WriteOut:
