@@ -1,4 +1,6 @@
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,24 @@ async def test_client_that_dies_at_a_gate_takes_its_command_along(proxy: QmpFaul
     gate.release()
     assert await again.execute("query-named-block-nodes") == []
     await again.disconnect()
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_who_comes_while_it_stops_is_let_go(guest: TestQemu, tmp_path: Path, turns: int) -> None:
+    """Whatever has been done of accepting him: nobody else would close what is left of that."""
+    proxy = QmpFaultProxy(guest.qmp, tmp_path / "proxy.sock")
+    await proxy.start()
+    with socket.socket(socket.AF_UNIX) as comes:
+        comes.connect(str(proxy.path))
+        for _turn in range(turns):
+            await asyncio.sleep(0)
+        await proxy.stop()
+        comes.settimeout(20)
+        said = b""
+        with contextlib.suppress(ConnectionResetError):  # never accepted, or with something unread
+            while more := await asyncio.to_thread(comes.recv, 1 << 16):
+                said += more
+        assert b"QMP" in said or not said
 
 
 async def test_cut_now_and_dead_qemu(proxy: QmpFaultProxy, guest: TestQemu) -> None:

@@ -21,6 +21,8 @@ from blockferry.testing.process import socket_path
 
 LINE_MAX_BYTES = 64 * 1024 * 1024  # query-qmp-schema is 0.3 MB; a graph of thousands of nodes stays far below
 CHUNK_BYTES = 65536  # a socket buffer's worth; commands are a few hundred bytes
+# Of asyncio's loop, from a connection in the backlog to its streams (asyncio/selector_events.py, _accept_connection).
+ACCEPT_TURNS = 5
 
 _DECODER = json.JSONDecoder()
 
@@ -185,10 +187,13 @@ class QmpFaultProxy:
     async def stop(self) -> None:
         """Stop listening and end every connection."""
         if self._server is not None:
+            # Nobody comes any more; who is being accepted is first, as asyncio leaves him open if it is closed meanwhile.
+            self.path.unlink(missing_ok=True)
+            for _turn in range(ACCEPT_TURNS):
+                await asyncio.sleep(0)
             self._server.close()
             await self.cut()
             await self._server.wait_closed()
-            self.path.unlink(missing_ok=True)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -203,6 +208,8 @@ class QmpFaultProxy:
         task = asyncio.create_task(self._serve(_Peer(reader, writer)))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
+        # One that is cancelled before its first step closes nothing.
+        task.add_done_callback(lambda _task: writer.close())
 
     async def _serve(self, client: "_Peer") -> None:
         async with contextlib.AsyncExitStack() as stack:
