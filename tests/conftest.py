@@ -8,9 +8,12 @@ from hypothesis import settings
 
 from blockferry.testing import QemuBinaries, find_qemu
 
-# Test folders are not packages; what tests/qemu and tests/faults share lies in tests/qemu/rig.py.
+# Test folders are not packages; what tests/qemu and tests/faults share lies in tests/qemu/rig.py, and what tests/power and
+# tests/chaos share, an operation's setting and the verdict, in tests/chaos.
 sys.path.insert(0, str(Path(__file__).parent / "qemu"))
-from rig import MIB, Rig, open_rig  # found by the line before
+sys.path.insert(0, str(Path(__file__).parent / "chaos"))
+from matrix import Tally  # found by the lines before
+from rig import MIB, Rig, open_rig
 
 # A loaded two-core machine is slow now and then; that is no failure of what is tested.
 settings.register_profile("blockferry", deadline=None)
@@ -54,3 +57,18 @@ def device(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
     finally:
         subprocess.run(["losetup", "-d", name], check=True, timeout=20)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of a run with cases of the matrix: what was played. Here, as pytest's own process reads no conftest below."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or reporter.getreports("failed") or reporter.getreports("error"):
+        return
+    total = Tally()
+    for report in reporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "chaos":
+                cases, kills, faults = value
+                total.add(Tally(cases=cases, kills=kills, faults=faults))
+    if total.cases:
+        reporter.write_line(str(total))
