@@ -9,9 +9,10 @@ from rig import ALL, FORMATS, MIB, Rig, open_rig, wish_xml
 
 from blockferry import errors
 from blockferry.model import request as ask
+from blockferry.model import view
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.service import Service
-from blockferry.testing import Fault, FaultKind, QemuBinaries, check_image
+from blockferry.testing import Fault, FaultKind, Gate, QemuBinaries, check_image
 from blockferry.testing.sick import fail, heal, sick_storage
 
 # A snapshot of three disks, each mirrored, sends these: two images a disk, one transaction, a mirror a disk.
@@ -131,14 +132,20 @@ async def test_reply_to_the_last_command_is_lost(faulty: Rig) -> None:
     assert await faulty.chain("vda") != []
 
 
-async def test_what_the_guest_wrote_meanwhile_is_kept(faulty: Rig) -> None:
-    """Written between the transaction and the mirror that does not start: into overlays that go away again."""
-    gate = faulty.proxy.pause_before("blockdev-mirror", 3)
-    faulty.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR, nth=3))
-    snapshot = asyncio.create_task(faulty.snapshot(mirrors=ALL))
+async def written_meanwhile(rig: Rig) -> tuple[asyncio.Task[view.SnapshotView], Gate]:
+    """A snapshot whose last mirror will not start, once the gate is released; its overlays have been written to."""
+    gate = rig.proxy.pause_before("blockdev-mirror", 3)
+    rig.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR, nth=3))
+    snapshot = asyncio.create_task(rig.snapshot(mirrors=ALL))
     await gate.reached()
     for number, target in enumerate(ALL):
-        await faulty.write(target, 0x71 + number, number * MIB)
+        await rig.write(target, 0x71 + number, number * MIB)
+    return snapshot, gate
+
+
+async def test_what_the_guest_wrote_meanwhile_is_kept(faulty: Rig) -> None:
+    """Written between the transaction and the mirror that does not start: into overlays that go away again."""
+    snapshot, gate = await written_meanwhile(faulty)
     gate.release()
     with pytest.raises(errors.OperationFailed):
         await snapshot
@@ -160,12 +167,7 @@ async def test_overlay_that_finds_no_room_below(
         monkeypatch.setenv(name, value)
     async with open_rig(qemu, tmp_path, proxy=True) as rig:
         before = await rig.state()
-        gate = rig.proxy.pause_before("blockdev-mirror", 3)
-        rig.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR, nth=3))
-        snapshot = asyncio.create_task(rig.snapshot(mirrors=ALL))
-        await gate.reached()
-        for number, target in enumerate(ALL):
-            await rig.write(target, 0x71 + number, number * MIB)
+        snapshot, gate = await written_meanwhile(rig)
         fail(f"w {errno.ENOSPC} {rig.source('vdb')}")
         gate.release()
         with pytest.raises(errors.OperationUnsettled, match="No space left"):

@@ -26,7 +26,7 @@ def begin_writing_out(path: str) -> None:
         path: of the file.
     """
     with contextlib.suppress(OSError):
-        # What it is comes first: to open a device that is no disk may do something.
+        # What it is comes first, as in qemu/inspect.py, which is not imported: to open a device that is no disk may do something.
         found = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             mode = os.fstat(found).st_mode
