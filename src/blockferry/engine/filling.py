@@ -10,7 +10,7 @@ from typing import Any
 from blockferry.qemu.writeout import WriteOut
 
 # What is full by then is not worth a process.
-WORTH_SECONDS = 0.25
+WORTH_SECONDS = 0.03
 
 
 class Filling:

@@ -233,17 +233,17 @@ class FileCopy:
         """Copy region after region, in a thread, until there is none left that nobody has begun."""
         with self._own(source, copy) as own:
             source, copy = own
+            buffer = memoryview(bytearray(BLOCK_BYTES))
             while (start := self._next(starts)) is not None:
-                hand_on(self._copied(source, copy, start, min(start + step, self._stamp.size)))
+                hand_on(self._copied(source, copy, start, min(start + step, self._stamp.size), buffer))
 
     def _next(self, starts: Iterator[int]) -> int | None:
         with self._counting:
             return next(starts, None)
 
-    def _copied(self, source: int, copy: int, start: int, end: int) -> Region:
+    def _copied(self, source: int, copy: int, start: int, end: int, buffer: memoryview) -> Region:
         checksum = xxhash.xxh3_64()
         ranged = False
-        buffer = memoryview(bytearray(BLOCK_BYTES))
         for begin, length in _data(source, start, end):
             at, stop = begin, begin + length
             while at < stop:
