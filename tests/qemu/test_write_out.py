@@ -91,3 +91,8 @@ def test_the_kernel_is_asked_to_begin_and_nothing_more(tmp_path: Path) -> None:
     assert opened
     assert all("O_PATH" in call for call in opened), "a FIFO, and a device that is no disk, is looked at only"
     assert not [call for call in calls if call.startswith(("fsync", "fdatasync", "pwrite"))]
+
+
+def test_a_long_copy_is_asked_for_less_often() -> None:
+    """What comes in between is flushed while everybody waits: a hundredth of all that it took."""
+    assert [flusher.pause_after(seconds) for seconds in (0, 1, 2, 10, 25, 3600)] == [0.02, 0.02, 0.02, 0.1, 0.25, 0.25]
