@@ -93,6 +93,22 @@ def test_the_kernel_is_asked_to_begin_and_nothing_more(tmp_path: Path) -> None:
     assert not [call for call in calls if call.startswith(("fsync", "fdatasync", "pwrite"))]
 
 
+def test_the_kernel_is_asked_again_until_the_end(tmp_path: Path) -> None:
+    """What is written after the first time is to be written out too."""
+    image, trace = tmp_path / "disk.img", tmp_path / "trace"
+    image.write_bytes(bytes(1 << 16))
+    os.mkfifo(trace)
+    words = [*strace(trace, "sync_file_range"), sys.executable, "-I", "-S", flusher.__file__, str(image)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process, trace.open() as calls:
+        assert process.stdin is not None
+        asked = (line for line in calls if "sync_file_range(" in line)
+        assert [f"<{image}>" in next(asked, "") for _time in range(3)] == [True] * 3
+        process.stdin.close()
+        for _line in calls:
+            pass
+    assert process.returncode == 0
+
+
 def test_a_long_copy_is_asked_for_less_often() -> None:
     """What comes in between is flushed while everybody waits: a hundredth of all that it took."""
     assert [flusher.pause_after(seconds) for seconds in (0, 1, 2, 10, 25, 3600)] == [0.02, 0.02, 0.02, 0.1, 0.25, 0.25]
