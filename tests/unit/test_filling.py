@@ -1,7 +1,6 @@
 """Who sees to files that are being filled: for as long as they are, and not for a moment."""
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
@@ -19,15 +18,21 @@ class Kept:
         self.said: list[tuple[str, tuple[str, ...]]] = []
         self._more = asyncio.Event()
         self.filling = Filling(lambda: self.files, lambda work: self.tasks.append(asyncio.ensure_future(work)))
-        for name in ("begin", "close"):
-            monkeypatch.setattr(WriteOut, name, self._say(name))
+        self._written: dict[WriteOut, tuple[str, ...]] = {}
 
-    def _say(self, name: str) -> Callable[[WriteOut], object]:
-        async def say(of: WriteOut) -> None:
-            self.said.append((name, of._paths))
-            self._more.set()
+        async def begin(of: WriteOut, paths: frozenset[str]) -> None:
+            self._written[of] = tuple(sorted(paths))
+            self._say("begin", of)
 
-        return say
+        async def close(of: WriteOut) -> None:
+            self._say("close", of)
+
+        monkeypatch.setattr(WriteOut, "begin", begin)
+        monkeypatch.setattr(WriteOut, "close", close)
+
+    def _say(self, what: str, of: WriteOut) -> None:
+        self.said.append((what, self._written.get(of, ())))
+        self._more.set()
 
     async def says(self, count: int) -> None:
         while len(self.said) < count:
@@ -47,7 +52,7 @@ async def test_what_is_full_in_a_moment_gets_no_process(monkeypatch: pytest.Monk
     kept.now("/b")
     kept.now()
     await asyncio.gather(*kept.tasks)
-    assert kept.said == [("close", ("/a", "/b"))]
+    assert kept.said == [("close", ())]
 
 
 async def test_those_that_come_together_have_one_process_until_all_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,3 +74,17 @@ async def test_those_that_come_together_have_one_process_until_all_are_full(monk
     kept.now()
     await asyncio.gather(*kept.tasks)
     assert sorted(kept.said[4:]) == [("close", ("/a",)), ("close", ("/c",))]
+
+
+async def test_what_lies_in_memory_has_nothing_to_be_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def in_memory(files: frozenset[str]) -> frozenset[str]:
+        return files & {"/a", "/b"}
+
+    monkeypatch.setattr(filling, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(filling, "in_memory", in_memory)
+    kept = Kept(monkeypatch)
+    kept.now("/a", "/b", "/c")
+    await kept.says(1)
+    assert kept.said == [("begin", ("/c",))]
+    kept.now()
+    await asyncio.gather(*kept.tasks)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import stat
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +74,27 @@ async def test_nobody_else_is_held_up(tmp_path: Path) -> None:
 async def test_an_error_that_is_none_of_the_file_system_s_is_raised() -> None:
     with pytest.raises(ValueError, match="null"):
         await paths.real_paths(["/a\0b"])
+
+
+def _file_systems(files: list[str]) -> dict[str, str]:
+    said = subprocess.run(["stat", "--file-system", "--format=%T", *files], check=True, capture_output=True, text=True)
+    return dict(zip(files, said.stdout.split(), strict=True))
+
+
+@pytest.mark.usefixtures("hanging")
+async def test_what_lies_in_memory(tmp_path: Path) -> None:
+    """As stat(1) says; /dev/shm is in memory on every Linux."""
+    asked = [str(tmp_path), "/dev/shm", "/proc", HUNG, str(tmp_path / "gone")]
+    expected = {path for path, kind in _file_systems(asked[:3]).items() if kind in ("tmpfs", "ramfs")}
+    assert await paths.in_memory(asked) == expected
+    assert "/dev/shm" in expected
+
+
+async def test_a_block_device_is_a_disk_wherever_its_name_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = os.stat("/dev/shm").st_dev
+    device = os.stat_result((stat.S_IFBLK | 0o600, 1, memory, 1, 0, 0, 0, 0, 0, 0), {"st_rdev": os.makedev(254, 0)})
+    monkeypatch.setattr(os, "stat", lambda _path: device)
+    assert await paths.in_memory(["/dev/shm/disk"]) == set()
 
 
 @pytest.mark.usefixtures("hanging")

@@ -2,6 +2,7 @@
 
 from blockferry.plan.files import ClaimFile, CreateImage, SyncFiles
 from blockferry.plan.steps import AddNode, StartMirror, Step, Stop, TakeSnapshots
+from blockferry.plan.tracking import AddBitmap
 from blockferry.plan.waves import waves
 
 CLAIMS = tuple(ClaimFile(path=f"/{name}") for name in "abc")
@@ -36,6 +37,18 @@ def test_what_affects_the_guest_is_alone() -> None:
 def test_a_node_waits_for_the_one_that_it_stands_on() -> None:
     assert sizes(node("low"), node("other"), node("mid", "low"), node("top", "mid")) == [2, 1, 1]
     assert sizes(node("one", "there"), node("two", "there")) == [2]
+
+
+def test_a_bitmap_of_a_disk_is_added_while_destinations_are_opened() -> None:
+    def bitmap(name: str) -> AddBitmap:
+        return AddBitmap(node=name, bitmap="b")
+
+    assert sizes(node("copy"), bitmap("disk"), mirror("a")) == [2, 1]
+    assert sizes(node("copy"), bitmap("one"), bitmap("two")) == [3]
+    assert sizes(bitmap("disk"), node("copy")) == [1, 1]
+    assert sizes(CLAIMS[0], bitmap("disk")) == [1, 1]
+    assert sizes(node("copy"), bitmap("copy"), bitmap("other")) == [1, 2], "its own node has to be open"
+    assert sizes(node("copy"), bitmap("disk"), bitmap("copy")) == [2, 1]
 
 
 def test_every_step_is_there_once_and_in_its_order() -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from blockferry.qemu.paths import in_memory
 from blockferry.qemu.writeout import WriteOut
 
 # What is full by then is not worth a process.
@@ -37,13 +38,13 @@ class Filling:
 
     async def _keep(self, files: frozenset[str]) -> None:
         """See to these until none lacks anything."""
-        write_out = WriteOut(tuple(sorted(files)))
+        write_out = WriteOut()
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WORTH_SECONDS):
                     await self._until_full(files)
             if files & self._files():
-                await write_out.begin()
+                await write_out.begin(files - await in_memory(files))
                 await self._until_full(files)
         finally:
             self._seen -= files

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from blockferry import errors
+from blockferry.engine.doing import Failure, attempt, do, do_in_time
 from blockferry.engine.executor import Executor
-from blockferry.engine.jobsteps import StepFailed
 from blockferry.engine.link import Link
 from blockferry.engine.news import item, news
 from blockferry.engine.rescue import Rescue
@@ -45,16 +45,6 @@ STAYS_FROZEN = "they may still be frozen, and whatever writes in the guest then 
 LASTING = frozenset({"copy", "rebase", "commit", "delete", "move", "move-back"})
 
 Publish = Callable[[tuple[Event, ...]], None]
-
-
-class Failure(Exception):
-    """A step that did not do what it should: its text and the reason; `unknown` when nobody knows whether it did."""
-
-    def __init__(self, step: str, reason: str, *, unknown: bool = False) -> None:
-        super().__init__(f"{step}: {reason}")
-        self.step = step
-        self.reason = reason
-        self.unknown = unknown
 
 
 class Runner:
@@ -91,7 +81,7 @@ class Runner:
             OperationFailed: it was undone.
             OperationUnsettled: it could be neither done nor undone now.
         """
-        self._journal.begin(operation, self._link.name, plan)
+        self._journal.begin(operation, self._link.name, plan, *_first_intents(plan))
         self.in_window = plan.window is not None
         with self._watching(plan.window):
             return await self._run(operation, plan)
@@ -172,19 +162,23 @@ class Runner:
         return outcomes
 
     async def _prepare(self, operation: int, plan: Plan, executor: Executor) -> tuple[StepRecord, ...]:
-        """The outcomes of a wave are written together with what follows, the next one's intents: one durable write a wave."""
+        """The outcomes of a wave are written together with what follows, the next one's intents: one durable write a wave.
+
+        The first one's are written with the plan.
+        """
         claims: dict[str, dict[str, Any]] = {}
         last: list[StepRecord] = []
-        for wave in waves(plan.prepare):
-            intents = [StepRecord.begin(index, "prepare", step.text) for index, step in wave]
-            self._journal.step(operation, *last, *intents, state="preparing")
+        for number, wave in enumerate(waves(plan.prepare)):
+            intents = _intents(wave)
+            if number:
+                self._journal.step(operation, *last, *intents)
             if isinstance(wave[0][1], steps.Freeze):
                 last, failures = await self._pass_freeze(wave, intents, executor)
                 if failures:
                     self._journal.step(operation, *last)
                     raise failures[0]
                 continue
-            results = await asyncio.gather(*(_try(executor, step, claims) for _index, step in wave))
+            results = await asyncio.gather(*(attempt(executor, step, claims) for _index, step in wave))
             last, failures = [], []
             for (_index, step), intent, result in zip(wave, intents, results, strict=True):
                 if not isinstance(result, Failure):
@@ -217,7 +211,7 @@ class Runner:
         failures: list[Failure] = []
         try:
             for (_index, step), intent in zip(wave[:-1], intents[:-1], strict=True):
-                result = await _try(executor, step, {})
+                result = await attempt(executor, step, {})
                 if isinstance(result, Failure):
                     failures.append(result)
                     outcomes += [] if result.unknown else [intent.end("failed", error=result.reason)]
@@ -226,7 +220,7 @@ class Runner:
         finally:
             # Not what somebody else has frozen, when the freeze was refused.
             thaw = steps.Thaw() if failures else wave[-1][1]
-            thawed = {} if outcomes and outcomes[0].state == "failed" else await _try(executor, thaw, {})
+            thawed = {} if outcomes and outcomes[0].state == "failed" else await attempt(executor, thaw, {})
         if isinstance(thawed, Failure):
             failures.append(thawed)
         elif failures:
@@ -250,7 +244,7 @@ class Runner:
             for index, step in enumerate(window.steps):
                 intent = StepRecord.begin(index, "window", step.text)
                 try:
-                    await _do_in_time(executor, step, rescue)
+                    await do_in_time(executor, step, rescue)
                 except Failure as failure:
                     outcomes.append(intent.end("failed", error=failure.reason))
                     self._journal.step(operation, *outcomes)
@@ -269,7 +263,7 @@ class Runner:
         executor = self._link.nobody() if plan.offline and not plan.prepare else await self._executor("settle")
         outcomes = []
         for wave in waves(plan.settle):
-            results = await asyncio.gather(*(_try(executor, step, {}) for _index, step in wave))
+            results = await asyncio.gather(*(attempt(executor, step, {}) for _index, step in wave))
             for (index, step), outcome in zip(wave, results, strict=True):
                 if isinstance(outcome, Failure):
                     raise outcome
@@ -359,7 +353,7 @@ class Runner:
         if not may_be_frozen(self._interrupted_at(record)):
             return None
         try:
-            await _do(self._link.nobody(), steps.Thaw(), {})
+            await do(self._link.nobody(), steps.Thaw(), {})
         except Failure as failure:
             return failure.reason
         for index, step in self._begun(record.id).items():
@@ -425,7 +419,7 @@ class Runner:
                 self._undone(record, row)
             case "mend":
                 for back in mends(record.plan):
-                    await _do(executor, back, {})
+                    await do(executor, back, {})
                 self._undone(record, row)
             case "undo":
                 await self._undo(record, executor, gone=evidence.gone)
@@ -462,7 +456,7 @@ class Runner:
         except errors.JournalUnwritable:
             window = record.plan.window
             if window is not None and window.chain is not None and window.resume:
-                await _do(executor, steps.Resume(), {})  # it holds everything, and is found at its end again
+                await do(executor, steps.Resume(), {})  # it holds everything, and is found at its end again
             elif window is not None and evidence.seen is not None:
                 await self._leave_window(record, evidence, executor)
             raise
@@ -489,7 +483,7 @@ class Runner:
                 continue
             for back in reversed(step.undo()):
                 if takes_back(back, gone=gone):
-                    self.remember_left(back, await _do(executor, back, claims))
+                    self.remember_left(back, await do(executor, back, claims))
             was = begun[index]
             self._journal.step(record.id, was.end("undone", was.outcome, error=was.error))
 
@@ -514,7 +508,7 @@ class Runner:
             way = leave(window, seen, dead)
             try:
                 for step in way.steps:
-                    self.remember_left(step, await _do(executor, step, {}))
+                    self.remember_left(step, await do(executor, step, {}))
             except Failure as failure:
                 dead |= {disk.target: dead.get(disk.target, str(failure)) for disk in window.disks}
                 seen = await self._look(executor)
@@ -531,7 +525,7 @@ class Runner:
             raise AssertionError(record.id)
         job = window.chain
         for step in leave_window(job, resume=window.resume):
-            self.remember_left(step, await _do(executor, step, {}))
+            self.remember_left(step, await do(executor, step, {}))
         lost = {job.target: record.error or "its last instant was interrupted"}
         self._publish(self._journal.lose_jobs(self._link.name, lost))
 
@@ -568,31 +562,9 @@ class Runner:
             raise Failure("observe", str(error)) from error
 
 
-async def _try(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any] | Failure:
-    """As `_do`, for several at the same time: a failure is an answer, so that all of them are waited for."""
-    try:
-        return await _do(executor, step, claims)
-    except Failure as failure:
-        return failure
+def _intents(wave: Wave) -> list[StepRecord]:
+    return [StepRecord.begin(index, "prepare", step.text) for index, step in wave]
 
 
-async def _do_in_time(executor: Executor, step: steps.Step, rescue: Rescue) -> None:
-    """As `_do`, in a window: what failed because the guest had to be freed says so, and what came too late has failed."""
-    result = await _try(executor, step, {})
-    if isinstance(result, Failure):
-        await rescue.settled()
-    if rescue.dead:
-        raise Failure(step.text, rescue.words)
-    if isinstance(result, Failure):
-        raise result
-
-
-async def _do(executor: Executor, step: steps.Step, claims: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return await executor.do(step, claims)
-    except CommandRefused as refusal:
-        raise Failure(step.text, refusal.words) from refusal
-    except LostReply as lost:
-        raise Failure(step.text, f"no reply ({lost.reason})", unknown=True) from lost
-    except (ImageError, StepFailed) as error:
-        raise Failure(step.text, str(error)) from error
+def _first_intents(plan: Plan) -> list[StepRecord]:
+    return [intent for wave in waves(plan.prepare)[:1] for intent in _intents(wave)]

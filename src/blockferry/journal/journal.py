@@ -179,13 +179,15 @@ class Journal:
         self._reserved = self.next_operation()
         return self._reserved
 
-    def begin(self, operation: int, domain: str, plan: Plan) -> None:
-        """Write a plan down, before its first step."""
+    def begin(self, operation: int, domain: str, plan: Plan, *intents: StepRecord) -> None:
+        """Write a plan down, and with it the intents of its first steps, where it prepares anything."""
         with self._write(f"plan {plan.what}"):
             self._db.execute(
-                "INSERT INTO operation (id, domain, plan, state, started) VALUES (?, ?, ?, 'planned', ?)",
-                (operation, domain, msgspec.json.encode(plan), time.time()),
+                "INSERT INTO operation (id, domain, plan, state, started) VALUES (?, ?, ?, ?, ?)",
+                (operation, domain, msgspec.json.encode(plan), "preparing" if intents else "planned", time.time()),
             )
+            for intent in intents:
+                self._put_step(operation, intent)
 
     def note(self, operation: int, *, error: str | None = None, row: str | None = None) -> None:
         """Remember why an operation stands still, or the row of the recovery table that it fell into."""

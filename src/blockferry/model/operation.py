@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-# planned: the plan is written, nothing was sent. preparing: steps with an undo. window: the guest may stand still.
+# planned: the plan is written, and prepares nothing. preparing: steps with an undo. window: the guest may stand still.
 # recorded: past the point of no return. in-progress: recorded and settled, and a copy of it still works.
 # done, undone: ended. unsettled: neither; recovery must look.
 OperationState = Literal["planned", "preparing", "window", "recorded", "in-progress", "done", "undone", "unsettled"]

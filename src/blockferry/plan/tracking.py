@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from blockferry.plan.verb import Verb
 
@@ -16,6 +16,7 @@ CHUNK = 64 * 1024
 class AddBitmap(Verb, frozen=True, kw_only=True, tag="add-bitmap"):
     """block-dirty-bitmap-add: from now on every write to the node is counted, until QEMU ends."""
 
+    alongside: ClassVar[bool] = True
     node: str
     bitmap: str
 

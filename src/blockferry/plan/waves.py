@@ -13,12 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from blockferry.plan.steps import AddNode, Freeze, Step, Thaw
+from blockferry.plan.tracking import AddBitmap
 
 Wave = tuple[tuple[int, Step], ...]
 
 
 def waves(prepare: Sequence[Step]) -> tuple[Wave, ...]:
-    """The steps with their indices, in their order: neighbours of one verb together, unless one stands on another."""
+    """The steps with their indices, in their order: neighbours of one verb together, unless one stands on another.
+
+    A bitmap is added while nodes are opened.
+    """
     found: list[list[tuple[int, Step]]] = []
     for index, step in enumerate(prepare):
         if found and _joins(step, [each for _index, each in found[-1]]):
@@ -31,7 +35,14 @@ def waves(prepare: Sequence[Step]) -> tuple[Wave, ...]:
 def _joins(step: Step, wave: Sequence[Step]) -> bool:
     if isinstance(wave[0], Freeze):
         return not isinstance(wave[-1], Thaw)
-    if not step.alongside or type(step) is not type(wave[-1]):
-        return False
+    # A bitmap is a disk's, and a destination that is opened nobody uses yet: neither waits for the other.
+    beside = type(step) is type(wave[-1]) or (isinstance(step, AddBitmap) and isinstance(wave[-1], AddNode))
     opened = {each.node for each in wave if isinstance(each, AddNode)}
-    return not (isinstance(step, AddNode) and step.options.get("backing") in opened)
+    return step.alongside and beside and _stands_on(step) not in opened
+
+
+def _stands_on(step: Step) -> str | None:
+    """The node that has to be open before."""
+    if isinstance(step, AddBitmap):
+        return step.node
+    return step.options.get("backing") if isinstance(step, AddNode) else None

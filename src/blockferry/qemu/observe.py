@@ -83,15 +83,17 @@ class Observer:
         """
         capabilities = await self.capabilities(domain)
         ask = self._session.execute
-        listed, status, drives = await asyncio.gather(ask("query-jobs"), ask("query-status"), ask("query-block"))
-        jobs, graph = await asyncio.gather(self._jobs(listed), self._graph(listed))
+        listed, block_jobs, status, drives = await asyncio.gather(
+            ask("query-jobs"), ask("query-block-jobs"), ask("query-status"), ask("query-block")
+        )
+        graph = await self._graph(listed)
         about = await self._about()
         return Observation(
             status=status["status"],
             running=status["running"],
             graph=graph,
             disks=await self._disks(graph, drives),
-            jobs=jobs,
+            jobs=read_jobs(listed, block_jobs),
             capabilities=capabilities,
             pid=self._session.pid,
             **about,
@@ -99,11 +101,8 @@ class Observer:
 
     async def jobs(self) -> dict[str, Job]:
         """Every job by its id."""
-        return await self._jobs(await self._session.execute("query-jobs"))
-
-    async def _jobs(self, listed: list[dict[str, Any]]) -> dict[str, Job]:
-        """See `jobs`; `listed` is what query-jobs has just said: where it is nothing, there is nothing more to be asked."""
-        return read_jobs(listed, await self._session.execute("query-block-jobs") if listed else [])
+        ask = self._session.execute
+        return read_jobs(*await asyncio.gather(ask("query-jobs"), ask("query-block-jobs")))
 
     async def graph(self) -> Graph:
         """Nodes and edges alone, as of one moment.

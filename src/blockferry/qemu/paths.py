@@ -6,9 +6,11 @@ Of a path whose file system does not answer in time nothing is known.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from blockferry.qemu.bounded import bounded
@@ -62,6 +64,13 @@ async def storages(folders: Iterable[str]) -> dict[str, int]:
     return {folder: found.get(folder, 0) for folder in asked}
 
 
+async def in_memory(paths: Iterable[str]) -> frozenset[str]:
+    """Files on a file system that has no disk, as the kernel says (/proc/self/mountinfo, proc(5)); not one that hangs."""
+    found = await ask_each(_written_to, tuple(dict.fromkeys(paths)))
+    without = _without_disk()
+    return frozenset(path for path, where in found.items() if where in without)
+
+
 async def ask_each(what: Callable[[str], T], paths: tuple[str, ...], seconds: float | None = None) -> dict[str, T]:
     """The answers, without those that did not come back: of all in one thread, or, where that hangs, of each in its own.
 
@@ -113,3 +122,24 @@ def _storage(folder: str) -> int:
         return os.stat(folder).st_dev
     except OSError:
         return 0
+
+
+def _written_to(path: str) -> int:
+    """The number of the file system, or of the block device, that takes what is written to a file; 0 where it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0
+    return found.st_rdev if stat.S_ISBLK(found.st_mode) else found.st_dev
+
+
+def _without_disk() -> frozenset[int]:
+    """The numbers of the file systems in memory."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+            mount, _, about = line.partition(b" - ")
+            if about.partition(b" ")[0] in (b"tmpfs", b"ramfs"):
+                major, minor = mount.split(b" ")[2].split(b":")
+                found.add(os.makedev(int(major), int(minor)))
+    return frozenset(found)

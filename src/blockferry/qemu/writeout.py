@@ -13,20 +13,18 @@ _END_SECONDS = 5.0
 
 
 class WriteOut:
-    """Has these files written out until it is closed.
+    """Has files written out until it is closed.
 
     No thread of ours: one that waits for a storage that hangs keeps its process, and so its locks, beyond a SIGKILL.
-
-    Args:
-        paths: of the files.
     """
 
-    def __init__(self, paths: tuple[str, ...]) -> None:
-        self._paths = paths
+    def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
 
-    async def begin(self) -> None:
-        """Start it; where that can't be done, the kernel writes out when it does."""
+    async def begin(self, paths: frozenset[str]) -> None:
+        """Start it for these files, if there are any; where that can't be done, the kernel writes out when it does."""
+        if not paths:
+            return
         nothing = asyncio.subprocess.DEVNULL
         with contextlib.suppress(OSError):
             self._process = await asyncio.create_subprocess_exec(
@@ -34,7 +32,7 @@ class WriteOut:
                 "-I",
                 "-S",
                 flusher.__file__,
-                *self._paths,
+                *sorted(paths),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=nothing,
                 stderr=nothing,
