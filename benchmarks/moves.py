@@ -40,7 +40,7 @@ from movecases import (
     sharing,
 )
 from movefigures import Figures
-from sides import MIB, TICKS_PER_SECOND, Boot, Guest, Image, Side, Way, paced
+from sides import MIB, TICKS_PER_SECOND, Boot, Guest, Image, Side, Way, at_rest, paced
 from storage import DISK_FOLDER, MEMORY_FOLDER, room, warm_sides
 
 from blockferry.testing import QemuBinaries, compare_images, find_qemu
@@ -173,8 +173,7 @@ async def started(bench: Bench, case: MoveCase, side: Side, images: list[Image])
         if case.writing:
             linux = paced(images, folder, PACED_RATE, images[0].path.stat().st_size)
         async with side.guest(images, folder, linux) as guest:
-            if linux is not None:
-                await linux.writing()
+            await (linux.writing() if linux is not None else at_rest(guest))
             yield guest
     finally:
         shutil.rmtree(folder)

@@ -19,6 +19,9 @@ from blockferry.testing.initramfs import newc_archive
 MEMORY_MIB = 128
 PROCESSORS = 2
 BOOT_SECONDS = 120.0
+# It is at rest when it was found so at so many looks in a row.
+RESTED_LOOKS = 5
+RESTED_PAUSE_SECONDS = 0.05
 MIB = 1024 * 1024
 # The paced guest writes this much at once, and so often; see paced-init.sh.
 PACED_BYTES = 64 * 1024
@@ -149,6 +152,21 @@ class Guest(Protocol):
     async def command(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Have QEMU execute a QMP command, past whoever is in charge of it."""
         ...
+
+
+async def at_rest(guest: Guest) -> None:
+    """Wait until a guest's firmware has nothing left to do: emulated, it takes one of two processors until then.
+
+    Raises:
+        TimeoutError: it went on and on.
+    """
+    async with asyncio.timeout(BOOT_SECONDS):
+        rested = 0
+        while rested < RESTED_LOOKS:
+            said = str(await guest.command("human-monitor-command", {"command-line": "info registers -a"}))
+            # Between two things to do it waits for a moment, too.
+            rested = rested + 1 if said.count("HLT=1") == PROCESSORS else 0
+            await asyncio.sleep(RESTED_PAUSE_SECONDS)
 
 
 class Side(Protocol):

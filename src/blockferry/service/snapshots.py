@@ -93,7 +93,11 @@ class Snapshots:
             made = plan.record.snapshot
             if made is None:
                 raise AssertionError(plan)
-            answer = await self._snapshot_view(keeper, made, operation)
+            if any(disk.mirror is not None for disk in made.disks):
+                answer = await self._snapshot_view(keeper, made, operation)
+            else:
+                # Nothing is left to be asked: QEMU has just said that every disk is on its overlay, and nobody else writes.
+                answer = answers.snapshot_view(made, {}, current=kept, operation=operation)
             frozen = answers.frozen_for(self._desk.journal.steps(operation))
             return msgspec.structs.replace(answer, left_out=plan.left_out, notes=plan.notes, frozen_ms=frozen)
 
