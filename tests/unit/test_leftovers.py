@@ -5,7 +5,7 @@ import pytest
 from test_plan_resume import COPY, ROUND, counting
 from test_recover import observed
 
-from blockferry.model.blockjob import JobEnd
+from blockferry.model.blockjob import BlockJob, JobEnd
 from blockferry.plan.leftovers import unused_bitmaps, unused_jobs, unused_nodes
 from blockferry.plan.steps import CancelJob, RemoveNode
 from blockferry.plan.tracking import LeaveDestination, RemoveBitmap
@@ -42,6 +42,17 @@ def test_a_destination_that_may_be_gone_on_with_is_left_as_such() -> None:
     seen = observed({"vda": "n"}, nodes=("x", "bfabcd-7-vda-x"))
     lost = msgspec.structs.replace(COPY, state="lost", node="bfabcd-7-vda-x")
     assert unused_nodes(seen, "abcd", (lost,)) == (LeaveDestination(node="bfabcd-7-vda-x", file="/x"),)
+
+
+OUR_COPY = msgspec.structs.replace(COPY, node="bfabcd-7-vda-x")
+
+
+@pytest.mark.parametrize("job", [OUR_COPY, msgspec.structs.replace(ROUND, then=OUR_COPY)])
+def test_a_destination_that_a_working_job_needs(job: BlockJob) -> None:
+    """Its round has ended between the two questions: nothing uses the node, and the next round will."""
+    seen = observed({"vda": "n"}, nodes=(OUR_COPY.node,))
+    assert unused_nodes(seen, "abcd", (job,)) == ()
+    assert unused_nodes(seen, "abcd", (msgspec.structs.replace(job, state="lost"),)) != ()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def unused_nodes(
     """What closes the nodes of ours that nothing uses, those on top first.
 
     A disk's nodes are used by its device, a working job's by the job. What is left belongs to a job that ended while its
-    nodes could not be closed, by QEMU's refusal or because the host process was killed.
+    nodes could not be closed, by QEMU's refusal or because the host process was killed. A destination of a job that is
+    recorded as working is never left: QEMU's jobs and its graph are not asked at one instant, and a round of a resumed copy
+    that ends in between is seen to work while nothing uses the node that the next round needs.
 
     Args:
         seen: the domain as observed; no operation is under way.
@@ -37,7 +39,8 @@ def unused_nodes(
         kept: names that somebody needs all the same.
     """
     copies = {copy.node: copy for job in jobs if (copy := job.copy) is not None}
-    ours = [name for name in seen.graph.nodes if is_ours(name, tag) and name not in kept]
+    needed = kept | {copy.node for job in jobs if job.state == "active" and (copy := job.copy) is not None}
+    ours = [name for name in seen.graph.nodes if is_ours(name, tag) and name not in needed]
     found: list[str] = []
     while more := [
         name for name in ours if name not in found and all(edge.parent in found for edge in seen.graph.parents(name))
