@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from blockferry.testing import QemuBinaries, find_qemu
+from blockferry.testing import QemuBinaries, find_qemu, sharing_file_system
 
 # Test folders are not packages; what tests/qemu and tests/faults share lies in tests/qemu/rig.py, and what tests/power and
 # tests/chaos share, an operation's setting and the verdict, in tests/chaos.
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "qemu"))
 sys.path.insert(0, str(Path(__file__).parent / "chaos"))
 from matrix import Tally  # found by the lines before
 from rig import MIB, Rig, open_rig
+from sharing import open_sharing
 
 # A loaded two-core machine is slow now and then; that is no failure of what is tested.
 settings.register_profile("blockferry", deadline=None)
@@ -57,6 +58,20 @@ def device(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
     finally:
         subprocess.run(["losetup", "-d", name], check=True, timeout=20)
+
+
+@pytest.fixture
+def reflinks(tmp_path: Path) -> Iterator[Path]:
+    """A file system whose files can share blocks: XFS."""
+    with sharing_file_system(tmp_path / "xfs", tmp_path / "mounted") as folder:
+        yield folder
+
+
+@pytest.fixture
+async def sharing(qemu: QemuBinaries, reflinks: Path) -> AsyncIterator[Rig]:
+    """Two raw disks on such a file system, with a fault-injecting proxy: vda of -blockdev, vdb of the legacy -drive."""
+    async with open_sharing(qemu, reflinks) as rig:
+        yield rig
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

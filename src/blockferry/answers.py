@@ -417,16 +417,22 @@ def planned_files(
         files: what is there.
         data: by source, the bytes of it that hold data.
     """
+    shared = {disk.source for disk in move.disks if disk.shared}
+    # What shares blocks takes up room as soon as either file is written to.
     found = [
         PlannedFile(
             file=layer.file,
-            what=f"copy of {layer.source}, outside QEMU",
-            bytes=data.get(layer.source, layer.length),
+            what=f"shares the blocks of {layer.source}"
+            if layer.source in shared
+            else f"copy of {layer.source}, outside QEMU",
+            bytes=0 if layer.source in shared else data.get(layer.source, layer.length),
             room=data.get(layer.source, layer.length),
         )
         for layer in move.layers
     ]
     for disk, each in zip(move.disks, placed, strict=True):
+        if disk.shared:
+            continue
         if disk.overlay is not None:
             what = f"overlay of {disk.target} until the pivot: what is written meanwhile"
             found.append(PlannedFile(file=disk.overlay, what=what, bytes=0, room=NEW_OVERLAY_BYTES))

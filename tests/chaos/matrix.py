@@ -9,7 +9,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -36,7 +36,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.graph import JOB_FILTERS
 from blockferry.service import Service
-from blockferry.testing import Fault, FaultKind, TestQemu
+from blockferry.testing import Fault, FaultKind, TestQemu, sharing_file_system
 from blockferry.testing.crash import WORK_SECONDS, Accident
 from blockferry.testing.pen import Pen, PenPlan, Records
 from blockferry.testing.sick import order
@@ -218,10 +218,21 @@ class Opens(Protocol):
     ) -> contextlib.AbstractAsyncContextManager[World]: ...
 
 
+@contextlib.asynccontextmanager
+async def world_of(
+    operation: Operation, stage: Stage, folder: Path, *, opens: Opens = open_world, proxied: bool = True
+) -> AsyncIterator[World]:
+    """Where an operation is played; beside the folder is the image of its file system, if it has one of its own."""
+    shares = sharing_file_system(folder.with_name(f"{folder.name}.xfs"), folder) if operation.shares else None
+    with shares or contextlib.nullcontext():
+        async with opens(stage, folder, proxied=proxied, defined=operation.defined, served=operation.served) as world:
+            yield world
+
+
 async def whole(stage: Stage, folder: Path, name: str) -> Course:
     """An operation without a mishap, which has to be done then."""
     operation = OPERATIONS[name]
-    async with open_world(stage, folder, defined=operation.defined, served=operation.served) as world:
+    async with world_of(operation, stage, folder) as world:
         before, _images, _files = await set_up(world, operation)
         world.proxy.log.clear()
         result = await asyncio.to_thread(
@@ -268,7 +279,7 @@ async def play(
 ) -> None:
     """Play a case, and look at what is left; whatever is not as it has to be is an AssertionError."""
     operation = OPERATIONS[case.operation]
-    async with opens(stage, folder, proxied=case.proxied, defined=operation.defined, served=operation.served) as world:
+    async with world_of(operation, stage, folder, opens=opens, proxied=case.proxied) as world:
         _before, images, files = await set_up(world, operation)
         for mishap in case.mishaps:
             if mishap.command:
@@ -402,7 +413,7 @@ async def lives(
         await go_on_or_back(service, continuing=continuing)
         seen = await look(service)
         if operation.moves:
-            await require_moved_or_not(service, world, seen, course, files)
+            await require_moved_or_not(service, world, operation, seen, course, files)
         assert await world.command("query-jobs") == []
         await require_nothing_left(service, world, seen)
         return seen.images
@@ -434,10 +445,12 @@ def require_one_of(now: Standing, course: Course, operation: Operation) -> None:
         assert chain in (course.before.chains[target], course.after.chains[target]), f"{target}: {chain}"
 
 
-async def require_moved_or_not(service: Service, world: World, seen: Look, course: Course, files: set[str]) -> None:
+async def require_moved_or_not(  # noqa: PLR0917 - what is looked at
+    service: Service, world: World, operation: Operation, seen: Look, course: Course, files: set[str]
+) -> None:
     """A move is over: the guest is where it was, with no file more or less, or where it was to go."""
     moves = [await service.submit(ask.ShowMove(operation=number)) for number in await moves_of(service, "done")]
-    where = {Path(file).parent.name for file, _format in seen.images.values()}
+    where = {Path(seen.images[target][0]).parent.name for target in operation.disks}
     if any(isinstance(each, view.MoveView) and each.state == "done" for each in moves):
         assert seen.standing == course.after, f"not as it goes: {seen.standing}"
         assert where == {"dst"}, where
@@ -533,7 +546,7 @@ async def is_gone(
         if operation.moves:
             await go_on_or_back(service, continuing=continuing)
             seen = await look(service)
-            await require_moved_or_not(service, world, seen, course, files)
+            await require_moved_or_not(service, world, operation, seen, course, files)
             now = seen.images
         else:
             require_one_of_chains(seen.standing, course, operation)

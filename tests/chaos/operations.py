@@ -28,6 +28,8 @@ class Operation:
         moves: whether it is a move, or of one: it may be in progress with overlays of its own.
         undoes: whether an operation is undone by it.
         served: whether what it writes to is an export of a server that fails, holds requests, or dies.
+        shares: whether it is played on a file system whose files can share their blocks.
+        disks: those that a move is of.
     """
 
     before: Requests
@@ -39,6 +41,8 @@ class Operation:
     moves: bool = False
     undoes: bool = False
     served: bool = False
+    shares: bool = False
+    disks: tuple[str, ...] = TARGETS
 
 
 def snapshot(name: str, *, mirrors: tuple[str, ...] = (), disks: tuple[str, ...] = TARGETS) -> Requests:
@@ -149,6 +153,9 @@ OPERATIONS = {
     "move": Operation(nothing, move("offload"), moves=True),
     "move-mirror": Operation(nothing, move("mirror", delete_source=True), moves=True),
     "move-chain": Operation(TWO_LAYERS, move("offload"), moves=True),
+    "move-shared": Operation(
+        nothing, move("offload", disks={"vdb": None}, delete_source=True), moves=True, shares=True, disks=("vdb",)
+    ),
     "move-resume": Operation(BEGUN, of_move(unlimited, ask.ResumeOperation), moves=True),
     "move-cancel": Operation(BEGUN, of_move(ask.CancelOperation), moves=True, undoes=True),
     "start": Operation(each(START, MIRRORED, STOP), START, defined=True),

@@ -21,7 +21,14 @@ from worlds import FORMATS, MIB, SIZE, TARGETS, OwnQemu, Stage, World, definitio
 
 from blockferry.model import request as ask
 from blockferry.service import Service
-from blockferry.testing import QemuVersion, QmpFaultProxy, find_qemu, make_image, write_pattern
+from blockferry.testing import (
+    QemuVersion,
+    QmpFaultProxy,
+    find_qemu,
+    make_image,
+    sharing_file_system,
+    write_pattern,
+)
 from blockferry.testing.crash import Crasher
 from blockferry.testing.power import Disk, Entry, Recorder
 from blockferry.testing.process import socket_path
@@ -212,6 +219,14 @@ class Theatre:
             return await standing(service), await images_of(service)
         finally:
             await service.close()
+
+
+@contextlib.contextmanager
+def open_theatre(version: QemuVersion, folder: Path, *, shares: bool = False) -> Iterator[Theatre]:
+    """A theatre in a folder, or (`shares`) on a file system in it whose files can share their blocks."""
+    on = sharing_file_system(folder / "xfs", folder / "mounted") if shares else contextlib.nullcontext(folder)
+    with on as where, Theatre(version, where).opened() as theatre:
+        yield theatre
 
 
 async def _write_piece(world: World, number: int) -> None:

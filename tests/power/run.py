@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "chaos"))
-from cuts import Tally, Theatre, play
+from cuts import Tally, open_theatre, play
 from operations import OPERATIONS
 from worlds import playground
 
@@ -31,11 +32,15 @@ NAMES = tuple(name for name, each in OPERATIONS.items() if not (each.crashed or 
 def every_flush(version: QemuVersion, names: list[str], seed: int) -> tuple[Tally, list[str]]:
     """The power failing at every flush of these operations; what failed, an operation's first."""
     total, failed = Tally(), []
-    with playground(Path(tempfile.gettempdir())) as folder, Theatre(version, folder).opened() as theatre:
+    with contextlib.ExitStack() as stack:
+        theatres = {}
+        for shares in {OPERATIONS[name].shares for name in names}:
+            folder = stack.enter_context(playground(Path(tempfile.gettempdir())))
+            theatres[shares] = stack.enter_context(open_theatre(version, folder, shares=shares))
         for name in names:
             tally = Tally()
             try:
-                recording = asyncio.run(theatre.record(name))
+                recording = asyncio.run(theatres[OPERATIONS[name].shares].record(name))
                 asyncio.run(play(recording, recording.cuts(seed), tally))
             except (AssertionError, OSError, ValueError, RuntimeError) as error:
                 traceback.print_exception(error)

@@ -363,21 +363,6 @@ async def test_the_speed_of_a_storage_holds_for_what_writes_to_it(rig: Rig) -> N
     assert (await rig.ask(ask.ListStorages())).storages == ()
 
 
-@pytest.fixture
-def reflinks(tmp_path: Path) -> Iterator[Path]:
-    """A file system whose files can share blocks: XFS."""
-    image, folder = tmp_path / "xfs", tmp_path / "mounted"
-    with image.open("wb") as file:
-        file.truncate(320 * MIB)
-    folder.mkdir()
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True, timeout=60)
-    subprocess.run(["mount", "-o", "loop", image, folder], check=True, timeout=60)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True, timeout=60)
-
-
 async def test_blocks_are_shared_where_they_can_be(qemu: QemuBinaries, reflinks: Path) -> None:
     async with open_rig(qemu, reflinks) as rig:
         await rig.write("vda", 0x61, 2 * MIB)

@@ -62,7 +62,7 @@ class Made:
 @pytest.fixture(params=["copy_file_range", "read-write"])
 def made(request: pytest.FixtureRequest, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     """A copy to the same file system, or to one to which the kernel does not copy."""
-    monkeypatch.setattr(copier, "_clone", lambda _source, _copy: False)
+    monkeypatch.setattr(copier, "clone", lambda _source, _copy: False)
     if request.param == "read-write":
         monkeypatch.setattr(FileCopy, "_by_kernel", lambda _self, *_arguments: 0)
     return Made(source, tmp_path / "copy")

@@ -222,7 +222,7 @@ def test_i_qemu_is_gone_and_overlays_hold_data() -> None:
 
 
 def test_j_qemu_is_gone_in_the_window() -> None:
-    assert row("window", windowed(), GONE, {0: "done"}) == ("J", "mend")
+    assert row("window", windowed(), GONE, {0: "done"}) == ("J", "undo")
 
 
 def test_k_qemu_is_gone_after_the_record() -> None:

@@ -102,7 +102,7 @@ def test_window_of_a_chains_job(what: str, running: bool) -> None:
         assert row("preparing", ending(job), evidence, {0: "done"}) == ("E", "undo")
         assert row("planned", ending(job), evidence) == ("B", "nothing")
         assert row("recorded", ending(job), evidence) == ("A", "settle")
-    assert row("window", ending(job), GONE) == ("J", "mend")
+    assert row("window", ending(job), GONE) == ("J", "undo")
     assert row("recorded", ending(job), GONE) == ("K", "settle")
 
 

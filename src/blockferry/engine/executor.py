@@ -14,12 +14,14 @@ from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
 from blockferry.plan import files, steps, tracking
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
+from blockferry.qemu.bounded import apart
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import AlreadyRuns, Home, LaunchFailed, launch
 from blockferry.qemu.nbd import flushes, reachable
 from blockferry.qemu.observe import Observer
 from blockferry.qemu.process import born, ends, kill
 from blockferry.qemu.session import CommandRefused, LostReply, Session
+from blockferry.qemu.sharing import share
 from blockferry.qemu.tool import ImageError
 
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
@@ -140,6 +142,8 @@ class Executor:
                 await self._images.name_backing(step.path, step.format, step.backing, step.backing_format)
             case files.MendBacking():
                 return {"mended": await self._images.mend_backing(step.header)}
+            case files.ShareBlocks():
+                await apart(share, step.source, step.file, claims.get(step.file))
             case files.RemoveCopy():
                 claimed = {"device": step.device, "inode": step.inode}
                 return {"removed": await self._images.remove(step.path, claimed)}

@@ -27,10 +27,10 @@ from blockferry.model.view import Event
 from blockferry.plan import files, steps, tracking
 from blockferry.plan.chain import leave_window
 from blockferry.plan.plan import Plan, Record, Window
-from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen, mends, takes_back
+from blockferry.plan.recover import Decision, Evidence, Interrupted, decide, may_be_frozen, takes_back
 from blockferry.plan.snapshot import in_part
 from blockferry.plan.waves import Wave, waves
-from blockferry.plan.window import as_it_is, leave, settle_as_it_is, stands_on
+from blockferry.plan.window import Way, as_it_is, leave, settle_as_it_is, stands_on
 from blockferry.qemu.images import Images
 from blockferry.qemu.session import CommandRefused, LostReply
 from blockferry.qemu.tool import ImageError
@@ -417,10 +417,6 @@ class Runner:
         match decision.action:
             case "nothing":
                 self._undone(record, row)
-            case "mend":
-                for back in mends(record.plan):
-                    await do(executor, back, {})
-                self._undone(record, row)
             case "undo":
                 await self._undo(record, executor, gone=evidence.gone)
                 self._undone(record, row)
@@ -513,10 +509,17 @@ class Runner:
                 dead |= {disk.target: dead.get(disk.target, str(failure)) for disk in window.disks}
                 seen = await self._look(executor)
             else:
-                self._publish(self._journal.lose_jobs(self._link.name, way.lost, way.mirrors))
+                self._keep_jobs(record, way)
                 return True
         await self._take_as_it_is(record, window, seen, "L")
         return False
+
+    def _keep_jobs(self, record: OperationRecord, way: Way) -> None:
+        """Write down how the mirrors are, the window being left; those that this very operation began end with it."""
+        own = _began(record.plan)
+        lost = {target: reason for target, reason in way.lost.items() if target not in own}
+        kept = tuple(mirror for mirror in way.mirrors if mirror.target not in own)
+        self._publish(self._journal.lose_jobs(self._link.name, lost, kept))
 
     async def _leave_chain(self, record: OperationRecord, executor: Executor) -> None:
         """Leave the window of a commit or rebase whose chain is the old one: nothing but the job is lost."""
@@ -550,7 +553,9 @@ class Runner:
 
     async def _take_as_it_is(self, record: OperationRecord, window: Window, seen: Observation, row: str | None) -> None:
         """Record where every disk is, then settle that."""
-        self._record(record.id, as_it_is(window, seen))
+        found, own = as_it_is(window, seen), _began(record.plan)
+        ended = {target: end for target, end in found.ended.items() if target not in own}
+        self._record(record.id, msgspec.structs.replace(found, ended=ended))
         settle = settle_as_it_is(window, seen, record.plan.settle)
         outcomes = await self._settle(msgspec.structs.replace(record.plan, settle=settle))
         self._finish(record.id, record.plan, outcomes, row=row)
@@ -560,6 +565,11 @@ class Runner:
             return await executor.observe()
         except (LostReply, CommandRefused) as error:
             raise Failure("observe", str(error)) from error
+
+
+def _began(plan: Plan) -> frozenset[str]:
+    """The disks whose mirrors a plan with a window begins itself: they are never recorded."""
+    return frozenset(step.target for step in plan.prepare if isinstance(step, steps.StartMirror))
 
 
 def _intents(wave: Wave) -> list[StepRecord]:

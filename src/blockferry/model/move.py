@@ -26,7 +26,7 @@ class Region(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Layer(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that nobody writes, and that is copied as a file, outside QEMU.
+    """An image that is copied as a file, outside QEMU: that nobody writes, or whose blocks are shared under a mirror.
 
     Attributes:
         source: its path.
@@ -55,7 +55,8 @@ class MovedDisk(msgspec.Struct, frozen=True, kw_only=True):
         file: where the guest goes.
         file_format: that image's format.
         strategy: `offload`: an overlay is laid over the source, which is copied outside QEMU then, and only the overlay
-            is mirrored, into that copy. `mirror`: QEMU copies.
+            is mirrored, into that copy; or, without an overlay, the copy shares the source's blocks while a mirror is at work
+            that carries over what is written meanwhile. `mirror`: QEMU copies.
         why: why that one.
         chain: the images that it was on when the move began, top first.
         overlay: the overlay's path, of an offload.
@@ -76,6 +77,11 @@ class MovedDisk(msgspec.Struct, frozen=True, kw_only=True):
     layers: tuple[str, ...] = ()
     backing: str | None = None
     backing_format: str | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether the copy shares the blocks of the image that the guest is on."""
+        return self.overlay is None and self.source in self.layers
 
     @property
     def stands_on(self) -> str:

@@ -121,6 +121,19 @@ class NameBacking(Verb, frozen=True, kw_only=True, tag="name-backing"):
         return f"let the header of {self.path} name {self.backing} ({self.backing_format})"
 
 
+class ShareBlocks(Verb, frozen=True, kw_only=True, tag="share-blocks"):
+    """Have a claimed file, as long as the source, share all blocks of it; the guest may write to the source meanwhile."""
+
+    alongside: ClassVar[bool] = True
+    source: str
+    file: str
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return f"share the blocks of {self.source} with {self.file}"
+
+
 class RemoveCopy(Verb, frozen=True, kw_only=True, tag="remove-copy"):
     """Remove a copy that an earlier operation created, with that device and inode; another file is left alone."""
 

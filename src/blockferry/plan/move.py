@@ -101,13 +101,13 @@ def plan_mirrors(
     for moved in disks:
         disk = require_unchanged(move, moved, seen)
         require_mirrorable(move.domain, disk, seen)
-        mirror = _mirror(move, moved, disk, names)
+        mirror = mirror_of(move, moved, disk, names)
         like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
         if is_uri(moved.file):
             steps += open_export(mirror, disk)
         else:
             made_before = moved.file in claimed
-            steps += _open_file(moved, mirror, disk, like, files.facts[moved.file], made_before=made_before)
+            steps += open_file(moved, mirror, disk, like, files.facts[moved.file], made_before=made_before)
         mirrors.append(mirror)
     made = [step for verb in (NameBacking, ClaimFile, CreateImage, AddNode) for step in steps if isinstance(step, verb)]
     starts = [
@@ -144,7 +144,8 @@ def require_unchanged(move: Move, moved: MovedDisk, seen: Observation) -> Disk:
     return disk
 
 
-def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
+def mirror_of(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
+    """The mirror of a moved disk."""
     return Mirror(
         domain=move.domain,
         target=moved.target,
@@ -166,7 +167,7 @@ def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
     )
 
 
-def _open_file(
+def open_file(
     moved: MovedDisk, mirror: Mirror, disk: Disk, like: Node, fact: FileFact, *, made_before: bool
 ) -> list[Step]:
     """Make a mirror's destination, where it is not a copy that is there already, and open it."""

@@ -13,7 +13,9 @@ from blockferry.model.files import FileFact
 from blockferry.model.graph import Disk, Image
 from blockferry.model.move import Layer, Move, MovedDisk, Strategy
 from blockferry.model.request import MoveStorage
+from blockferry.model.snapshot import Snapshot
 from blockferry.plan import destinations as dest
+from blockferry.plan.atonce import plan_at_once
 from blockferry.plan.copy import is_uri
 from blockferry.plan.destinations import Apart, Files, Room
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
@@ -21,6 +23,10 @@ from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan, Record
 from blockferry.plan.snapshot import image_steps
 from blockferry.plan.steps import AddNode, Pair, Step, TakeSnapshots
+
+# What a pause takes beside what is left to be copied: stop, drain, switch and read back took 40 ms for eight disks.
+PAUSE_MS = 40.0
+SHARED = "its copy shares its blocks, and what is written meanwhile is mirrored"
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,6 +140,8 @@ def plan_move(
     left_out: Mapping[str, str],
     data: Mapping[str, int],
     now: float,
+    shared: frozenset[str] = frozenset(),
+    snapshots: tuple[Snapshot, ...] = (),
 ) -> Plan:
     """The plan of a move's beginning: overlays where disks are offloaded, and the files of what is copied outside QEMU.
 
@@ -148,11 +156,16 @@ def plan_move(
         left_out: disks that stay, with the reason.
         data: by source, the bytes of it that hold data.
         now: seconds since the epoch, when it begins.
+        shared: of those that `may_share`, the sources that can.
+        snapshots: the domain's.
 
     Raises:
         Refused: any of its kinds, with nothing done.
     """
     disks = tuple(_choose(domain, seen, request, each, files) for each in placed)
+    at_once = all(each.disk.active.file in shared for each in placed)
+    if at_once:
+        disks = tuple(msgspec.structs.replace(disk, overlay=None, why=SHARED) for disk in disks)
     layers = _layers(disks, placed, files)
     _check(disks, placed, layers, files, data)
     move = Move(
@@ -167,6 +180,11 @@ def plan_move(
         converge=request.converge,
         deadline=now + request.deadline if request.deadline is not None else None,
     )
+    notes = tuple(f"{disk.target}: {disk.strategy}, {disk.why}" for disk in disks)
+    if at_once:
+        observed = tuple(each.disk for each in placed)
+        plan = plan_at_once(move, seen, observed, names=names, files=files, snapshots=snapshots)
+        return msgspec.structs.replace(plan, left_out=dict(left_out), notes=notes)
     overlays = [each for each, disk in zip(placed, disks, strict=True) if disk.overlay is not None]
     return Plan(
         what="move",
@@ -178,7 +196,7 @@ def plan_move(
             move=move,
         ),
         left_out=dict(left_out),
-        notes=tuple(f"{disk.target}: {disk.strategy}, {disk.why}" for disk in disks),
+        notes=notes,
     )
 
 
@@ -214,6 +232,26 @@ def _choose(domain: str, seen: Observation, request: MoveStorage, placed: Placed
         layers=(*([active.file] if strategy == "offload" else []), *below),
         backing=placed.below[below[0]] if below else None,
         backing_format=disk.chain[1].format if below else None,
+    )
+
+
+def may_share(request: MoveStorage, placed: Placed, files: Files) -> bool:
+    """Whether a disk may be moved at once (`plan.atonce`), if its file can share its blocks with its destination.
+
+    What is to be waited for, or given up in between, goes the longer way.
+    """
+    disk = placed.disk
+    active = disk.active
+    if is_uri(placed.file) or active.file not in files.facts:
+        return False
+    fact, goes_to = files.facts[active.file], files.facts[placed.file]
+    return (
+        request.strategy != "mirror"
+        and request.deadline is None
+        and (request.max_pause_ms is None or request.max_pause_ms >= PAUSE_MS)
+        and (active.format, placed.format, len(disk.chain)) == ("raw", "raw", 1)
+        # What the disk holds is the file's bytes, all of them.
+        and (fact.kind, goes_to.kind, fact.size) == ("file", "absent", active.virtual_size)
     )
 
 
@@ -286,7 +324,7 @@ def _check(
             apart.add(fact)
             dest.require_new(fact, files.users)
             room.take(fact, dest.NEW_OVERLAY_BYTES)
-        else:
+        elif not disk.shared:
             _check_mirrored(disk, each, files, apart, room)
 
 

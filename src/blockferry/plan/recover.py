@@ -37,14 +37,12 @@ from blockferry.plan.tracking import AddBitmap, OpenAgain
 from blockferry.plan.window import stands_on
 
 Action = Literal[
-    "nothing", "mend", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
+    "nothing", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
 ]
 
 # What is done, and how the operation ends by it.
 ACTIONS: dict[Action, str] = {
     "nothing": "Nothing has to be done. It ends undone.",
-    "mend": "A header that QEMU was changing when the power failed, and that names neither what it did nor what it was to"
-    " name, names the former again. It ends undone.",
     "undo": "What shows of it is undone, the last step first: nodes, jobs and bitmaps go, and the files that we made and"
     " that hold nothing of the guest's. It ends undone.",
     "leave-window": "Every disk is brought back to its source, a mirror that was drained is started again, and the guest"
@@ -99,8 +97,9 @@ ROWS: dict[str, Row] = {
         "QEMU is gone and the overlays hold data: the switch had happened, so the overlays are authoritative: record.",
     ),
     "J": Row(
-        "mend",
-        "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative.",
+        "undo",
+        "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative, and what we made"
+        " for it goes.",
     ),
     "K": Row("settle", "QEMU is gone after the record: nothing is left to settle in it."),
     "L": Row(
@@ -180,11 +179,6 @@ def takes_back(back: Step, *, gone: bool) -> bool:
     if isinstance(back, MendBacking):
         return gone
     return not gone or isinstance(back, RemoveFile)
-
-
-def mends(plan: Plan) -> tuple[MendBacking, ...]:
-    """What is to be done of a window that ended with QEMU: to the headers that were being changed in it."""
-    return tuple(back for step in plan.prepare for back in step.undo() if isinstance(back, MendBacking))
 
 
 def may_be_frozen(operation: Interrupted) -> bool:

@@ -530,4 +530,5 @@ Step = (
     | files.NameBacking
     | files.MendBacking
     | files.RemoveCopy
+    | files.ShareBlocks
 )

@@ -54,8 +54,9 @@ def plan_window(
     bases: Mapping[str, tuple[ImageFact, ...]],
     forget_snapshot: str | None = None,
     changed: tuple[Snapshot, ...] = (),
+    starting: tuple[Step, ...] = (),
 ) -> Plan:
-    """The plan of a pivot, a finish or a reopen; all mirrors are ready already.
+    """The plan of a pivot, a finish or a reopen; all mirrors are ready already, or `starting` has them ready at once.
 
     Args:
         domain: its name.
@@ -67,15 +68,17 @@ def plan_window(
         bases: target -> the destination's own chain, top first; empty where it has none.
         forget_snapshot: the snapshot that a reopen deletes.
         changed: the snapshots that are others without it.
+        starting: what begins mirrors that do not work yet.
 
     Raises:
         ImageUnsuitable: a destination's backing is not whole or not what it should be.
         JobLost, JobNotReady: a mirror is not ready.
     """
     disks = [_disk(domain, seen, mirror) for mirror in mirrors]
-    prepare: list[Step] = []
+    prepare = list(starting)
     for disk, mirror in zip(disks, mirrors, strict=True):
-        _require_ready(domain, mirror, seen.jobs.get(mirror.job))
+        if not starting:
+            _require_ready(domain, mirror, seen.jobs.get(mirror.job))
         if ends_on == "destination":
             prepare += _give_backing(disk, mirror, names, bases.get(mirror.target, ()))
     jobs = tuple(mirror.job for mirror in mirrors)
@@ -86,6 +89,7 @@ def plan_window(
         for disk, mirror in zip(disks, mirrors, strict=True)
     }
     steps: tuple[Step, ...] = (
+        *([AwaitReady(jobs=jobs)] if starting else []),
         *([Stop()] if seen.running else []),
         RequireReady(jobs=jobs),
         CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),

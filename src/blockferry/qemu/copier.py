@@ -1,7 +1,7 @@
 """Copying a file that no one writes, beside QEMU: by sharing its blocks, within the kernel, or by parallel reads and writes.
 
 Holes stay holes. What is on disk is handed on region by region, so that whoever comes after us goes on from there.
-Sources: ioctl_ficlone(2), copy_file_range(2), lseek(2) on SEEK_DATA.
+Sources: copy_file_range(2), lseek(2) on SEEK_DATA.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -22,6 +21,7 @@ from blockferry.model.files import FileStamp
 from blockferry.model.move import Method, Region
 from blockferry.qemu.bounded import apart
 from blockferry.qemu.images import stamp_of
+from blockferry.qemu.sharing import clone
 
 # What is kept of a copy is kept in this many regions: few enough to be written down, small enough that those which a crash
 # catches half done are little of it.
@@ -35,9 +35,6 @@ WORKERS = 4
 SYNC_BYTES = 16 << 20
 # Who waits for a limit looks this often whether he is to stop.
 STOP_SECONDS = 0.25
-# include/uapi/linux/fs.h: _IOW(0x94, 9, int).
-_FICLONE = 0x40049409
-_CANT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ETXTBSY)
 _CANT_RANGE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -209,7 +206,7 @@ class FileCopy:
 
     def _cloned(self, source: int, copy: int) -> bool:
         with self._own(source, copy) as own:
-            return _clone(*own)
+            return clone(*own)
 
     def _synced(self, sync: Callable[[int], None], copy: int) -> None:
         with self._own(copy) as own:
@@ -292,17 +289,6 @@ def _by_hand(source: int, copy: int, at: int, buffer: memoryview) -> int:
     while written < count:
         written += os.pwrite(copy, buffer[written:count], at + written)
     return count
-
-
-def _clone(source: int, copy: int) -> bool:
-    """Share all blocks of a file with its copy, where the file system can."""
-    try:
-        fcntl.ioctl(copy, _FICLONE, source)
-    except OSError as error:
-        if error.errno not in _CANT_CLONE:
-            raise
-        return False
-    return True
 
 
 def _data(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ import msgspec
 from blockferry import errors
 from blockferry.engine.keeper import Keeper
 from blockferry.engine.news import item
+from blockferry.journal.records import OperationRecord
 from blockferry.model.blockjob import BlockJob
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
@@ -31,6 +32,7 @@ from blockferry.plan.move import (
     plan_mirrors,
     waiting,
 )
+from blockferry.plan.placement import PAUSE_MS
 from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
 from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
@@ -44,8 +46,6 @@ from blockferry.service.usage import look_up, mentioned
 SAY_SECONDS = 1.0
 # Mirrors are waited for without end; so often somebody looks whether they still work.
 LOOK_SECONDS = 60.0
-# What a pause takes beside what is left to be copied: stop, drain, switch and read back took 40 ms for eight disks.
-PAUSE_MS = 40.0
 
 
 class Mover:
@@ -281,8 +281,7 @@ class Mover:
         snapshots = self._desk.journal.snapshots(move.domain)
         plan = going_over(move, pivot, mirrors, names=names, operation=number, snapshots=snapshots)
         done = await keeper.run(number, plan)
-        move = msgspec.structs.replace(self._move, pause_ms=done.pause_ms)
-        self._desk.keep_move(move, "move-pivoted", pause_ms=done.pause_ms)
+        say_gone_over(self._desk, self._move, done)
 
     async def set_speed(self) -> None:
         """Limit what works already as the move says now."""
@@ -408,6 +407,17 @@ def _overlays_stay(move: Move) -> str | None:
     """What is left of a move that was given up when there was no QEMU any more that could write its overlays down."""
     overlays = [f"{disk.overlay} on {disk.source}" for disk in move.disks if disk.overlay is not None]
     return f"its guest is gone, and stays on the overlays that were laid: {', '.join(overlays)}" if overlays else None
+
+
+def say_gone_over(desk: Desk, move: Move, done: OperationRecord) -> None:
+    """Keep how long the guest stood still when it went over, and say so.
+
+    Args:
+        desk: what the rooms share.
+        move: as recorded.
+        done: the operation in which it went over.
+    """
+    desk.keep_move(msgspec.structs.replace(move, pause_ms=done.pause_ms), "move-pivoted", pause_ms=done.pause_ms)
 
 
 def writers(desk: Desk) -> list[str]:

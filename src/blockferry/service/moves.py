@@ -17,15 +17,16 @@ from blockferry.model.blockjob import Mirror
 from blockferry.model.move import Move
 from blockferry.plan.copy import is_uri
 from blockferry.plan.destinations import Files
-from blockferry.plan.placement import Placed, place, plan_move
+from blockferry.plan.placement import PAUSE_MS, Placed, may_share, place, plan_move
 from blockferry.plan.plan import Plan
 from blockferry.qemu.bounded import apart
 from blockferry.qemu.copier import data_bytes
 from blockferry.qemu.nbd import inspect
 from blockferry.qemu.paths import directories, existing, real_paths
+from blockferry.qemu.sharing import can_share
 from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
 from blockferry.service.jobs import Jobs
-from blockferry.service.mover import PAUSE_MS, Mover, sources_of, writers
+from blockferry.service.mover import Mover, say_gone_over, sources_of, writers
 from blockferry.service.storages import Storages
 from blockferry.service.usage import look_up
 
@@ -90,7 +91,7 @@ class Moves:
             files = Files(
                 facts=files.facts, users=files.users, exports={uri: await inspect(uri) for uri in _uris(placed)}
             )
-            data = await _data(placed, files)
+            data, shared = await asyncio.gather(_data(placed, files), _shared(request, placed, files))
             plan = plan_move(
                 request.domain,
                 seen,
@@ -102,10 +103,15 @@ class Moves:
                 left_out=left_out,
                 data=data,
                 now=time.time(),
+                shared=shared,
+                snapshots=self._desk.journal.snapshots(request.domain),
             )
             if request.dry_run:
                 return self._planned(request, plan, placed, files, data)
-            await keeper.run(operation, plan)
+            done = await keeper.run(operation, plan)
+            move = self._get(operation)
+            if move.pivoted:
+                say_gone_over(self._desk, move, done)
         self._go_on(operation)
         return await self._view(self._get(operation), left_out=left_out, notes=plan.notes)
 
@@ -333,3 +339,12 @@ async def _data(placed: tuple[Placed, ...], files: Files) -> dict[str, int]:
             if image.file in files.facts and files.facts[image.file].kind == "file":
                 found[image.file] = await apart(data_bytes, image.file)
     return found
+
+
+async def _shared(request: ask.MoveStorage, placed: tuple[Placed, ...], files: Files) -> frozenset[str]:
+    """The sources, if all of these disks can be moved at once; none where one can't."""
+    for each in placed:
+        folder = os.path.dirname(each.file)
+        if not may_share(request, each, files) or not await apart(can_share, each.disk.active.file, folder):
+            return frozenset()
+    return frozenset(each.disk.active.file for each in placed)

@@ -28,6 +28,7 @@ from blockferry.testing.missing import MissingComponentError
 from blockferry.testing.nbd import FaultyNbdServer, NbdServer
 from blockferry.testing.process import StartError
 from blockferry.testing.proxy import Fault, FaultKind, Gate, QmpFaultProxy
+from blockferry.testing.sharing import sharing_file_system
 
 __all__ = [
     "AgentFault",
@@ -67,5 +68,6 @@ __all__ = [
     "needs_recovery",
     "qemu10_dir",
     "raw_contents",
+    "sharing_file_system",
     "write_pattern",
 ]

@@ -15,12 +15,14 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -228,6 +230,36 @@ ssize_t copy_file_range(int from, off64_t *from_at, int to, off64_t *to_at, size
         return real(from, from_at, to, to_at, bytes, flags);
     errno = ENOSYS;
     return -1;
+}
+
+/* Blocks that are shared are as good as written: what was flushed of their source is not flushed of the file that takes them over. */
+int ioctl(int fd, unsigned long request, ...) {
+    static __typeof__(&ioctl) real;
+    struct stat found, source;
+    char path[PATH_MAX];
+    va_list more;
+    va_start(more, request);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    if (!real)
+        real = REAL(ioctl);
+    if (request != FICLONERANGE || !recorded(fd, S_IFREG, &found, path) || !found.st_nlink)
+        return real(fd, request, argument);
+    struct file_clone_range *range = argument;
+    lock();
+    int done = real(fd, request, argument);
+    if (!done) {
+        if (fstat((int)range->src_fd, &source))
+            abort();
+        size_t bytes = range->src_length ? range->src_length : (uint64_t)source.st_size - range->src_offset;
+        char *data = malloc(bytes);
+        if (!data || pread(fd, data, bytes, (off_t)range->dest_offset) != (ssize_t)bytes)
+            abort();
+        put('w', found.st_ino, (int64_t)range->dest_offset, (int64_t)bytes, ONE(data, bytes), 1, bytes);
+        free(data);
+    }
+    unlock();
+    return done;
 }
 
 /* A flush covers what was written before it began, and it is on disk when it returns; fdatasync's is without the times. */
