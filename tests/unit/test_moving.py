@@ -151,3 +151,11 @@ def test_sources_are_to_be_removed_only_after_all_went_well() -> None:
         assert "rm " not in bad
     assert "  vdb: 512 bytes from 1048576 on\n" in bad
     assert "and 10 more" in bad
+
+
+def test_a_move_that_has_gone_over_is_not_said_to_be_given_up() -> None:
+    assert "operations cancel 7" in moved.left_alone(a_move())
+    over = moved.left_alone(a_move(pivoted=True, phase="verify"))
+    assert "The guest is on the destinations. It goes on by itself" in over
+    assert "cancel" not in over
+    assert "operations show 7" in over

@@ -91,10 +91,7 @@ def plan_window(
     steps: tuple[Step, ...] = (
         *([AwaitReady(jobs=jobs)] if starting else []),
         *([Stop()] if seen.running else []),
-        RequireReady(jobs=jobs),
-        CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
-        FinalizeJobs(jobs=jobs),
-        RequireRoots(roots=roots),
+        *_switch(jobs, roots, ends_on),
         *(_read_back(disks, mirrors) if ends_on == "destination" else []),
     )
     return Plan(
@@ -115,6 +112,15 @@ def plan_window(
             *(_close_sources(seen, disks) if ends_on == "destination" else _close_destinations(mirrors)),
         ),
     )
+
+
+def _switch(jobs: tuple[str, ...], roots: dict[str, str], ends_on: Literal["destination", "source"]) -> list[Step]:
+    return [
+        RequireReady(jobs=jobs),
+        CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
+        FinalizeJobs(jobs=jobs),
+        RequireRoots(roots=roots),
+    ]
 
 
 def _read_back(disks: list[Disk], mirrors: tuple[Mirror, ...]) -> list[Step]:

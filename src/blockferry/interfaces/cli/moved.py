@@ -45,7 +45,8 @@ def _left_out(view: Json) -> list[str]:
 
 def left_alone(view: Json) -> str:
     """A move that nobody waits for."""
-    return "\n".join([f"{begun(view)}\nIt goes on by itself:", *_commands(view)])
+    so_far = "The guest is on the destinations. " if view["pivoted"] else ""
+    return "\n".join([f"{begun(view)}\n{so_far}It goes on by itself:", *_commands(view)])
 
 
 def goes_on(view: Json) -> str:
@@ -56,10 +57,12 @@ def goes_on(view: Json) -> str:
 
 def _commands(view: Json) -> list[str]:
     number = view["operation"]
+    cancel = f"  blockferry operations cancel {number}    give it up: every disk back to where it was"
     return [
         f"  blockferry operations show {number}      how far it is",
         f"  blockferry events {view['domain']} --follow   watch it",
-        f"  blockferry operations cancel {number}    give it up: every disk back to where it was",
+        # Nobody goes back from the destinations.
+        *([] if view["pivoted"] else [cancel]),
     ]
 
 
