@@ -372,6 +372,18 @@ async def committing(place: Place) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
+async def replaced(place: Place) -> AsyncIterator[None]:
+    """Another file lies where vdb's image was."""
+    source, aside = place.rig.source("vdb"), place.path / "aside"
+    source.rename(aside)
+    source.write_bytes(bytes(SIZE))
+    try:
+        yield
+    finally:
+        aside.rename(source)
+
+
+@contextlib.asynccontextmanager
 async def two_ready(place: Place) -> AsyncIterator[None]:
     """Copies of vda and vdb are ready."""
     for target in ("vda", "vdb"):

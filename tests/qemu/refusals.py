@@ -40,6 +40,7 @@ from refusal_kit import (
     overlays,
     read_only,
     rebase,
+    replaced,
     served,
     silent,
     small,
@@ -1040,6 +1041,20 @@ MOVES = (
         },
         errors.DiskUnsuitable,
         "can't be offloaded",
+    ),
+    *rows(
+        "an image that is to be copied outside QEMU, and another file lies there",
+        {"move --strategy offload": move("DIR/offered", "vdb", strategy="offload")},
+        errors.DiskUnsuitable,
+        "it may be another file than the one that the guest has open",
+        replaced,
+    ),
+    *rows(
+        "an image that is to be removed, and another file lies there",
+        {"move --delete-source": move("DIR/offered", "vdb", strategy="mirror", delete_source=True)},
+        errors.ImageUnsuitable,
+        "it may be another file than the one that the guest has open",
+        replaced,
     ),
     *rows(
         "sources to be removed after a sample was compared",

@@ -111,3 +111,12 @@ async def test_a_destination_that_is_there_is_refused_with_nothing_done(sharing:
     assert (sharing.dst / "vdb.img").read_bytes() == b"somebody's"
     (sharing.dst / "vdb.img").unlink()
     assert await sharing.state() == before
+
+
+async def test_a_file_that_the_guest_has_not_open_is_not_shared(sharing: Rig) -> None:
+    sharing.source("vda").rename(sharing.path / "aside")
+    sharing.source("vda").write_bytes(b"x" * SIZE)
+    done = await moved(sharing, disks={"vda": None}, verify="none")
+    assert (done.state, {disk.strategy for disk in done.disks}) == ("done", {"mirror"})
+    await sharing.guest.stop()
+    assert sharing.holds("vda", sharing.dst / "vda.img", "raw")

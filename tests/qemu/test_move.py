@@ -374,6 +374,24 @@ async def test_blocks_are_shared_where_they_can_be(qemu: QemuBinaries, reflinks:
             assert rig.holds(disk.target, Path(disk.dest), disk.format)
 
 
+async def test_a_file_that_the_guest_has_not_open_is_neither_copied_nor_removed(rig: Rig) -> None:
+    """Somebody has put another file in the image's place: QEMU has the one that was there, and is the only one who can copy it."""
+    await rig.write("vdb", 0x68, 2 * MIB)
+    source = rig.source("vdb")
+    source.rename(rig.path / "aside")
+    source.write_bytes(b"another" * SIZE)
+    os.truncate(source, SIZE)
+    for more in ({"strategy": "offload"}, {"strategy": "mirror", "delete_source": True}):
+        with pytest.raises(errors.Refused, match="it may be another file than the one that the guest has open"):
+            await moved(rig, disks={"vdb": None}, **more)
+    done = await moved(rig, disks={"vdb": None}, verify="none")
+    assert (done.state, {disk.strategy for disk in done.disks}) == ("done", {"mirror"})
+    assert "another file" in done.disks[0].why
+    await rig.guest.stop()
+    assert rig.holds("vdb", Path(done.disks[0].dest), "raw")
+    assert source.read_bytes().startswith(b"anotheranother")
+
+
 @pytest.mark.parametrize("names", ["one name", "two names"])
 async def test_images_that_disks_share_are_copied_once(qemu: QemuBinaries, tmp_path: Path, names: str) -> None:
     base = make_image(qemu, tmp_path / "base.img", "raw", SIZE)

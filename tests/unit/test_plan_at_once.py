@@ -120,7 +120,7 @@ def test_a_qemu_that_is_gone() -> None:
         assert decision.action == ("settle" if row == "K" else "undo")
 
 
-SOURCE = FileFact(path="/a", real="/a", kind="file", size=SIZE)
+SOURCE = FileFact(path="/a", real="/a", kind="file", size=SIZE, used=True)
 FREE = FileFact(path="/new/a", real="/new/a", kind="absent")
 IMAGE = Image(node="n", file="/a", format="raw", virtual_size=SIZE)
 BASE = Image(node="b", file="/b", format="raw", virtual_size=SIZE)
@@ -142,6 +142,7 @@ def disk(*chain: Image) -> Disk:
         (msgspec.structs.replace(ASKED, deadline=60.0), (IMAGE,), SOURCE, FREE, False),
         (ASKED, (IMAGE, BASE), SOURCE, FREE, False),
         (ASKED, (msgspec.structs.replace(IMAGE, format="qcow2"),), SOURCE, FREE, False),
+        (ASKED, (IMAGE,), msgspec.structs.replace(SOURCE, used=False), FREE, False),
         # The disk is a part of the file, or it ends in the middle of a sector.
         (ASKED, (IMAGE,), msgspec.structs.replace(SOURCE, size=SIZE + 512), FREE, False),
         (ASKED, (IMAGE,), msgspec.structs.replace(SOURCE, size=SIZE - 100), FREE, False),

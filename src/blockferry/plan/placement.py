@@ -26,6 +26,8 @@ from blockferry.plan.steps import AddNode, Pair, Step, TakeSnapshots
 
 # What a pause takes beside what is left to be copied: stop, drain, switch and read back took 40 ms for eight disks.
 PAUSE_MS = 40.0
+# A file is copied by its path, and QEMU has open what was there once: of another one a comparison would say that it is equal.
+NOT_OPEN = "is locked by no QEMU: it may be another file than the one that the guest has open"
 SHARED = "its copy shares its blocks, and what is written meanwhile is mirrored"
 
 
@@ -167,7 +169,7 @@ def plan_move(
     if at_once:
         disks = tuple(msgspec.structs.replace(disk, overlay=None, why=SHARED) for disk in disks)
     layers = _layers(disks, placed, files)
-    _check(disks, placed, layers, files, data)
+    _check(disks, placed, layers, files, data, delete_source=request.delete_source)
     move = Move(
         domain=domain,
         operation=operation,
@@ -250,6 +252,7 @@ def may_share(request: MoveStorage, placed: Placed, files: Files) -> bool:
         and request.deadline is None
         and (request.max_pause_ms is None or request.max_pause_ms >= PAUSE_MS)
         and (active.format, placed.format, len(disk.chain)) == ("raw", "raw", 1)
+        and fact.used  # see NOT_OPEN
         # What the disk holds is the file's bytes, all of them.
         and (fact.kind, goes_to.kind, fact.size) == ("file", "absent", active.virtual_size)
     )
@@ -262,6 +265,8 @@ def _no_offload(seen: Observation, request: MoveStorage, placed: Placed, files: 
         kind = files.facts[image.file].kind if image.file in files.facts else "other"
         if kind != "file":
             return f"{image.file} is no regular file"
+        if not files.facts[image.file].used:
+            return f"{image.file} {NOT_OPEN}"
         if seen.graph.child(image.node, "data-file") is not None:
             return f"{image.file} keeps its data in another file"
     if is_uri(placed.file) or files.facts[placed.file].kind == "block":
@@ -307,12 +312,17 @@ def _check(
     layers: tuple[Layer, ...],
     files: Files,
     data: Mapping[str, int],
+    *,
+    delete_source: bool,
 ) -> None:
     apart, room = Apart(), Room()
+    by_path = {source for disk in disks for source in (disk.chain if delete_source else disk.layers)}
     for each in placed:
         for image in each.disk.chain:
             if image.file in files.facts:
                 dest.require_there(image.file, files.facts)
+                if image.file in by_path and not files.facts[image.file].used:
+                    raise errors.ImageUnsuitable(path=image.file, reason=f"it {NOT_OPEN}")
     for layer in layers:
         fact = files.facts[layer.file]
         apart.add(fact)
