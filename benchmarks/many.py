@@ -191,4 +191,4 @@ async def _run(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_run(_arguments()))
+    report.run(_run(_arguments()))

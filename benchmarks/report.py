@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import re
+import signal
 import subprocess
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from figures import NOTES, OURS, PEER, SIDES, Series, markdown_table
 
@@ -18,6 +21,12 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- figures: benchmarks/storage.py --docs -->", "<!-- end of figures -->"
 TITLE_WIDTH = 80
 COLOURS = {OURS: "#1f6f8b", PEER: "#b8b8b8"}
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Do it; ended by a signal (SIGTERM too), its guests, daemons and mounts go first."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asyncio.run(work)
 
 
 def machine(folder: Path, binaries: QemuBinaries, versions: dict[str, str]) -> dict[str, str]:

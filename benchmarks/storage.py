@@ -10,7 +10,6 @@ with every round. Where libvirtd is not installed that is said, and blockferry r
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import shutil
@@ -125,4 +124,4 @@ async def _run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_run(_arguments()))
+    report.run(_run(_arguments()))
