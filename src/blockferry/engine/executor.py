@@ -268,9 +268,7 @@ class Executor:
 
     async def _add_bitmap(self, node: str, name: str) -> None:
         try:
-            await self._session.execute(
-                "block-dirty-bitmap-add", node=node, name=name, granularity=tracking.CHUNK, persistent=False
-            )
+            await self._session.execute("block-dirty-bitmap-add", node=node, name=name, granularity=tracking.CHUNK)
         except CommandRefused:
             found = (await self.graph()).nodes.get(node)
             if found is None or name not in found.bitmaps:

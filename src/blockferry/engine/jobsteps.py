@@ -110,9 +110,11 @@ class JobSteps:
     ) -> None:
         """Start a job that is kept after its end and not finalized by itself, unless `arguments` say otherwise.
 
-        Those that are None are left out. Looked at only when QEMU refuses, which it does for one that there is.
+        Those that are None are left out. Looked at only when QEMU refuses, which it does for one that there is. The guest never
+        stops for a job: an error ends it, and it says why; that is QEMU's own `on-error`, `on-source-error` and `on-target-error`, and
+        what is not said is not read byte by byte (docs/adr/0020-short-commands.md).
         """
-        common = {"auto_dismiss": False, "auto_finalize": False, "speed": step.speed}
+        common = {"auto_dismiss": False, "auto_finalize": False, **({"speed": step.speed} if step.speed else {})}
         given = {name: value for name, value in arguments.items() if value is not None}
         names = {"job_id": step.job, "device": step.device, "filter_node_name": step.filter_node}
         try:
@@ -129,9 +131,6 @@ class JobSteps:
             sync=step.sync,
             replaces=step.replaces,
             **step.options,
-            # The guest never stops for a mirror: an error on either side ends the job, and the job says why.
-            on_source_error="report",
-            on_target_error="report",
         )
 
     async def _start_commit(self, step: steps.StartCommit) -> None:
@@ -141,7 +140,6 @@ class JobSteps:
             top_node=step.top,
             base_node=step.base,
             backing_file=step.backing_file,
-            on_error="report",
         )
 
     async def _start_backup(self, step: steps.StartBackup) -> None:
@@ -154,8 +152,6 @@ class JobSteps:
             bitmap_mode="always",
             # Nothing is switched at its end, and until then its filter is in the guest's way.
             auto_finalize=True,
-            on_source_error="report",
-            on_target_error="report",
         )
 
     async def _start_stream(self, step: steps.StartStream) -> None:
@@ -165,7 +161,6 @@ class JobSteps:
             base_node=step.base,
             backing_file=step.backing_file if step.base else None,
             auto_dismiss=True,
-            on_error="report",
         )
 
     async def _finalize_stream(self, name: str) -> None:

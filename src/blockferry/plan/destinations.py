@@ -197,7 +197,7 @@ def image_options(image_format: str, file_node: str, fact: FileFact, like: Node)
     discard=unmap on the file and on the format above it: holes stay holes, also in a raw file.
     """
     driver = "host_device" if fact.kind == "block" else "file"
-    common = {"cache": cache_of(like), "discard": "unmap"}
+    common = {**cache_of(like), "discard": "unmap"}
     return {
         "driver": image_format,
         "file": {"driver": driver, "node-name": file_node, "filename": fact.path, **common},
@@ -205,9 +205,13 @@ def image_options(image_format: str, file_node: str, fact: FileFact, like: Node)
     }
 
 
-def cache_of(like: Node) -> dict[str, bool]:
-    """QAPI BlockdevCacheOptions as of a node."""
-    return {"direct": like.direct, "no-flush": like.no_flush}
+def cache_of(like: Node) -> dict[str, Any]:
+    """The cache mode of a node (QAPI BlockdevOptions); nothing where it is QEMU's own.
+
+    QEMU reads its commands byte by byte, with seven system calls for each (docs/adr/0020-short-commands.md).
+    """
+    said = {name: True for name, on in (("direct", like.direct), ("no-flush", like.no_flush)) if on}
+    return {"cache": said} if said else {}
 
 
 def owner_like(like: Node) -> str | None:

@@ -103,7 +103,7 @@ class Ground(msgspec.Struct, frozen=True, kw_only=True):
             file=disk.active.file,
             size=disk.active.virtual_size,
             layers=len(disk.chain),
-            cache={"cache": cache_of(like)},
+            cache=cache_of(like),
         )
 
 
