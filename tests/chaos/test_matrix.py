@@ -27,8 +27,8 @@ from blockferry.testing import QemuVersion
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 # Of each operation on each QEMU: a move is some operations in one, and takes as long as three; a server that holds requests costs
 # the time in which the guest is freed of it.
-CASES, SERVED_CASES, MOVE_CASES = 12, 8, 9
-LINUX_CASES = 3
+CASES, SERVED_CASES, MOVE_CASES = 10, 7, 8
+LINUX_CASES = 2
 
 
 VERSIONS: tuple[QemuVersion, ...] = get_args(QemuVersion)

@@ -15,20 +15,21 @@ from blockferry.qemu import sharing as blocks
 from blockferry.qemu.session import Session
 from blockferry.testing import Fault, FaultKind, QemuBinaries
 
+# Of what is sent to each of the two disks: the second time, when the first is done.
 FAULTS = [
     (command, nth, kind)
-    for command, count in {
-        "blockdev-add": 2,
-        "blockdev-mirror": 2,
-        "query-jobs": 3,
-        "stop": 1,
-        "job-complete": 2,
-        "job-finalize": 2,
-        "cont": 1,
-        "job-dismiss": 2,
-        "blockdev-del": 2,
+    for command, numbers in {
+        "blockdev-add": (2,),
+        "blockdev-mirror": (2,),
+        "query-jobs": (1, 3),
+        "stop": (1,),
+        "job-complete": (2,),
+        "job-finalize": (1, 2),
+        "cont": (1,),
+        "job-dismiss": (2,),
+        "blockdev-del": (2,),
     }.items()
-    for nth in range(1, count + 1)
+    for nth in numbers
     for kind in (FaultKind.ERROR, FaultKind.ERROR_AFTER, FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER)
 ]
 
