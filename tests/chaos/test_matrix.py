@@ -68,7 +68,6 @@ async def play_all(stage: Stage, folder: Path, cases: Iterable[Case], course: Co
             error.add_note(f"seed {SEED}, case: {case}")
             raise
         shutil.rmtree(here)
-    assert tally.records > 0
     return tally
 
 
@@ -87,6 +86,8 @@ def test_whatever_goes_wrong(
         count = MOVE_CASES if what.moves else SERVED_CASES if what.served else CASES
         cases = chosen(operation, stage.version, course, count)
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=open_world))
+    # Of what is not to be there afterwards no record has to be found, in most cases.
+    assert tally.records > 0 or what.forgets
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
 
 
@@ -112,6 +113,7 @@ def test_whatever_goes_wrong_under_a_linux_that_writes(  # noqa: PLR0917 - fixtu
         course = course_of(operation, stage, folder, courses)
         cases = chosen(operation, stage.version, course, LINUX_CASES, " linux")
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=functools.partial(open_linux, saved)))
+    assert tally.records > 0
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
 
 
