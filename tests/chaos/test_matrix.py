@@ -26,7 +26,7 @@ from blockferry.testing import QemuVersion
 
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 # Of each operation on each QEMU: a move is some operations in one, and takes as long as three; a server that holds requests costs
-# the time in which the guest is freed of it.
+# the time in which the guest is freed of it. Of what is not to be there afterwards few cases have records to be found: they get two more.
 CASES, SERVED_CASES, MOVE_CASES = 10, 7, 8
 LINUX_CASES = 2
 
@@ -68,6 +68,7 @@ async def play_all(stage: Stage, folder: Path, cases: Iterable[Case], course: Co
             error.add_note(f"seed {SEED}, case: {case}")
             raise
         shutil.rmtree(here)
+    assert tally.records > 0
     return tally
 
 
@@ -83,11 +84,9 @@ def test_whatever_goes_wrong(
     with playground(tmp_path) as folder:
         course = course_of(operation, stage, folder, courses)
         what = OPERATIONS[operation]
-        count = MOVE_CASES if what.moves else SERVED_CASES if what.served else CASES
+        count = MOVE_CASES if what.moves else SERVED_CASES if what.served else CASES + 2 * what.forgets
         cases = chosen(operation, stage.version, course, count)
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=open_world))
-    # Of what is not to be there afterwards no record has to be found, in most cases.
-    assert tally.records > 0 or what.forgets
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
 
 
@@ -113,7 +112,6 @@ def test_whatever_goes_wrong_under_a_linux_that_writes(  # noqa: PLR0917 - fixtu
         course = course_of(operation, stage, folder, courses)
         cases = chosen(operation, stage.version, course, LINUX_CASES, " linux")
         tally = asyncio.run(play_all(stage, folder, cases, course, opens=functools.partial(open_linux, saved)))
-    assert tally.records > 0
     record_property("chaos", [tally.cases, tally.kills, tally.faults])
 
 

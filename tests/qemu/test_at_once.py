@@ -11,6 +11,7 @@ from rig import MIB, SIZE, Rig
 from sharing import DISKS, open_sharing
 from test_move import end_of, moved
 
+from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.service import Service
@@ -106,7 +107,7 @@ async def test_a_guest_that_writes_all_the_time(qemu: QemuBinaries, reflinks: Pa
 async def test_a_destination_that_is_there_is_refused_with_nothing_done(sharing: Rig) -> None:
     before = await sharing.state()
     (sharing.dst / "vdb.img").write_bytes(b"somebody's")
-    with pytest.raises(Exception, match=r"vdb\.img"):
+    with pytest.raises(errors.DestinationExists, match=r"vdb\.img"):
         await moved(sharing, verify="none")
     assert (sharing.dst / "vdb.img").read_bytes() == b"somebody's"
     (sharing.dst / "vdb.img").unlink()

@@ -13,6 +13,7 @@ from blockferry.engine.jobsteps import JobSteps, StepFailed
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Graph
 from blockferry.plan import files, steps, tracking
+from blockferry.plan.destinations import cache_of
 from blockferry.qemu.agent import Agent, AgentRefused, AgentSilent
 from blockferry.qemu.bounded import apart
 from blockferry.qemu.images import Images
@@ -257,7 +258,7 @@ class Executor:
             "node-name": step.node,
             "file": step.file_node,
             "backing": step.backing,
-            "cache": {"direct": node.direct, "no-flush": node.no_flush},
+            **cache_of(node),
             "discard": "unmap",
         }
         try:

@@ -15,11 +15,10 @@ from blockferry.model.graph import Disk
 from blockferry.model.move import Move
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
-from blockferry.plan.disks import require_mirrorable
-from blockferry.plan.files import ClaimFile, CreateImage, ShareBlocks
-from blockferry.plan.move import going_over, mirror_of, open_file
+from blockferry.plan.files import ShareBlocks
+from blockferry.plan.move import going_over, open_destinations
 from blockferry.plan.plan import Names, Plan
-from blockferry.plan.steps import AddNode, StartMirror, Step
+from blockferry.plan.steps import StartMirror
 from blockferry.plan.window import plan_window
 
 
@@ -45,23 +44,17 @@ def plan_at_once(
     Raises:
         Refused: any of its kinds, with nothing done.
     """
-    opens: list[Step] = []
-    mirrors = []
-    for moved, disk in zip(move.disks, disks, strict=True):
-        require_mirrorable(move.domain, disk, seen)
-        mirror = mirror_of(move, moved, disk, names)
-        like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
-        opens += open_file(moved, mirror, disk, like, files.facts[moved.file], made_before=False)
-        mirrors.append(mirror)
+    observed = zip(move.disks, disks, strict=True)
+    mirrors, opens = open_destinations(move, seen, observed, names=names, files=files)
     starting = (
-        *(step for verb in (ClaimFile, CreateImage, AddNode) for step in opens if isinstance(step, verb)),
+        *opens,
         *(StartMirror.of(mirror, "none") for mirror in mirrors),
         *(ShareBlocks(source=moved.source, file=moved.file) for moved in move.disks),
     )
     pivot = plan_window(
         move.domain,
         seen,
-        tuple(mirrors),
+        mirrors,
         names=names,
         ends_on="destination",
         what="move",
@@ -69,7 +62,7 @@ def plan_at_once(
         starting=starting,
     )
     shared = msgspec.structs.replace(move, methods={moved.source: "reflink" for moved in move.disks})
-    plan = going_over(shared, pivot, tuple(mirrors), names=names, operation=move.operation, snapshots=snapshots)
+    plan = going_over(shared, pivot, mirrors, names=names, operation=move.operation, snapshots=snapshots)
     # Its mirrors are never recorded: they begin and end in this one operation.
     return msgspec.structs.replace(
         plan,

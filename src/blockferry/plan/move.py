@@ -90,26 +90,15 @@ def plan_mirrors(
         DiskUnsuitable: a disk is not on the image that it was on.
         Refused: any other of its kinds, with nothing done.
     """
-    steps: list[Step] = [
+    named = tuple(
         NameBacking(
             path=layer.file, format=layer.format, backing=layer.backing, backing_format=str(layer.backing_format)
         )
         for layer in layers_of(move, disks)
         if layer.backing is not None
-    ]
-    mirrors = []
-    for moved in disks:
-        disk = require_unchanged(move, moved, seen)
-        require_mirrorable(move.domain, disk, seen)
-        mirror = mirror_of(move, moved, disk, names)
-        like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
-        if is_uri(moved.file):
-            steps += open_export(mirror, disk)
-        else:
-            made_before = moved.file in claimed
-            steps += open_file(moved, mirror, disk, like, files.facts[moved.file], made_before=made_before)
-        mirrors.append(mirror)
-    made = [step for verb in (NameBacking, ClaimFile, CreateImage, AddNode) for step in steps if isinstance(step, verb)]
+    )
+    observed = ((moved, require_unchanged(move, moved, seen)) for moved in disks)
+    mirrors, opens = open_destinations(move, seen, observed, names=names, files=files, claimed=claimed)
     starts = [
         StartMirror.of(
             mirror, "full" if moved.overlay is None and moved.backing is None else "top", speeds.get(mirror.target, 0)
@@ -119,9 +108,47 @@ def plan_mirrors(
     return Plan(
         what="move-mirror",
         text=f"mirror {', '.join(f'{disk.target} to {disk.file}' for disk in disks)} (move {move.operation})",
-        prepare=(*made, *starts),
-        record=Record(authoritative={disk.target: disk.stands_on for disk in disks}, jobs=tuple(mirrors)),
+        prepare=(*named, *opens, *starts),
+        record=Record(authoritative={disk.target: disk.stands_on for disk in disks}, jobs=mirrors),
     )
+
+
+def open_destinations(
+    move: Move,
+    seen: Observation,
+    disks: Iterable[tuple[MovedDisk, Disk]],
+    *,
+    names: Names,
+    files: Files,
+    claimed: frozenset[str] = frozenset(),
+) -> tuple[tuple[Mirror, ...], tuple[Step, ...]]:
+    """The mirrors of some disks, and what makes and opens their destinations, verb by verb.
+
+    Args:
+        move: theirs.
+        seen: the domain as observed.
+        disks: each as it is moved, and as it is now.
+        names: of nodes and jobs.
+        files: of the destinations.
+        claimed: destinations that the move has created before.
+
+    Raises:
+        Refused: any of its kinds, with nothing done.
+    """
+    steps: list[Step] = []
+    mirrors = []
+    for moved, disk in disks:
+        require_mirrorable(move.domain, disk, seen)
+        mirror = _mirror(move, moved, disk, names)
+        like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
+        if is_uri(moved.file):
+            steps += open_export(mirror, disk)
+        else:
+            made_before = moved.file in claimed
+            steps += _open_file(moved, mirror, disk, like, files.facts[moved.file], made_before=made_before)
+        mirrors.append(mirror)
+    made = (step for verb in (ClaimFile, CreateImage, AddNode) for step in steps if isinstance(step, verb))
+    return tuple(mirrors), tuple(made)
 
 
 def layers_of(move: Move, disks: tuple[MovedDisk, ...]) -> tuple[Layer, ...]:
@@ -144,8 +171,7 @@ def require_unchanged(move: Move, moved: MovedDisk, seen: Observation) -> Disk:
     return disk
 
 
-def mirror_of(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
-    """The mirror of a moved disk."""
+def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
     return Mirror(
         domain=move.domain,
         target=moved.target,
@@ -167,7 +193,7 @@ def mirror_of(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
     )
 
 
-def open_file(
+def _open_file(
     moved: MovedDisk, mirror: Mirror, disk: Disk, like: Node, fact: FileFact, *, made_before: bool
 ) -> list[Step]:
     """Make a mirror's destination, where it is not a copy that is there already, and open it."""

@@ -165,7 +165,7 @@ def plan_move(
         Refused: any of its kinds, with nothing done.
     """
     disks = tuple(_choose(domain, seen, request, each, files) for each in placed)
-    at_once = all(each.disk.active.file in shared for each in placed)
+    at_once = all(disk.strategy == "offload" and disk.source in shared for disk in disks)
     if at_once:
         disks = tuple(msgspec.structs.replace(disk, overlay=None, why=SHARED) for disk in disks)
     layers = _layers(disks, placed, files)

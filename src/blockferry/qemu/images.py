@@ -391,14 +391,14 @@ def _device_problem(path: str) -> str | None:
     if not os.access(path, os.R_OK | os.W_OK):
         return "permission denied"
     try:
-        with _opened(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK):
+        with opened(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK):
             return None
     except OSError as error:
         return "it is mounted, or part of a volume" if error.errno == errno.EBUSY else error.strerror
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
+def opened(path: str, flags: int) -> Iterator[int]:
     """A descriptor of the path, closed with the block."""
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
@@ -409,7 +409,7 @@ def _opened(path: str, flags: int) -> Iterator[int]:
 
 def _capacity(path: str) -> int:
     """A block device's bytes: where its end is."""
-    with _opened(path, os.O_RDONLY) as descriptor:
+    with opened(path, os.O_RDONLY) as descriptor:
         return os.lseek(descriptor, 0, os.SEEK_END)
 
 
@@ -419,7 +419,7 @@ def _locked(path: str) -> bool:
     Source: QEMU's block/file-posix.c, RAW_LOCK_PERM_BASE (100) and RAW_LOCK_SHARED_BASE (200), one byte a permission.
     Only asked for, never taken (F_OFD_GETLK, fcntl(2)). An image opened with locking=off has none.
     """
-    with _opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
+    with opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
         # struct flock: type, whence, start, length, pid.
         asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 100, 200, 0)
         answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked)
@@ -501,7 +501,7 @@ def _create(
         # /dev/mapper/NAME is a link, so devices are followed; a file that we claimed is none.
         if stat.S_ISBLK(os.stat(path).st_mode):
             return None
-        with _opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
+        with opened(path, os.O_WRONLY | os.O_NOFOLLOW) as descriptor:
             found = os.fstat(descriptor)
             ours = claim is None or (found.st_dev, found.st_ino) == (claim["device"], claim["inode"])
             if not stat.S_ISREG(found.st_mode) or not ours:
@@ -574,11 +574,11 @@ def _touch(folder: str) -> None:
 
     A flush of what is clean would. Where such files are not known or we may not make any, nothing is learnt.
     """
-    with contextlib.suppress(OSError), _opened(folder, os.O_TMPFILE | os.O_WRONLY):
+    with contextlib.suppress(OSError), opened(folder, os.O_TMPFILE | os.O_WRONLY):
         pass
 
 
 def _sync_folder(path: str) -> None:
     """A new or removed name reaches the disk with its directory, not with the file."""
-    with _opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+    with opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)

@@ -5,7 +5,6 @@ Sources: ioctl_ficlonerange(2), ioctl_ficlone(2); the kernel's Documentation/fil
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -13,9 +12,10 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from blockferry.qemu.images import opened
 from blockferry.qemu.tool import ImageError
 
 # include/uapi/linux/fs.h: _IOW(0x94, 9, int), and _IOW(0x94, 13, struct file_clone_range).
@@ -24,7 +24,7 @@ _RANGE = struct.Struct("=qQQQ")
 # include/uapi/linux/fiemap.h: _IOWR('f', 11, struct fiemap); without room for extents it counts them.
 _FIEMAP = 0xC020660B
 _MAP = struct.Struct("=QQIIII")
-CANT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ETXTBSY)
+_CANT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ETXTBSY)
 # include/uapi/linux/magic.h. Of these it is known that nobody writes to either file while blocks are shared (xfs_ilock2_io_mmap,
 # btrfs_double_inode_lock); whether that holds for NFS, CIFS, or what else has the call, is not.
 _XFS, _BTRFS = 0x58465342, 0x9123683E
@@ -44,7 +44,7 @@ def clone(source: int, copy: int) -> bool:
     try:
         fcntl.ioctl(copy, _FICLONE, source)
     except OSError as error:
-        if error.errno not in CANT_CLONE:
+        if error.errno not in _CANT_CLONE:
             raise
         return False
     return True
@@ -56,7 +56,7 @@ def can_share(source: str, folder: str) -> bool:
     Tried, with a file that has no name: whether a file system can is not to be had otherwise. What can't be tried can't.
     """
     try:
-        with _open(source, os.O_RDONLY) as original, _open(folder, os.O_TMPFILE | os.O_RDWR) as trial:
+        with opened(source, os.O_RDONLY) as original, opened(folder, os.O_TMPFILE | os.O_RDWR) as trial:
             block = os.fstat(original).st_blksize
             if (
                 _type(trial) not in (_XFS, _BTRFS)
@@ -86,7 +86,7 @@ def share(source: str, file: str, claim: Mapping[str, Any] | None) -> None:
         ImageError: it was not shared, or only in part.
     """
     try:
-        with _open(source, os.O_RDONLY) as original, _open(file, os.O_RDWR | os.O_NOFOLLOW) as copy:
+        with opened(source, os.O_RDONLY) as original, opened(file, os.O_RDWR | os.O_NOFOLLOW) as copy:
             found = os.fstat(copy)
             if claim is None or (found.st_dev, found.st_ino) != (claim["device"], claim["inode"]):
                 raise ImageError(f"{file} is not the file that was made there")
@@ -130,12 +130,3 @@ def _type(descriptor: int) -> int:
     if ctypes.CDLL(None, use_errno=True).fstatfs(descriptor, ctypes.byref(answer)):
         raise OSError(ctypes.get_errno(), "fstatfs")
     return int(answer[0])
-
-
-@contextlib.contextmanager
-def _open(path: str, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
