@@ -48,6 +48,8 @@ async def test_done_or_undone_as_it_says(sharing: Rig, command: str, nth: int, k
     if not done:
         assert await sharing.operations() in ([("move", "undone")], [])
         assert await sharing.state() == before
+        # Its mirrors were never anybody's to know of.
+        assert (await sharing.jobs(), await sharing.events("mirror-dropped")) == ({}, [])
         # A source that was opened again stays: the legacy -drive's, whose node QEMU frees at the switch.
         assert {name for name in await sharing.our_nodes() if not name.endswith("-vdb-r")} == set()
     assert await sharing.status() == "running"
