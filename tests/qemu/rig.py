@@ -213,6 +213,20 @@ class Rig:
             assert now[target] == (done + 1, failed), f"the write to {target} failed"
             self.written[target][offset : offset + length] = bytes([byte]) * length
 
+    @contextlib.asynccontextmanager
+    async def working(self, target: str) -> AsyncIterator[None]:
+        """Meanwhile the guest writes to a disk, again and again."""
+
+        async def write_on() -> None:
+            while True:
+                await self.write(target, 0x2F)
+
+        writing = asyncio.create_task(write_on())
+        try:
+            yield
+        finally:
+            writing.cancel()
+
     async def _writes(self, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
         """By target, how many writes are done and how many failed."""
         answer = await self.guest.command("query-blockstats")
@@ -251,6 +265,11 @@ class Rig:
         return all(
             any(f"-{target}-m" in name and job["status"] == "ready" for name, job in jobs.items()) for target in targets
         )
+
+    def in_flight(self) -> list[int]:
+        """What each mirror that was started through the proxy has in flight at most, in bytes, in their order."""
+        assert self.proxy is not None
+        return [words["buf-size"] for command, words in self.proxy.log if command == "blockdev-mirror"]
 
     async def qemu_jobs(self) -> dict[str, dict[str, Any]]:
         return {each["id"]: each for each in await self.guest.command("query-jobs")}

@@ -52,6 +52,20 @@ async def test_pivot_of_three_at_once(either: Rig) -> None:
         check_image(either.qemu, either.dest(target), fmt)
 
 
+async def test_a_copy_makes_way_for_a_guest_that_is_at_work(qemu: QemuBinaries, tmp_path: Path) -> None:
+    async with open_rig(qemu, tmp_path, paused=True, proxy=True) as rig, rig.working("vda"):
+        await rig.copy("vda")
+        await rig.copy("vdb")
+        await rig.copy("sda", buf_size=MIB // 2)
+        assert rig.in_flight() == [MIB, 4 * MIB, MIB // 2]
+
+
+async def test_a_copy_that_holds_writes_makes_no_way(qemu: QemuBinaries, tmp_path: Path) -> None:
+    async with open_rig(qemu, tmp_path, paused=True, proxy=True) as rig, rig.working("vda"):
+        await rig.copy("vda", flags=BlockCopy.SYNCHRONOUS_WRITES)
+        assert rig.in_flight() == [4 * MIB]
+
+
 async def test_finish_of_two_at_once(either: Rig) -> None:
     before = await either.status()
     await either.copy("vda")

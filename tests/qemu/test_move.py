@@ -56,6 +56,16 @@ def raw_file(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+@pytest.mark.parametrize(("converge", "working"), [(False, MIB), (True, 2 * MIB)])
+async def test_mirrors_share_what_is_in_flight(
+    qemu: QemuBinaries, tmp_path: Path, converge: bool, working: int
+) -> None:
+    """A disk that the guest works on gets the least, unless its writes are to wait for the copy anyway."""
+    async with open_rig(qemu, tmp_path, paused=True, proxy=True) as rig, rig.working("vda"):
+        assert (await moved(rig, strategy="mirror", verify="none", converge=converge)).state == "done"
+        assert rig.in_flight() == [working, 2 * MIB, 2 * MIB]
+
+
 @pytest.mark.parametrize("strategy", ["offload", "mirror"])
 async def test_all_disks_go_over_at_once(either: Rig, strategy: str) -> None:
     rig = either

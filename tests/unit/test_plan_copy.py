@@ -9,8 +9,8 @@ from blockferry import errors
 from blockferry.model.files import FileFact
 from blockferry.model.flags import BlockCopy
 from blockferry.model.request import StartCopy
-from blockferry.plan.copy import is_uri, nbd_options, plan_cancel, plan_copy
-from blockferry.plan.destinations import Files
+from blockferry.plan.copy import nbd_options, plan_cancel, plan_copy
+from blockferry.plan.destinations import Files, buffer_of, is_uri
 from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.steps import AddNode, CancelJob, RemoveNode, RequireSize, StartMirror
@@ -83,6 +83,27 @@ def test_format(disk: str, wanted: str | None, flags: int, made: str) -> None:
     assert (created.format, created.size, created.backing) == (made, SIZE, None)
     (mirror,) = found.record.jobs
     assert (mirror.format, mirror.backing, mirror.source) == (made, None, f"/img/{disk}.img")
+
+
+@pytest.mark.parametrize(
+    ("dest", "size", "together", "mebibytes"),
+    [
+        ("/d", GIB, GIB, 4),
+        ("/d", GIB, 2 * GIB, 4),
+        ("/d", GIB, 3 * GIB, 2),
+        ("/d", GIB, 8 * GIB, 1),
+        ("/d", GIB, 26 * GIB, 1),  # less would be smaller pieces
+        ("/d", 100 * GIB, 107 * GIB, 4),  # a large one beside seven small ones is not held up by their number
+        ("/d", 0, 0, 1),
+        ("nbd://far/away", GIB, 8 * GIB, None),
+    ],
+)
+def test_what_is_in_flight(dest: str, size: int, together: int, mebibytes: int | None) -> None:
+    """By the disk's part of what is mirrored; QEMU's own to an export."""
+    wanted = {} if mebibytes is None else {"buf-size": mebibytes << 20}
+    working = {} if mebibytes is None else {"buf-size": 1 << 20}
+    assert buffer_of(dest, size, together, at_work=True) == working
+    assert buffer_of(dest, size, together, at_work=False) == wanted
 
 
 @pytest.mark.parametrize(

@@ -303,15 +303,17 @@ def test_qcow2_onto_a_device_is_written_over_it() -> None:
 
 # --- options --------------------------------------------------------------------------------------------------
 
+BUFFER = {"buf-size": 4 << 20}
+
 
 @pytest.mark.parametrize(
     ("asked", "options"),
     [
-        ({}, {}),
-        ({"granularity": 512}, {"granularity": 512}),
+        ({}, BUFFER),
+        ({"granularity": 512}, {**BUFFER, "granularity": 512}),
         ({"granularity": 64 << 20, "buf_size": 1}, {"granularity": 64 << 20, "buf-size": 1}),
-        ({"flags": int(BlockCopy.SYNCHRONOUS_WRITES)}, {"copy-mode": "write-blocking"}),
-        ({"flags": int(BlockCopy.TRANSIENT_JOB)}, {}),
+        ({"flags": int(BlockCopy.SYNCHRONOUS_WRITES)}, {**BUFFER, "copy-mode": "write-blocking"}),
+        ({"flags": int(BlockCopy.TRANSIENT_JOB)}, BUFFER),
     ],
 )
 @pytest.mark.parametrize("base", [None, "/mid", "/low.raw"])

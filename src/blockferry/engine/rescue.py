@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from blockferry.plan.copy import is_uri, nbd_options
+from blockferry.plan.copy import nbd_options
+from blockferry.plan.destinations import is_uri
 from blockferry.plan.plan import Window
 from blockferry.qemu.bounded import bounded
 from blockferry.qemu.nbd import flushes

@@ -36,6 +36,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
         memory: bytes.
         vcpus: how many.
         held: target -> the move that its disk is part of, and that keeps all others off it.
+        at_work: targets of the disks that the guest has just read or written, where somebody has asked for that.
     """
 
     status: str
@@ -49,6 +50,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     memory: int = 0
     vcpus: int = 0
     held: dict[str, int] = {}
+    at_work: frozenset[str] = frozenset()
 
     def disk(self, target: str) -> Disk | None:
         """The disk of that target."""

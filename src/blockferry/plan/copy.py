@@ -15,7 +15,7 @@ from blockferry.model.flags import BlockCopy, require_flags
 from blockferry.model.graph import Disk, Image, Node
 from blockferry.model.request import StartCopy
 from blockferry.plan import destinations as dest
-from blockferry.plan.destinations import Files
+from blockferry.plan.destinations import Files, buffer_of, is_uri
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable
 from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan, Record
@@ -35,11 +35,6 @@ CARRIED_OUT = (
 TRACKING = frozenset({"block-dirty-bitmap-add", "block-dirty-bitmap-remove", "block-dirty-bitmap-merge"})
 # A qcow2's own tables: 64 KiB clusters take 1/8192 for L2 and 1/32768 for the refcounts; what is fixed is in clusters.
 _QCOW2_FIXED_BYTES = 5 * 64 * 1024
-
-
-def is_uri(dest: str) -> bool:
-    """Whether a destination is an NBD export rather than a file."""
-    return dest.startswith(("nbd+unix://", "nbd://"))
 
 
 def nbd_options(uri: str) -> dict[str, Any]:
@@ -121,7 +116,7 @@ def understand(domain: str, seen: Observation, request: StartCopy) -> Wish:
         format=image_format,
         base=base,
         reuse=bool(flags & BlockCopy.REUSE_EXT),
-        options=_options(request, flags),
+        options=_options(disk, request, flags, seen.at_work),
     )
 
 
@@ -168,13 +163,16 @@ def _format(disk: Disk, request: StartCopy, flags: BlockCopy) -> str:
     return wanted or disk.active.format
 
 
-def _options(request: StartCopy, flags: BlockCopy) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+def _options(disk: Disk, request: StartCopy, flags: BlockCopy, at_work: frozenset[str]) -> dict[str, Any]:
+    size = disk.active.virtual_size
+    options: dict[str, Any] = buffer_of(
+        request.dest, size, size, at_work=disk.target in at_work and not flags & BlockCopy.SYNCHRONOUS_WRITES
+    )
     if request.granularity is not None:
-        size = request.granularity
-        if size & (size - 1) or not GRANULARITY_MIN <= size <= GRANULARITY_MAX:
-            raise errors.BadRequest(reason=f"a granularity is a power of two of 512 to 67108864 bytes, not {size}")
-        options["granularity"] = size
+        unit = request.granularity
+        if unit & (unit - 1) or not GRANULARITY_MIN <= unit <= GRANULARITY_MAX:
+            raise errors.BadRequest(reason=f"a granularity is a power of two of 512 to 67108864 bytes, not {unit}")
+        options["granularity"] = unit
     if request.buf_size is not None:
         if request.buf_size <= 0:
             raise errors.BadRequest(reason="a buffer's size is bytes, at least one")

@@ -16,6 +16,10 @@ from blockferry.model.graph import Image, Node
 NEW_OVERLAY_BYTES = 4 * 64 * 1024
 # The qcow2 format's own limit (docs/interop/qcow2.rst).
 HEADER_NAME_MAX = 1023
+MIB = 1 << 20
+# What all mirrors of one request have in flight, and what each has at most and at least: docs/adr/0021-in-flight.md. QEMU copies a
+# mebibyte at a time (block/mirror.c, MAX_IO_BYTES); less than one would be smaller pieces.
+IN_FLIGHT, MOST_IN_FLIGHT, LEAST_IN_FLIGHT = 8 * MIB, 4 * MIB, MIB
 _KINDS = {"directory": "it is a directory", "other": "it is neither a file nor a block device"}
 
 
@@ -203,6 +207,31 @@ def image_options(image_format: str, file_node: str, fact: FileFact, like: Node)
         "file": {"driver": driver, "node-name": file_node, "filename": fact.path, **common},
         **common,
     }
+
+
+def is_uri(dest: str) -> bool:
+    """Whether a destination is an NBD export rather than a file."""
+    return dest.startswith(("nbd+unix://", "nbd://"))
+
+
+def buffer_of(dest: str, size: int, together: int, *, at_work: bool) -> dict[str, int]:
+    """How much a mirror may have in flight, as an argument of blockdev-mirror; nothing where it is QEMU's own, 16 MiB.
+
+    Each request in flight has a thread of QEMU's and memory of its own: beside many of them a guest's processors wait for their turn,
+    and so do its writes. An export may be far away: there it is what is in flight that makes it fast.
+
+    Args:
+        dest: the destination's path or URI.
+        size: of its disk, bytes.
+        together: of all disks that are mirrored by the same request, bytes.
+        at_work: whether the guest reads or writes the disk.
+    """
+    if is_uri(dest):
+        return {}
+    if at_work:
+        return {"buf-size": LEAST_IN_FLIGHT}
+    share = IN_FLIGHT * size // max(together, 1) // MIB * MIB
+    return {"buf-size": max(LEAST_IN_FLIGHT, min(MOST_IN_FLIGHT, share))}
 
 
 def cache_of(like: Node) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from blockferry.model.move import Layer, Move, MovedDisk
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan import destinations as dest
 from blockferry.plan.chain import commit_job, start_of
-from blockferry.plan.copy import close_job, is_uri, open_export
-from blockferry.plan.destinations import Files
+from blockferry.plan.copy import close_job, open_export
+from blockferry.plan.destinations import Files, is_uri
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable
 from blockferry.plan.files import ClaimFile, CreateImage, DropFile, NameBacking, RemoveCopy
 from blockferry.plan.plan import Names, Plan, Record
@@ -137,9 +137,14 @@ def open_destinations(
     """
     steps: list[Step] = []
     mirrors = []
-    for moved, disk in disks:
+    pairs = tuple(disks)
+    together = sum(disk.active.virtual_size for _moved, disk in pairs)
+    for moved, disk in pairs:
         require_mirrorable(move.domain, disk, seen)
-        mirror = _mirror(move, moved, disk, names)
+        # Who has asked for the guest's writes to be held has no use for a copy that makes way for them.
+        at_work = moved.target in seen.at_work and not move.converge
+        buffer = dest.buffer_of(moved.file, disk.active.virtual_size, together, at_work=at_work)
+        mirror = _mirror(move, moved, disk, names, buffer)
         like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
         if is_uri(moved.file):
             steps += open_export(mirror, disk)
@@ -171,7 +176,7 @@ def require_unchanged(move: Move, moved: MovedDisk, seen: Observation) -> Disk:
     return disk
 
 
-def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
+def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names, buffer: Mapping[str, int]) -> Mirror:
     return Mirror(
         domain=move.domain,
         target=moved.target,
@@ -189,7 +194,7 @@ def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names) -> Mirror:
         backing=moved.backing,
         backing_format=moved.backing_format,
         stands_for=moved.chain[1] if moved.backing is not None else None,
-        options={"copy-mode": "write-blocking"} if move.converge else {},
+        options={**buffer, **({"copy-mode": "write-blocking"} if move.converge else {})},
     )
 
 

@@ -16,8 +16,7 @@ from blockferry.model.request import MoveStorage
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan import destinations as dest
 from blockferry.plan.atonce import plan_at_once
-from blockferry.plan.copy import is_uri
-from blockferry.plan.destinations import Apart, Files, Room
+from blockferry.plan.destinations import Apart, Files, Room, is_uri
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
 from blockferry.plan.files import ClaimFile, CreateImage
 from blockferry.plan.plan import Names, Plan, Record

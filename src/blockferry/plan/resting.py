@@ -16,8 +16,8 @@ from blockferry.model.definition import DiskDef
 from blockferry.model.domain import Observation
 from blockferry.model.files import FileFact, FileStamp, ImageFact
 from blockferry.model.graph import Disk, Graph
-from blockferry.plan.copy import is_uri, nbd_options
-from blockferry.plan.destinations import cache_of
+from blockferry.plan.copy import nbd_options
+from blockferry.plan.destinations import cache_of, is_uri
 from blockferry.plan.files import CreateImage
 from blockferry.plan.plan import Plan, Record
 from blockferry.plan.plugs import cache_options, node_name

@@ -18,8 +18,8 @@ from blockferry.model.flags import BlockCopy
 from blockferry.model.graph import Disk
 from blockferry.model.request import StartCopy
 from blockferry.plan import destinations as dest
-from blockferry.plan.copy import Wish, is_uri, needed_bytes
-from blockferry.plan.destinations import Files
+from blockferry.plan.copy import Wish, needed_bytes
+from blockferry.plan.destinations import Files, is_uri
 from blockferry.plan.files import SyncFiles
 from blockferry.plan.plan import Names, Plan, Record, Window
 from blockferry.plan.steps import (

@@ -18,8 +18,8 @@ from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk
 from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
-from blockferry.plan.copy import close_job, forget_bitmap, is_uri
-from blockferry.plan.destinations import require_size_of
+from blockferry.plan.copy import close_job, forget_bitmap
+from blockferry.plan.destinations import is_uri, require_size_of
 from blockferry.plan.disks import READ_ONLY_FILE, close_images, source_options
 from blockferry.plan.files import SyncFiles
 from blockferry.plan.plan import Names, Plan, Record, Window, WindowDisk

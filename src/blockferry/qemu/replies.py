@@ -128,6 +128,7 @@ class _Memory(_Said, frozen=True):
 class _Counts(msgspec.Struct, frozen=True):
     rd_operations: Whole
     failed_rd_operations: Whole
+    idle_time_ns: Whole | None = None
 
 
 class _Counted(_Said, frozen=True):

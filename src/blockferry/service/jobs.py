@@ -17,9 +17,10 @@ from blockferry.model.domain import Observation
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan import copy as copying
 from blockferry.plan import resume as resumption
-from blockferry.plan.destinations import Files
+from blockferry.plan.destinations import Files, is_uri
 from blockferry.plan.disks import find_disk
 from blockferry.qemu.nbd import inspect
+from blockferry.qemu.observe import observe_work
 from blockferry.qemu.tool import ImageError
 from blockferry.service.desk import Desk, require_bandwidth, require_path
 from blockferry.service.usage import look_up
@@ -39,9 +40,10 @@ class Jobs:
     async def copy(self, request: ask.StartCopy) -> view.View:
         """Start a block copy."""
         require_bandwidth(request.bandwidth)
-        if not copying.is_uri(request.dest):
+        if not is_uri(request.dest):
             require_path(request.dest)
-        async with self._desk.writing(request.domain) as (keeper, seen):
+        async with self._desk.writing(request.domain) as (keeper, observed):
+            seen = await observe_work(await keeper.connect(), observed)
             wish = copying.understand(request.domain, seen, request)
             if request.resume:
                 return await self._resume(keeper, seen, request, wish)
@@ -98,7 +100,7 @@ class Jobs:
 
     async def _files(self, keeper: Keeper, seen: Observation, wish: copying.Wish) -> Files:
         paths = [image.file for image in wish.disk.chain if image.file.startswith("/")]
-        if not copying.is_uri(wish.file):
+        if not is_uri(wish.file):
             headers = {wish.file: wish.format} if wish.reuse else {}
             files = await look_up(self._desk, keeper, seen, (*paths, wish.file), headers)
             blank = wish.reuse and await self._is_blank(files, wish)

@@ -17,7 +17,7 @@ from blockferry.model.blockjob import BlockJob
 from blockferry.model.domain import Observation
 from blockferry.model.files import ImageFact
 from blockferry.model.move import Layer, Move, MovedDisk
-from blockferry.plan.copy import is_uri
+from blockferry.plan.destinations import is_uri
 from blockferry.plan.disks import find_disk
 from blockferry.plan.move import (
     COUNTED,
@@ -37,6 +37,7 @@ from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
 from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
 from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle, settled
+from blockferry.qemu.observe import observe_work
 from blockferry.qemu.paths import aliases
 from blockferry.service.desk import Desk
 from blockferry.service.storages import Storages
@@ -207,7 +208,7 @@ class Mover:
             number, names = self._desk.names()
             plan = plan_mirrors(
                 move,
-                seen,
+                await observe_work(await keeper.connect(), seen),
                 disks,
                 names=names,
                 files=await look_up(self._desk, keeper, seen, paths, {}),

@@ -15,8 +15,7 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror
 from blockferry.model.move import Move
-from blockferry.plan.copy import is_uri
-from blockferry.plan.destinations import Files
+from blockferry.plan.destinations import Files, is_uri
 from blockferry.plan.placement import PAUSE_MS, Placed, may_share, place, plan_move
 from blockferry.plan.plan import Plan
 from blockferry.qemu.bounded import apart

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from blockferry.journal.journal import Journal
 from blockferry.model.move import Move
-from blockferry.plan.copy import is_uri
+from blockferry.plan.destinations import is_uri
 from blockferry.qemu.copier import Throttle
 from blockferry.qemu.paths import storages
 
