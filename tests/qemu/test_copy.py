@@ -54,10 +54,14 @@ async def test_pivot_of_three_at_once(either: Rig) -> None:
 
 async def test_a_copy_makes_way_for_a_guest_that_is_at_work(qemu: QemuBinaries, tmp_path: Path) -> None:
     async with open_rig(qemu, tmp_path, paused=True, proxy=True) as rig, rig.working("vda"):
-        await rig.copy("vda")
         await rig.copy("vdb")
         await rig.copy("sda", buf_size=MIB // 2)
-        assert rig.in_flight() == [MIB, 4 * MIB, MIB // 2]
+        assert rig.in_flight() == [4 * MIB, MIB // 2]
+        async with asyncio.timeout(60):
+            # On a machine that is busy elsewhere the guest's last write may have been a while ago: then once more.
+            while rig.in_flight()[-1] != MIB:
+                await rig.copy("vda", rig.dst / f"copy{len(rig.in_flight())}")
+                await rig.ask(ask.CancelJobs(domain="vm1", disks=("vda",)))
 
 
 async def test_a_copy_that_holds_writes_makes_no_way(qemu: QemuBinaries, tmp_path: Path) -> None:

@@ -56,14 +56,18 @@ def raw_file(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-@pytest.mark.parametrize(("converge", "working"), [(False, MIB), (True, 2 * MIB)])
-async def test_mirrors_share_what_is_in_flight(
-    qemu: QemuBinaries, tmp_path: Path, converge: bool, working: int
-) -> None:
+async def test_mirrors_share_what_is_in_flight(qemu: QemuBinaries, tmp_path: Path) -> None:
     """A disk that the guest works on gets the least, unless its writes are to wait for the copy anyway."""
     async with open_rig(qemu, tmp_path, paused=True, proxy=True) as rig, rig.working("vda"):
-        assert (await moved(rig, strategy="mirror", verify="none", converge=converge)).state == "done"
-        assert rig.in_flight() == [working, 2 * MIB, 2 * MIB]
+        assert (await moved(rig, strategy="mirror", verify="none", converge=True)).state == "done"
+        assert rig.in_flight() == [2 * MIB] * 3
+        async with asyncio.timeout(60):
+            # On a machine that is busy elsewhere the guest's last write may have been a while ago: then once more.
+            while rig.in_flight()[-3:] != [MIB, 2 * MIB, 2 * MIB]:
+                folder = tmp_path / f"dst{len(rig.in_flight())}"
+                folder.mkdir()
+                begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(folder), strategy="mirror", verify="none"))
+                assert (await over(rig, begun.operation)).state == "done"
 
 
 @pytest.mark.parametrize("strategy", ["offload", "mirror"])
