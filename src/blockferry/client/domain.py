@@ -132,7 +132,7 @@ class Domain:
             flags: of BlockCopy.
             format: the destination's, the source's unless told.
             granularity: bytes that are copied at once, a power of two; QEMU's own choice unless told.
-            buf_size: bytes in flight at most; QEMU's own choice unless told.
+            buf_size: bytes in flight at most; ours unless told (docs/adr/0021-in-flight.md).
             resume: go on with the copy to `dest` that was cancelled or lost: only what it lacks is moved.
 
         Raises:

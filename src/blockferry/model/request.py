@@ -148,7 +148,7 @@ class StartCopy(_Request, frozen=True, kw_only=True, tag="copy"):
     """Start a block copy.
 
     `base` is an image of the chain that the copy is to back onto, None for a whole copy. `format` None is the source's;
-    `bandwidth` bytes per second, 0 for no limit; `granularity` and `buf_size` bytes, None for QEMU's. `flags` are BlockCopy's.
+    `bandwidth` bytes per second, 0 for no limit; `granularity` (None for QEMU's) and `buf_size` (None for ours) bytes. `flags` are BlockCopy's.
     `resume` goes on with the copy to `dest` that was cancelled or lost.
     """
 
