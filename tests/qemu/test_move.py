@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,8 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.move import Move
 from blockferry.model.view import Event
-from blockferry.service import Service
+from blockferry.qemu.copier import AT_WORK_WORKERS, WORKERS, FileCopy
+from blockferry.service import Service, mover
 from blockferry.testing import Fault, FaultKind, FaultyNbdServer, QemuBinaries, blockdev_disk, make_image, write_pattern
 
 
@@ -67,6 +69,31 @@ async def test_mirrors_share_what_is_in_flight(qemu: QemuBinaries, tmp_path: Pat
                 folder = tmp_path / f"dst{len(rig.in_flight())}"
                 folder.mkdir()
                 begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(folder), strategy="mirror", verify="none"))
+                assert (await over(rig, begun.operation)).state == "done"
+
+
+async def test_what_is_copied_outside_qemu_makes_way_too(
+    qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fewer threads; how many each copy had is heard on the way."""
+    copies: list[int] = []
+
+    class Heard(FileCopy):
+        def __init__(self, *args: Any, workers: int, **more: Any) -> None:
+            copies.append(workers)
+            super().__init__(*args, workers=workers, **more)
+
+    monkeypatch.setattr(mover, "FileCopy", Heard)
+    async with open_rig(qemu, tmp_path, paused=True) as rig:
+        assert (await moved(rig, strategy="offload", verify="none")).state == "done"
+        assert copies == [WORKERS] * 3
+        async with rig.working("sda"), asyncio.timeout(60):
+            while copies[-3:] != [AT_WORK_WORKERS] * 3:  # as above
+                folder = tmp_path / f"dst{len(copies)}"
+                folder.mkdir()
+                begun = await rig.ask(
+                    ask.MoveStorage(domain="vm1", dest=str(folder), strategy="offload", verify="none")
+                )
                 assert (await over(rig, begun.operation)).state == "done"
 
 

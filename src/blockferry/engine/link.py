@@ -174,6 +174,17 @@ class Link:
         """
         return await self._asked(self._look)
 
+    async def observe_work(self, seen: Observation) -> Observation:
+        """The same observation, with the disks that the guest is working on now.
+
+        Args:
+            seen: the domain as observed.
+
+        Raises:
+            GuestGone, QmpTimeout, QmpUnreachable, QmpBusy: see `observe`.
+        """
+        return await self._asked(lambda: self._looking().work(seen))
+
     async def jobs(self) -> dict[str, Job]:
         """The jobs now, and nothing else: a whole look takes five times as much of the thread in which QEMU copies.
 

@@ -31,6 +31,8 @@ REGION_BYTES_MIN, REGION_BYTES_MAX = 4 << 20, 1 << 30
 BLOCK_BYTES = 1 << 20
 # Two were as fast as more on two cores; more keep a storage busy that answers slowly.
 WORKERS = 4
+# Beside more of them a guest that is at work waits for its processors: docs/adr/0021-in-flight.md.
+AT_WORK_WORKERS = 1
 # Once so much has been written it is synced and handed on, while the copying goes on: what a crash costs.
 SYNC_BYTES = 16 << 20
 # Who waits for a limit looks this often whether he is to stop.
@@ -85,6 +87,7 @@ class FileCopy:
         claim: device and inode of that one.
         done: regions that are on disk already, from before.
         throttles: limits that hold for it.
+        workers: how many threads copy at once, at most.
     """
 
     def __init__(
@@ -96,10 +99,12 @@ class FileCopy:
         *,
         done: Iterable[Region] = (),
         throttles: tuple[Throttle, ...] = (),
+        workers: int = WORKERS,
     ) -> None:
         self._source, self._stamp, self._file, self._claim = source, stamp, file, claim
         self._done = tuple(done)
         self._throttles = throttles
+        self._workers = workers
         self._stop = threading.Event()
         self._ending = threading.Lock()
         self._counting = threading.Lock()
@@ -179,7 +184,7 @@ class FileCopy:
 
         workers = [
             asyncio.ensure_future(apart(self._work, source, copy, starts, step, hand_on))
-            for _each in range(min(WORKERS, len(missing)))
+            for _each in range(min(self._workers, len(missing)))
         ]
         for worker in workers:
             worker.add_done_callback(over.put_nowait)

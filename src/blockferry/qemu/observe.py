@@ -44,24 +44,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     slot: int | None = None
 
 
-async def observe_work(session: Session, seen: Observation) -> Observation:
-    """The same observation, with the disks that the guest has read or written within the last quarter of a second.
-
-    `idle_time_ns` of query-blockstats (QEMU's QAPI, BlockDeviceStats): it is not there before the first request.
-
-    Args:
-        session: to its QEMU.
-        seen: the domain as observed.
-
-    Raises:
-        CommandRefused, LostReply: as `Session.execute`.
-    """
-    answer = await session.execute("query-blockstats")
-    idle = {each.get("qdev"): each["stats"].get("idle_time_ns", AT_WORK_NS) for each in answer}
-    at_work = (disk.target for disk in seen.disks if idle.get(disk.drive, AT_WORK_NS) < AT_WORK_NS)
-    return msgspec.structs.replace(seen, at_work=frozenset(at_work))
-
-
 class Observer:
     """Observes one domain; keeps only what can't change (capabilities, plugged devices).
 
@@ -92,6 +74,22 @@ class Observer:
             self._fixed["capabilities"] = found
         capabilities: Capabilities = self._fixed["capabilities"]
         return capabilities
+
+    async def work(self, seen: Observation) -> Observation:
+        """The same observation, with the disks that the guest has read or written within the last quarter of a second.
+
+        `idle_time_ns` of query-blockstats (QEMU's QAPI, BlockDeviceStats): it is not there before the first request.
+
+        Args:
+            seen: the domain as observed.
+
+        Raises:
+            LostReply: the connection broke.
+        """
+        answer = await self._session.execute("query-blockstats")
+        idle = {each.get("qdev"): each["stats"].get("idle_time_ns", AT_WORK_NS) for each in answer}
+        at_work = (disk.target for disk in seen.disks if idle.get(disk.drive, AT_WORK_NS) < AT_WORK_NS)
+        return msgspec.structs.replace(seen, at_work=frozenset(at_work))
 
     async def observe(self, domain: str) -> Observation:
         """Everything that a plan is made from.

@@ -20,7 +20,6 @@ from blockferry.plan import resume as resumption
 from blockferry.plan.destinations import Files, is_uri
 from blockferry.plan.disks import find_disk
 from blockferry.qemu.nbd import inspect
-from blockferry.qemu.observe import observe_work
 from blockferry.qemu.tool import ImageError
 from blockferry.service.desk import Desk, require_bandwidth, require_path
 from blockferry.service.usage import look_up
@@ -43,7 +42,7 @@ class Jobs:
         if not is_uri(request.dest):
             require_path(request.dest)
         async with self._desk.writing(request.domain) as (keeper, observed):
-            seen = await observe_work(await keeper.connect(), observed)
+            seen = await keeper.observe_work(observed)
             wish = copying.understand(request.domain, seen, request)
             if request.resume:
                 return await self._resume(keeper, seen, request, wish)

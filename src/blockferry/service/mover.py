@@ -36,8 +36,7 @@ from blockferry.plan.placement import PAUSE_MS
 from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
 from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
-from blockferry.qemu.copier import CopyFailed, FileCopy, Throttle, settled
-from blockferry.qemu.observe import observe_work
+from blockferry.qemu.copier import AT_WORK_WORKERS, WORKERS, CopyFailed, FileCopy, Throttle, settled
 from blockferry.qemu.paths import aliases
 from blockferry.service.desk import Desk
 from blockferry.service.storages import Storages
@@ -146,17 +145,27 @@ class Mover:
         new = {layer.source: await settled(layer.source) for layer in missing if layer.source not in move.stamps}
         if new:
             self._keep(msgspec.structs.replace(self._move, stamps={**self._move.stamps, **new}))
+        workers = AT_WORK_WORKERS if await self._guest_is_at_work(move) else WORKERS
         for layer in missing:
-            await self._copy_layer(self._move, layer)
+            await self._copy_layer(self._move, layer, workers)
 
-    async def _copy_layer(self, move: Move, layer: Layer) -> None:
+    async def _guest_is_at_work(self, move: Move) -> bool:
+        """Whether it reads or writes what is moved; not of one that can't be asked: copying goes on without it."""
+        keeper = self._desk.keeper(move.domain)
+        try:
+            seen = await keeper.observe_work(await keeper.observe())
+        except errors.BlockferryError:
+            return False
+        return not seen.at_work.isdisjoint(move.targets)
+
+    async def _copy_layer(self, move: Move, layer: Layer, workers: int) -> None:
         journal, stamp = self._desk.journal, move.stamps[layer.source]
         claim = journal.claim(move.operation, layer.file)
         if claim is None:
             raise CopyFailed(f"{layer.file} is not there any more")
         done = journal.regions(move.operation, layer.file)
         throttles = (self._throttle, await self._storages.throttle(layer.file))
-        copy = FileCopy(layer.source, stamp, layer.file, claim, done=done, throttles=throttles)
+        copy = FileCopy(layer.source, stamp, layer.file, claim, done=done, throttles=throttles, workers=workers)
         self.copying_to = layer.file
         began = time.monotonic()
         ticker = asyncio.ensure_future(self._tick(move, layer, copy))
@@ -208,7 +217,7 @@ class Mover:
             number, names = self._desk.names()
             plan = plan_mirrors(
                 move,
-                await observe_work(await keeper.connect(), seen),
+                await keeper.observe_work(seen),
                 disks,
                 names=names,
                 files=await look_up(self._desk, keeper, seen, paths, {}),
