@@ -104,9 +104,12 @@ class NoRoom(Refused):
 
 @dataclass(eq=False)
 class DuplicateFile(Refused):
-    """Two disks of one request were given the same file."""
+    """Two images of one request are the same file: as named, or by the names that they get unless told."""
 
     path: str
     code = "duplicate-file"
     exit_status = 38
-    template = "{path} is named twice in this request. Nothing was done."
+    template = (
+        "{path} is named twice in this request, or is what two of its images would be called. Nothing was done. Name another "
+        "file for one of them (TARGET=FILE)."
+    )
