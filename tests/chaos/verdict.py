@@ -86,11 +86,16 @@ async def require_settled(service: Service) -> set[str]:
     return {each.state for each in listed.operations}
 
 
-async def require_nothing_left(service: Service, world: World, seen: Look) -> None:
-    """No node, job or bitmap of ours but those of a chain or of a job that works."""
+async def require_nothing_left(service: Service, world: World, seen: Look, *, flushless: bool = False) -> None:
+    """No node, job or bitmap of ours but those of a chain or of a job that works.
+
+    Where a destination can't be flushed QEMU does not reopen it: what was put under it stays there until its mirror ends.
+    """
     listed = await jobs(service)
     working = [job for job in listed.values() if job.state in WORKING]
     files = {image.file for disk in seen.shown.disks for image in disk.chain} | {job.dest for job in working}
+    if flushless:
+        files |= {str(path) for job in working for path in Path(job.dest).parent.iterdir()}
     for node in await world.command("query-named-block-nodes", {"flat": True}):
         # A format node that was opened without its backing is shown as json:{...} with the file name inside.
         if node["node-name"].startswith(OURS) and node["drv"] in ("file", "qcow2", "raw"):

@@ -17,16 +17,18 @@ from blockferry.plan.verb import Verb
 class AddNode(Verb, frozen=True, kw_only=True, tag="add-node"):
     """blockdev-add with these options (QAPI BlockdevOptions); the driver is always named.
 
-    The file below is opened with it, under a name of its own, and closed with it.
+    The file below is opened with it, under a name of its own, and closed with it. `may_stay`: what is under a mirror's destination
+    does no harm when it can't be closed before that one (see SetBacking.undo); it is closed with what is left over.
     """
 
     alongside: ClassVar[bool] = True
     node: str
     options: dict[str, Any]
+    may_stay: bool = False
 
     def undo(self) -> tuple[Step, ...]:
         """Close it."""
-        return (RemoveNode(node=self.node),)
+        return (RemoveNode(node=self.node, if_unused=self.may_stay),)
 
     @property
     def text(self) -> str:

@@ -204,7 +204,7 @@ def _give_backing(disk: Disk, mirror: Mirror, names: Names, bases: tuple[ImageFa
         options = {"driver": base.format, "file": file, "read-only": True}
         if base.format == "qcow2":
             options["backing"] = below
-        steps.append(AddNode(node=node, options=options))
+        steps.append(AddNode(node=node, options=options, may_stay=True))
         below = node
     return [*steps, _backing(mirror, names.of(mirror.target, "y0"))]
 
