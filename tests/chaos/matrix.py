@@ -404,7 +404,7 @@ async def lives(
             if "undone" in states and not operation.alone:
                 assert world.files() - files == set(), "files are left of what was undone"
         await require_agreement(world, seen)
-        await require_nothing_left(service, world, seen, flushless=flushless)
+        await require_nothing_left(service, world, seen, flushless=operation.moves and flushless)
         if await forgot_a_filter(service, world):
             return None
         if operation.moves and flushless:

@@ -86,6 +86,22 @@ async def require_settled(service: Service) -> set[str]:
     return {each.state for each in listed.operations}
 
 
+async def under(world: World, dests: set[str]) -> set[str]:
+    """The nodes that mirrors' destinations stand on, by QEMU's graph."""
+    graph = await world.command("x-debug-query-block-graph")
+    names = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    below: dict[str, set[str]] = {}
+    for edge in graph["edges"]:
+        if edge["parent"] in names:
+            below.setdefault(names[edge["parent"]], set()).add(names[edge["child"]])
+    nodes = await world.command("query-named-block-nodes", {"flat": True})
+    found: set[str] = set()
+    new = {node["node-name"] for node in nodes if any(dest in node["file"] for dest in dests)}
+    while new := {child for name in new for child in below.get(name, ())} - found:
+        found |= new
+    return found
+
+
 async def require_nothing_left(service: Service, world: World, seen: Look, *, flushless: bool = False) -> None:
     """No node, job or bitmap of ours but those of a chain or of a job that works.
 
@@ -94,10 +110,11 @@ async def require_nothing_left(service: Service, world: World, seen: Look, *, fl
     listed = await jobs(service)
     working = [job for job in listed.values() if job.state in WORKING]
     files = {image.file for disk in seen.shown.disks for image in disk.chain} | {job.dest for job in working}
-    if flushless:
-        files |= {str(path) for job in working for path in Path(job.dest).parent.iterdir()}
+    stays = await under(world, {job.dest for job in working}) if flushless else set()
     for node in await world.command("query-named-block-nodes", {"flat": True}):
         # A format node that was opened without its backing is shown as json:{...} with the file name inside.
+        if node["node-name"] in stays:
+            continue
         if node["node-name"].startswith(OURS) and node["drv"] in ("file", "qcow2", "raw"):
             assert any(file in node["file"] for file in files), f"{node['node-name']} ({node['file']}) is left over"
         for bitmap in node.get("dirty-bitmaps", ()):
