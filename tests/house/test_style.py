@@ -17,6 +17,7 @@ MAY_SLEEP = {
     "engine/executor.py": "an image's lock may be held a moment longer by a process that ends, and nobody says when",
     "engine/keeper.py": "nobody says when a guest's agent that did not thaw its file systems would answer again",
     "hostprocess.py": "flock(2) waits without a bound, or not at all",
+    "engine/filling.py": "a server is asked to flush a moment after it has, and nobody says how much it has got since",
     "engine/progress.py": "samples a job's progress once a second",
     "interfaces/api/events.py": "sleep(0): one turn of the loop",
     "interfaces/daemon.py": "looks once a second whether it is idle",

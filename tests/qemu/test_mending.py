@@ -31,9 +31,9 @@ class Chain:
         self.qemu, self.folder = qemu, folder
         base = make_image(qemu, folder / "base.raw", "raw", MIB)
         self.between = folder / "s1"
-        self.between.write_bytes(empty_image(MIB, str(base), "raw"))
+        self.make(self.between, base, "raw")
         self.top = folder / "a-longer-name-than-that-of-s1"
-        self.top.write_bytes(empty_image(MIB, str(self.between), "qcow2"))
+        self.make(self.top, self.between, "qcow2")
         self.images = Images(qemu_img=str(qemu.img))
         self.renamed = Renamed(path=str(self.top), was=(str(self.between), "qcow2"), becomes=(str(base), "raw"))
         self.before = self.top.read_bytes()
@@ -41,6 +41,10 @@ class Chain:
         self.after = self.top.read_bytes()
         assert self.before[:SECTOR] != self.after[:SECTOR], "the length of the name, and the format"
         assert self.before[SECTOR : 2 * SECTOR] != self.after[SECTOR : 2 * SECTOR], "the name"
+
+    def make(self, path: Path, backing: Path, backing_format: str) -> None:
+        contents, length = empty_image(MIB, str(backing), backing_format)
+        path.write_bytes(contents.ljust(length, b"\0"))
 
     def img(self, *arguments: str) -> None:
         subprocess.run([self.qemu.img, *arguments, self.top], check=True)

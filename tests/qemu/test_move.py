@@ -468,23 +468,46 @@ async def test_to_an_export_and_to_a_device(rig: Rig) -> None:
     assert rig.holds("vdb", image, "raw")
 
 
+async def stands_before_its_server(faulty: Rig, server: FaultyNbdServer) -> view.MoveView:
+    """A move of vdb to a server that takes no writes: it stands still, and the server takes them again."""
+    await faulty.write("vdb", 0x21, 0, SIZE)
+    server.fail()
+    gate = faulty.proxy.pause_after("blockdev-mirror")
+    moving = asyncio.create_task(moved(faulty, disks={"vdb": server.uri}, format="raw", verify="none"))
+    await gate.reached()
+    async with asyncio.timeout(20):
+        while {job["status"] for job in (await faulty.qemu_jobs()).values()} != {"concluded"}:
+            pass
+    gate.release()
+    begun = await moving
+    assert (begun.state, begun.phase) == ("standing still", "mirror")
+    assert "the mirror of vdb was lost: No space left on device" in str(begun.reason)
+    server.heal()
+    return begun
+
+
+async def test_a_server_that_hangs_when_a_move_is_gone_on_with(faulty: Rig) -> None:
+    """QEMU is not told to open it: the guest would wait for it too."""
+    image = make_image(faulty.qemu, faulty.path / "exported", "raw", SIZE)
+    async with FaultyNbdServer(faulty.qemu, image, faulty.path, name="t") as server:
+        begun = await stands_before_its_server(faulty, server)
+        server.suspend()
+        last = (await faulty.ask(ask.ListEvents(since=2**62))).last
+        await faulty.ask(ask.ResumeOperation(operation=begun.operation))
+        again = await over(faulty, begun.operation, last)
+        assert (again.state, again.phase) == ("standing still", "mirror")
+        assert f"{server.uri} can't be a destination: its server gave no answer within 2 s" in str(again.reason)
+        await faulty.write("vdb", 0x22, 0, SIZE)
+        server.resume()
+        await faulty.ask(ask.CancelOperation(operation=begun.operation))
+        assert await faulty.chain("vdb") == [str(faulty.source("vdb"))]
+
+
 async def test_a_destination_that_takes_no_writes_is_not_tried_for_ever(faulty: Rig) -> None:
     """Its mirror is lost before anybody waits for it: the move stands still, and says why; gone on with, it is tried again."""
     image = make_image(faulty.qemu, faulty.path / "exported", "raw", SIZE)
     async with FaultyNbdServer(faulty.qemu, image, faulty.path, name="t") as server:
-        await faulty.write("vdb", 0x21, 0, SIZE)
-        server.fail()
-        gate = faulty.proxy.pause_after("blockdev-mirror")
-        moving = asyncio.create_task(moved(faulty, disks={"vdb": server.uri}, format="raw", verify="none"))
-        await gate.reached()
-        async with asyncio.timeout(20):
-            while {job["status"] for job in (await faulty.qemu_jobs()).values()} != {"concluded"}:
-                pass
-        gate.release()
-        begun = await moving
-        assert (begun.state, begun.phase) == ("standing still", "mirror")
-        assert "the mirror of vdb was lost: No space left on device" in str(begun.reason)
-        server.heal()
+        begun = await stands_before_its_server(faulty, server)
         last = (await faulty.ask(ask.ListEvents(since=2**62))).last
         await faulty.ask(ask.ResumeOperation(operation=begun.operation))
         assert (await over(faulty, begun.operation, last)).state == "done"

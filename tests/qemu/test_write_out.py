@@ -12,6 +12,7 @@ from rig import SIZE, Rig
 from blockferry.model import request as ask
 from blockferry.qemu import flusher
 from blockferry.qemu.process import born, ends
+from blockferry.testing import make_image
 from blockferry.testing.trace import strace
 
 SLOW = 256 << 10  # bytes a second: it would take a minute
@@ -56,6 +57,35 @@ async def test_while_it_is_filled_and_no_longer(rig: Rig, way: str) -> None:
     if way == "nobody looks any more":
         await rig.reopen_service()
         assert (await comes())[1] == files, "whoever goes on with it sees to it again"
+
+
+@pytest.mark.parametrize("way", ["copy", "move"])
+async def test_an_export_of_a_server_that_takes_several_clients_is_flushed_meanwhile(
+    rig: Rig, tmp_path: Path, way: str
+) -> None:
+    """Again and again, over a connection of ours: QEMU has it flushed once, when it is full."""
+    trace = tmp_path / "trace"
+    os.mkfifo(trace)
+    await rig.write("vda", 0x60, 0, SIZE)
+    async with rig.server(make_image(rig.qemu, rig.path / "exported", "raw", SIZE)) as server:
+        attached = [*strace(trace, "fdatasync")[:-1], "-p", str(server.pid)]
+        tracer = await asyncio.create_subprocess_exec(*attached)
+        with await asyncio.to_thread(trace.open) as calls:
+            asked = (line for line in calls if "fdatasync(" in line)
+            if way == "copy":
+                await rig.copy("vda", server.uri, format="raw", bandwidth=SLOW)
+            else:
+                await rig.ask(
+                    ask.MoveStorage(
+                        domain="vm1", dest=str(rig.dst), disks={"vda": server.uri}, format="raw", bandwidth=SLOW
+                    )
+                )
+            async with asyncio.timeout(WAIT_SECONDS):
+                assert await asyncio.to_thread(lambda: [bool(next(asked, "")) for _time in range(2)]) == [True] * 2
+            assert beside() == {}, "a server is asked by ourselves"
+            tracer.terminate()
+            await tracer.wait()
+        await rig.service.close()
 
 
 def test_it_ends_with_whoever_began_it(tmp_path: Path) -> None:

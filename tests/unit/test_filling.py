@@ -88,3 +88,27 @@ async def test_what_lies_in_memory_has_nothing_to_be_written_out(monkeypatch: py
     assert kept.said == [("begin", ("/c",))]
     kept.now()
     await asyncio.gather(*kept.tasks)
+
+
+async def test_an_export_is_flushed_until_it_is_full_or_its_server_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: asyncio.Queue[str] = asyncio.Queue()
+    answers: asyncio.Queue[str | None] = asyncio.Queue()
+
+    async def flushes(uri: str, _seconds: float) -> str | None:
+        flushed.put_nowait(uri)
+        return await answers.get()
+
+    monkeypatch.setattr(filling, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(filling, "pause_after", lambda _seconds: 0.0)
+    monkeypatch.setattr(filling, "flushes", flushes)
+    kept = Kept(monkeypatch)
+    kept.now("nbd://h/x")
+    for answer in (None, None, "it can't flush"):
+        assert await flushed.get() == "nbd://h/x"
+        answers.put_nowait(answer)
+    for _turn in range(20):
+        await asyncio.sleep(0)
+    kept.now()
+    await asyncio.gather(*kept.tasks)
+    assert flushed.empty()
+    assert kept.said == [("begin", ()), ("close", ())]

@@ -116,9 +116,11 @@ class Keeper(Link):
         self._fills.look()
 
     def _filling(self) -> frozenset[str]:
-        """The files of copies that lack something of their disks."""
+        """The files of copies that lack something of their disks, and the exports that we may use beside QEMU."""
         copies = (job.copy for job in self.active() if job.job not in self._said_ready)
-        return frozenset(copy.file for copy in copies if copy is not None and copy.file.startswith("/"))
+        return frozenset(
+            copy.file for copy in copies if copy is not None and (copy.file.startswith("/") or copy.multi_conn)
+        )
 
     async def close(self) -> None:
         """Let go; the guest and its jobs go on."""

@@ -307,7 +307,7 @@ def _check_destination(wish: Wish, files: Files) -> tuple[str, str] | None:
     if is_uri(wish.file):
         if wish.file in files.users:
             raise errors.ImageUnsuitable(path=wish.file, reason=f"it is in use: {files.users[wish.file]}")
-        _check_export(wish, files)
+        dest.require_export(wish.file, files, wish.disk.active.virtual_size)
         return backing
     fact = files.facts[wish.file]
     if any(files.facts[image.file].is_same(fact) for image in disk.chain if image.file in files.facts):
@@ -322,20 +322,6 @@ def _check_destination(wish: Wish, files: Files) -> tuple[str, str] | None:
         raise errors.DestinationUnusable(path=wish.file, reason=f"it has {fact.size} bytes, and the disk has {size}")
     dest.Room().take(fact, needed_bytes(wish, files))
     return backing
-
-
-def _check_export(wish: Wish, files: Files) -> None:
-    """Refuse an export by what its server says; the step RequireSize looks again at what QEMU has opened."""
-    export = files.exports.get(wish.file)
-    size = wish.disk.active.virtual_size
-    if export is None:
-        return
-    if export.problem:
-        raise errors.DestinationUnusable(path=wish.file, reason=export.problem)
-    if export.size not in (None, size):
-        raise errors.DestinationUnusable(
-            path=wish.file, reason=f"it has {export.size} bytes, and the disk has {size}: a copy is of the same size"
-        )
 
 
 def needed_bytes(wish: Wish, files: Files) -> int:

@@ -190,6 +190,32 @@ def require_size_of(own: ImageFact, base: Image) -> None:
         )
 
 
+def require_export(uri: str, files: Files, size: int) -> None:
+    """Refuse an export by what its server says; the step RequireSize looks again at what QEMU has opened.
+
+    Raises:
+        DestinationUnusable: something is wrong with it, or it is of another size.
+    """
+    export = files.exports.get(uri)
+    if export is None:
+        return
+    if export.problem:
+        raise errors.DestinationUnusable(path=uri, reason=export.problem)
+    require_same_size(uri, export.size, size)
+
+
+def require_same_size(path: str, found: int | None, size: int) -> None:
+    """Refuse a destination without a format of `found` bytes, None for unknown, for a disk of `size`.
+
+    Raises:
+        DestinationUnusable: it is of another size.
+    """
+    if found not in (None, size):
+        raise errors.DestinationUnusable(
+            path=path, reason=f"it has {found} bytes, and the disk has {size}: a copy is of the same size"
+        )
+
+
 def same_file(one: str, other: str) -> bool:
     """Whether two names say the same image; links are resolved by whoever looked the files up."""
     return one == other or os.path.normpath(one) == os.path.normpath(other)

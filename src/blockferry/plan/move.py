@@ -82,7 +82,7 @@ def plan_mirrors(
         seen: the domain as observed.
         disks: those that no mirror works for.
         names: of nodes and jobs.
-        files: of the destinations.
+        files: of the destinations, and the exports.
         claimed: destinations that the move has created before.
         speeds: target -> bytes per second, 0 for no limit.
 
@@ -144,9 +144,11 @@ def open_destinations(
         # Who has asked for the guest's writes to be held has no use for a copy that makes way for them.
         at_work = moved.target in seen.at_work and not move.converge
         buffer = dest.buffer_of(moved.file, disk.active.virtual_size, together, at_work=at_work)
-        mirror = _mirror(move, moved, disk, names, buffer)
+        mirror = _mirror(move, moved, disk, names=names, files=files, buffer=buffer)
         like = seen.graph.nodes[seen.graph.protocol(disk.active.node)]
         if is_uri(moved.file):
+            # Asked again: QEMU, and the guest with it, would wait for a server that hangs by now.
+            dest.require_export(moved.file, files, disk.active.virtual_size)
             steps += open_export(mirror, disk)
         else:
             made_before = moved.file in claimed
@@ -176,7 +178,10 @@ def require_unchanged(move: Move, moved: MovedDisk, seen: Observation) -> Disk:
     return disk
 
 
-def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names, buffer: Mapping[str, int]) -> Mirror:
+def _mirror(
+    move: Move, moved: MovedDisk, disk: Disk, *, names: Names, files: Files, buffer: Mapping[str, int]
+) -> Mirror:
+    export = files.exports.get(moved.file)
     return Mirror(
         domain=move.domain,
         target=moved.target,
@@ -195,6 +200,7 @@ def _mirror(move: Move, moved: MovedDisk, disk: Disk, names: Names, buffer: Mapp
         backing_format=moved.backing_format,
         stands_for=moved.chain[1] if moved.backing is not None else None,
         options={**buffer, **({"copy-mode": "write-blocking"} if move.converge else {})},
+        multi_conn=export is not None and export.multi_conn,
     )
 
 

@@ -340,21 +340,17 @@ def _check(
 def _check_mirrored(disk: MovedDisk, placed: Placed, files: Files, apart: Apart, room: Room) -> None:
     size = placed.disk.active.virtual_size
     if is_uri(disk.file):
-        export = files.exports.get(disk.file)
         if disk.file in files.users:
             raise errors.ImageUnsuitable(path=disk.file, reason=f"it is in use: {files.users[disk.file]}")
-        if export is not None and export.problem:
-            raise errors.DestinationUnusable(path=disk.file, reason=export.problem)
-        found = export.size if export is not None else None
+        dest.require_export(disk.file, files, size)
     else:
         fact = files.facts[disk.file]
         apart.add(fact)
         dest.require_new(fact, files.users)
         copied = placed.disk.chain[:1] if placed.below else placed.disk.chain
         room.take(fact, sum(files.facts[image.file].allocated for image in copied if image.file in files.facts))
-        found = fact.size if fact.kind == "block" and disk.file_format == "raw" else None
-    if found not in (None, size):
-        raise errors.DestinationUnusable(path=disk.file, reason=f"it has {found} bytes, and the disk has {size}")
+        if fact.kind == "block" and disk.file_format == "raw":
+            dest.require_same_size(disk.file, fact.size, size)
 
 
 # --- the operations -------------------------------------------------------------------------------------------

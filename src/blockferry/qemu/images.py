@@ -509,12 +509,13 @@ def _create(
             # Nothing of a destination that is made anew is kept; of one that was just claimed there is nothing.
             os.ftruncate(descriptor, 0)
             if image_format == "qcow2":
-                contents = empty_image(size, backing, backing_format)
+                contents, length = empty_image(size, backing, backing_format)
                 # Done twice it writes the same: nobody else has opened it yet.
                 if os.pwrite(descriptor, contents, 0) != len(contents):
                     raise ImageError(f"{path}: {os.strerror(errno.ENOSPC)}")
             else:
-                os.ftruncate(descriptor, size)
+                length = size
+            os.ftruncate(descriptor, length)
             os.fdatasync(descriptor)
             return image_format == "qcow2" or _all_hole(descriptor)
     except (OSError, ValueError) as error:

@@ -15,6 +15,9 @@ CLUSTER = 1 << CLUSTER_BITS
 # An L2 table has 8192 entries of 8 bytes: one L1 entry stands for 512 MiB.
 L1_ENTRY_BYTES = CLUSTER // 8 * CLUSTER
 REFCOUNT_ORDER = 4  # 16 bits
+# So many L2 tables, of 64 GiB of the disk, are there from the beginning: docs/adr/0022-tables-before-use.md.
+TABLES_MAX = 128
+_COPIED = 1 << 63  # of an L1 entry: its table has a refcount of one
 HEADER_BYTES = 112
 # Extensions: a type, a length, and data filled up to eight bytes.
 _BACKING_FORMAT, _FEATURE_NAMES, _END = 0xE2792ACA, 0x6803F857, 0
@@ -37,8 +40,8 @@ _HEADER = struct.Struct(">4sIQIIQIIQQIIQ QQQ II 8x")
 _NAME = struct.Struct(">BB46s")
 
 
-def empty_image(size: int, backing: str | None, backing_format: str | None) -> bytes:
-    """The bytes of an empty image, from its beginning to its last table.
+def empty_image(size: int, backing: str | None, backing_format: str | None) -> tuple[bytes, int]:
+    """The bytes of an empty image from its beginning on, and how long its file is: what follows are holes, its empty L2 tables.
 
     Args:
         size: virtual size in bytes, a multiple of 512.
@@ -60,8 +63,8 @@ def empty_image(size: int, backing: str | None, backing_format: str | None) -> b
     if l1_entries * 8 > L1_BYTES_MAX:
         raise ValueError(f"a qcow2 has at most {L1_BYTES_MAX // 8 * L1_ENTRY_BYTES} bytes, not {size}")
     l1_clusters = max(1, -(-l1_entries * 8 // CLUSTER))
-    # Clusters in their order: the header, the refcount table, its one block, the L1 table.
-    used = 3 + l1_clusters
+    # Clusters in their order: the header, the refcount table, its one block, the L1 table, the L2 tables.
+    tables = range(3 + l1_clusters, 3 + l1_clusters + min(l1_entries, TABLES_MAX))
     header = _HEADER.pack(
         b"QFI\xfb",
         3,
@@ -84,8 +87,9 @@ def empty_image(size: int, backing: str | None, backing_format: str | None) -> b
     )
     first = (header + extensions + name).ljust(CLUSTER, b"\0")
     table = struct.pack(">Q", 2 * CLUSTER).ljust(CLUSTER, b"\0")
-    block = (b"\0\1" * used).ljust(CLUSTER, b"\0")
-    return first + table + block + bytes(l1_clusters * CLUSTER)
+    block = (b"\0\1" * tables.stop).ljust(CLUSTER, b"\0")
+    l1 = b"".join(struct.pack(">Q", _COPIED | number * CLUSTER) for number in tables)
+    return first + table + block + l1.ljust(l1_clusters * CLUSTER, b"\0"), tables.stop * CLUSTER
 
 
 def _extension(kind: int, data: bytes) -> bytes:

@@ -37,6 +37,7 @@ from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
 from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
 from blockferry.qemu.copier import AT_WORK_WORKERS, WORKERS, CopyFailed, FileCopy, Throttle, settled
+from blockferry.qemu.nbd import inspect
 from blockferry.qemu.paths import aliases
 from blockferry.service.desk import Desk
 from blockferry.service.storages import Storages
@@ -213,6 +214,8 @@ class Mover:
             # One that was lost since is not begun again and again: whoever has looked at its storage says when.
             self._require_none_lost(move, tuple(disk for disk in disks if disk.target in self._mirrored))
             paths = tuple(disk.file for disk in disks if not is_uri(disk.file))
+            files = await look_up(self._desk, keeper, seen, paths, {})
+            exports = {disk.file: await inspect(disk.file) for disk in disks if is_uri(disk.file)}
             claimed = {path for path, *_made in self._desk.journal.claims(move.domain, move.operation)}
             number, names = self._desk.names()
             plan = plan_mirrors(
@@ -220,7 +223,7 @@ class Mover:
                 await keeper.observe_work(seen),
                 disks,
                 names=names,
-                files=await look_up(self._desk, keeper, seen, paths, {}),
+                files=msgspec.structs.replace(files, exports=exports),
                 claimed=frozenset(claimed),
                 speeds=await self._speeds(move, disks),
             )
