@@ -402,6 +402,8 @@ class Keeper(Link):
             if not self.runner.in_window:
                 work.cancel()
             await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # recorded; who was cancelled has no use for it
             raise
 
     def _see_to_thawing(self) -> None:
