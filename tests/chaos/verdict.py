@@ -112,9 +112,9 @@ async def require_nothing_left(service: Service, world: World, seen: Look, *, fl
     files = {image.file for disk in seen.shown.disks for image in disk.chain} | {job.dest for job in working}
     stays = await under(world, {job.dest for job in working}) if flushless else set()
     for node in await world.command("query-named-block-nodes", {"flat": True}):
-        # A format node that was opened without its backing is shown as json:{...} with the file name inside.
         if node["node-name"] in stays:
             continue
+        # A format node that was opened without its backing is shown as json:{...} with the file name inside.
         if node["node-name"].startswith(OURS) and node["drv"] in ("file", "qcow2", "raw"):
             assert any(file in node["file"] for file in files), f"{node['node-name']} ({node['file']}) is left over"
         for bitmap in node.get("dirty-bitmaps", ()):

@@ -104,7 +104,8 @@ async def test_an_export_is_flushed_until_it_is_full_or_its_server_does_not(monk
     kept = Kept(monkeypatch)
     kept.now("nbd://h/x")
     for answer in (None, None, "it can't flush"):
-        assert await flushed.get() == "nbd://h/x"
+        async with asyncio.timeout(10):
+            assert await flushed.get() == "nbd://h/x"
         answers.put_nowait(answer)
     for _turn in range(20):
         await asyncio.sleep(0)
