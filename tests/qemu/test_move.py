@@ -327,6 +327,18 @@ async def test_chains_are_kept_with_their_snapshots(rig: Rig) -> None:
         assert rig.holds(disk.target, Path(disk.dest), disk.format)
 
 
+async def test_mirrors_begin_with_a_move_that_copies_nothing_else(faulty: Rig) -> None:
+    """In one operation: where one can't be started, nothing has happened."""
+    before = await faulty.state()
+    faulty.proxy.inject(Fault("blockdev-mirror", FaultKind.ERROR))
+    with pytest.raises(errors.OperationFailed, match="every disk is on the image that it was on"):
+        await moved(faulty, strategy="mirror", chain="flatten", verify="none")
+    assert await faulty.state() == before
+    faulty.proxy.clear()
+    assert (await moved(faulty, strategy="mirror", chain="flatten", verify="none")).state == "done"
+    assert [what for what, _state in await faulty.operations()][-2:] == ["move", "move-pivot"]
+
+
 async def test_a_header_that_was_torn_is_copied_again(faulty: Rig) -> None:
     """As the power leaves it that fails while a copy is told what it backs onto: some sectors of the header are new."""
     await faulty.layers(2)

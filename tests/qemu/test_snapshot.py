@@ -10,6 +10,7 @@ from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model.flags import SnapshotCreate, SnapshotDelete
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
+from blockferry.qemu.images import Images
 from blockferry.testing import (
     QemuBinaries,
     blockdev_disk,
@@ -84,6 +85,31 @@ async def test_mirror_is_whole_when_the_guest_goes_over(rig: Rig) -> None:
     for target in ("vda", "sda"):
         assert rig.holds(target, rig.path / f"{target}.s1", "qcow2")
         assert rig.holds(target, rig.dst / f"{target}.s1", "qcow2")
+
+
+async def test_what_a_guest_has_written_is_flushed_before_it_waits_for_qemu_to_do_so(
+    faulty: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By snapshots and moves alike; the flush is over when the disks switch."""
+    flushed: list[tuple[frozenset[str], int]] = []
+    sync = Images.sync
+
+    def switches() -> int:
+        return sum(command == "transaction" for command, _words in faulty.proxy.log)
+
+    async def told(images: Images, paths: tuple[str, ...], readable: tuple[str, ...] = ()) -> None:
+        await sync(images, paths, readable)
+        flushed.append((frozenset(paths), switches()))
+
+    monkeypatch.setattr(Images, "sync", told)
+    await faulty.snapshot()
+    assert {*flushed} == {(frozenset(str(faulty.source(target)) for target in ALL), 0)}
+    assert switches() == 1
+    flushed.clear()
+    move = ask.MoveStorage(domain="vm1", dest=str(faulty.dst), disks={"vda": None}, strategy="offload", verify="none")
+    begun = await faulty.ask(move)
+    assert (frozenset([begun.disks[0].source]), 1) in flushed
+    assert switches() == 2
 
 
 async def test_own_backing_is_in_the_header(rig: Rig) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.engine.executor import SHORT_SYNC_SECONDS, SYNC_PASSES, Executor, until_short
+from blockferry.engine.executor import SYNC_PASSES, Executor, until_short
 from blockferry.plan.files import SyncFiles
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 
-SHORT, LONG = SHORT_SYNC_SECONDS / 2, SHORT_SYNC_SECONDS * 20
+SYNC = SyncFiles(paths=("/top",))
+SHORT, LONG = SYNC.short / 2, SYNC.short * 20
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ async def test_files_are_written_out_until_that_is_short(takes: tuple[float, ...
         now += left.pop(0)
         done += 1
 
-    await until_short(sync, lambda: now)
+    await until_short(sync, SYNC.short, lambda: now)
     assert done == passes
 
 
@@ -51,8 +52,15 @@ async def test_in_a_window_they_are_written_out_once(tmp_path: Path, in_window: 
     executor = Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm"))
     if in_window:
         executor.deadline = asyncio.get_running_loop().time() + 2.0
-    await executor.do(SyncFiles(paths=("/top",)), {})
+    await executor.do(SYNC, {})
     assert images.syncs == passes
+
+
+async def test_how_short_is_said_by_the_step(tmp_path: Path) -> None:
+    images = SlowImages()
+    patient = SyncFiles(paths=("/top",), short=LONG * 10)
+    await Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm")).do(patient, {})
+    assert images.syncs == 1
 
 
 async def test_what_can_not_be_written_out_is_not_tried_again() -> None:
@@ -64,5 +72,5 @@ async def test_what_can_not_be_written_out_is_not_tried_again() -> None:
         raise OSError("the storage is ill")
 
     with pytest.raises(OSError, match="ill"):
-        await until_short(sync)
+        await until_short(sync, SYNC.short)
     assert tried == 1

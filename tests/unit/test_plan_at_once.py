@@ -53,14 +53,16 @@ FILES = Files(
 
 def planned(move: Move = MOVE, *, running: bool = True) -> Plan:
     seen = msgspec.structs.replace(SEEN, running=running)
-    return plan_at_once(move, seen, SEEN.disks, names=Names("abcd", 7), files=FILES, snapshots=())
+    disks = tuple(zip(move.disks, SEEN.disks, strict=True))
+    return plan_at_once(move, seen, disks, names=Names("abcd", 7), files=FILES, snapshots=())
 
 
 def test_mirrors_begin_before_the_blocks_are_shared_and_the_guest_stops_last() -> None:
     plan = planned()
     kinds = [type(step) for step in plan.prepare]
-    each = [ClaimFile, CreateImage, AddNode, StartMirror, ShareBlocks]
-    assert kinds == [kind for kind in each for _target in TARGETS] + [SyncFiles]
+    opening, going = [ClaimFile, CreateImage, AddNode], [StartMirror, ShareBlocks]
+    opened, gone = ([kind for kind in each for _target in TARGETS] for each in (opening, going))
+    assert kinds == [*opened, SyncFiles, *gone, SyncFiles]
     assert {step.sync for step in plan.prepare if isinstance(step, StartMirror)} == {"none"}
     assert plan.window is not None
     assert [type(step) for step in plan.window.steps][:2] == [AwaitReady, Stop]

@@ -51,6 +51,14 @@ def test_a_bitmap_of_a_disk_is_added_while_destinations_are_opened() -> None:
     assert sizes(node("copy"), bitmap("disk"), bitmap("copy")) == [2, 1]
 
 
+def test_files_are_written_out_while_overlays_are_opened() -> None:
+    sync = SyncFiles(paths=("/disk",))
+    assert sizes(IMAGES[0], node("one"), node("two"), sync, SNAPSHOTS) == [1, 3, 1]
+    assert sizes(node("one"), sync, node("two")) == [2, 1], "whoever comes after it waits for it"
+    assert sizes(node("one"), SyncFiles(paths=("/disk",), nodes=("one",))) == [1, 1]
+    assert sizes(SNAPSHOTS, sync) == [1, 1]
+
+
 def test_every_step_is_there_once_and_in_its_order() -> None:
     prepare = (*CLAIMS, *IMAGES, node("low"), node("top", "low"), SNAPSHOTS)
     assert [pair for wave in waves(prepare) for pair in wave] == list(enumerate(prepare))

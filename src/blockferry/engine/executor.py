@@ -28,7 +28,7 @@ from blockferry.qemu.tool import ImageError
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
 # A guest that writes all the time leaves the next pass what it wrote during this one: each is a part of the one before.
-SYNC_PASSES, SHORT_SYNC_SECONDS = 4, 0.01
+SYNC_PASSES = 4
 # QEMU closes its images within this time, or is ended without.
 QUIT_SECONDS = 10.0
 # blockdev-del of a name that no node has, also of one that was closed with what stood on it (block.c, bdrv_lookup_bs); a
@@ -38,17 +38,20 @@ NO_SUCH_NODE = "Failed to find node"
 FROZEN_FROM, FROZEN_UNTIL = "frozen_from", "frozen_until"
 
 
-async def until_short(sync: Callable[[], Awaitable[None]], clock: Callable[[], float] = time.monotonic) -> None:
+async def until_short(
+    sync: Callable[[], Awaitable[None]], short: float, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Write files out, and again while that takes long: what is written meanwhile is left to the guest's pause.
 
     Args:
         sync: does it once.
+        short: seconds.
         clock: seconds.
     """
     for _pass in range(SYNC_PASSES):
         began = clock()
         await sync()
-        if clock() - began < SHORT_SYNC_SECONDS:
+        if clock() - began < short:
             break
 
 
@@ -320,7 +323,7 @@ class Executor:
             return self._images.sync(step.paths, step.readable)
 
         # In a window nobody writes meanwhile: again would only be longer.
-        await (until_short(sync) if self.deadline is None else sync())
+        await (until_short(sync, step.short) if self.deadline is None else sync())
 
     async def _flush(self, nodes: tuple[str, ...]) -> None:
         for node in nodes:

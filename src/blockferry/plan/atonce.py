@@ -12,12 +12,13 @@ import msgspec
 
 from blockferry.model.domain import Observation
 from blockferry.model.graph import Disk
-from blockferry.model.move import Move
+from blockferry.model.move import Move, MovedDisk
 from blockferry.model.snapshot import Snapshot
 from blockferry.plan.destinations import Files
 from blockferry.plan.files import ShareBlocks
 from blockferry.plan.move import going_over, open_destinations
 from blockferry.plan.plan import Names, Plan
+from blockferry.plan.snapshot import written_out
 from blockferry.plan.steps import StartMirror
 from blockferry.plan.window import plan_window
 
@@ -25,7 +26,7 @@ from blockferry.plan.window import plan_window
 def plan_at_once(
     move: Move,
     seen: Observation,
-    disks: tuple[Disk, ...],
+    disks: tuple[tuple[MovedDisk, Disk], ...],
     *,
     names: Names,
     files: Files,
@@ -36,7 +37,7 @@ def plan_at_once(
     Args:
         move: all of it; nothing of it has begun.
         seen: the domain as observed.
-        disks: its disks as observed, in the move's order.
+        disks: each as it is moved, and as it is now.
         names: of nodes and jobs.
         files: of the destinations.
         snapshots: the domain's.
@@ -44,10 +45,10 @@ def plan_at_once(
     Raises:
         Refused: any of its kinds, with nothing done.
     """
-    observed = zip(move.disks, disks, strict=True)
-    mirrors, opens = open_destinations(move, seen, observed, names=names, files=files)
+    mirrors, opens = open_destinations(move, seen, disks, names=names, files=files)
     starting = (
         *opens,
+        *written_out((disk for _moved, disk in disks), seen),
         *(StartMirror.of(mirror, "none") for mirror in mirrors),
         *(ShareBlocks(source=moved.source, file=moved.file) for moved in move.disks),
     )

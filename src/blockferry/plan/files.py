@@ -63,10 +63,12 @@ class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
     """Write files' dirty pages to disk and have their beginnings in memory: the window's flush and reads are short then.
 
     Before that, what QEMU itself still holds back of the images of `nodes`. Those of `readable` have to be: the guest is to go there.
-    Of `renamed` the header is changed after this, and mended where the power fails meanwhile.
+    Of `renamed` the header is changed after this, and mended where the power fails meanwhile. Outside a window it is done again
+    while that takes more than `short` seconds.
     """
 
     paths: tuple[str, ...]
+    short: float = 0.01
     nodes: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()
     renamed: Renamed | None = None

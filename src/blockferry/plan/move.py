@@ -97,26 +97,54 @@ def plan_mirrors(
         for layer in layers_of(move, disks)
         if layer.backing is not None
     )
-    observed = ((moved, require_unchanged(move, moved, seen)) for moved in disks)
-    mirrors, opens = open_destinations(move, seen, observed, names=names, files=files, claimed=claimed)
-    starts = [
-        StartMirror.of(
-            mirror, "full" if moved.overlay is None and moved.backing is None else "top", speeds.get(mirror.target, 0)
-        )
-        for mirror, moved in zip(mirrors, disks, strict=True)
-    ]
+    observed = tuple((moved, require_unchanged(move, moved, seen)) for moved in disks)
+    mirrors, starting = start_mirrors(move, seen, observed, names=names, files=files, claimed=claimed, speeds=speeds)
     return Plan(
         what="move-mirror",
         text=f"mirror {', '.join(f'{disk.target} to {disk.file}' for disk in disks)} (move {move.operation})",
-        prepare=(*named, *opens, *starts),
+        prepare=(*named, *starting),
         record=Record(authoritative={disk.target: disk.stands_on for disk in disks}, jobs=mirrors),
     )
+
+
+def start_mirrors(
+    move: Move,
+    seen: Observation,
+    disks: tuple[tuple[MovedDisk, Disk], ...],
+    *,
+    names: Names,
+    files: Files,
+    speeds: Mapping[str, int],
+    claimed: frozenset[str] = frozenset(),
+) -> tuple[tuple[Mirror, ...], tuple[Step, ...]]:
+    """The mirrors of some disks, and what begins them.
+
+    Args:
+        move: theirs.
+        seen: the domain as observed, with which disks are at work.
+        disks: each as it is moved, and as it is now.
+        names: of nodes and jobs.
+        files: of the destinations.
+        speeds: target -> bytes per second, 0 for no limit.
+        claimed: destinations that the move has created before.
+
+    Raises:
+        Refused: any of its kinds, with nothing done.
+    """
+    mirrors, opens = open_destinations(move, seen, disks, names=names, files=files, claimed=claimed)
+    starts = (
+        StartMirror.of(
+            mirror, "full" if moved.overlay is None and moved.backing is None else "top", speeds.get(mirror.target, 0)
+        )
+        for mirror, (moved, _disk) in zip(mirrors, disks, strict=True)
+    )
+    return mirrors, (*opens, *starts)
 
 
 def open_destinations(
     move: Move,
     seen: Observation,
-    disks: Iterable[tuple[MovedDisk, Disk]],
+    disks: tuple[tuple[MovedDisk, Disk], ...],
     *,
     names: Names,
     files: Files,
@@ -137,9 +165,8 @@ def open_destinations(
     """
     steps: list[Step] = []
     mirrors = []
-    pairs = tuple(disks)
-    together = sum(disk.active.virtual_size for _moved, disk in pairs)
-    for moved, disk in pairs:
+    together = sum(disk.active.virtual_size for _moved, disk in disks)
+    for moved, disk in disks:
         require_mirrorable(move.domain, disk, seen)
         # Who has asked for the guest's writes to be held has no use for a copy that makes way for them.
         at_work = moved.target in seen.at_work and not move.converge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -19,9 +19,10 @@ from blockferry.plan.atonce import plan_at_once
 from blockferry.plan.destinations import Apart, Files, Room, is_uri
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
 from blockferry.plan.files import ClaimFile, CreateImage
+from blockferry.plan.move import start_mirrors
 from blockferry.plan.plan import Names, Plan, Record
-from blockferry.plan.snapshot import image_steps
-from blockferry.plan.steps import AddNode, Pair, Step, TakeSnapshots
+from blockferry.plan.snapshot import image_steps, pair_of, written_out
+from blockferry.plan.steps import AddNode, Step, TakeSnapshots
 
 # What a pause takes beside what is left to be copied: stop, drain, switch and read back took 40 ms for eight disks.
 PAUSE_MS = 40.0
@@ -140,15 +141,18 @@ def plan_move(
     files: Files,
     left_out: Mapping[str, str],
     data: Mapping[str, int],
+    speeds: Mapping[str, int],
     now: float,
     shared: frozenset[str] = frozenset(),
     snapshots: tuple[Snapshot, ...] = (),
 ) -> Plan:
     """The plan of a move's beginning: overlays where disks are offloaded, and the files of what is copied outside QEMU.
 
+    Where nothing is, its mirrors begin.
+
     Args:
         domain: its name.
-        seen: the domain as observed.
+        seen: the domain as observed, with which disks are at work.
         request: what was asked for.
         placed: of `place`.
         names: of nodes and jobs.
@@ -156,6 +160,7 @@ def plan_move(
         files: of all `Placed.paths`, and the exports.
         left_out: disks that stay, with the reason.
         data: by source, the bytes of it that hold data.
+        speeds: target -> bytes per second of its mirror, 0 for no limit.
         now: seconds since the epoch, when it begins.
         shared: of those that `may_share`, the sources that can.
         snapshots: the domain's.
@@ -169,7 +174,40 @@ def plan_move(
         disks = tuple(msgspec.structs.replace(disk, overlay=None, why=SHARED) for disk in disks)
     layers = _layers(disks, placed, files)
     _check(disks, placed, layers, files, data, delete_source=request.delete_source)
-    move = Move(
+    move = _move(domain, request, disks, layers, operation=operation, now=now)
+    notes = tuple(f"{disk.target}: {disk.strategy}, {disk.why}" for disk in disks)
+    observed = tuple((disk, each.disk) for disk, each in zip(disks, placed, strict=True))
+    if at_once:
+        plan = plan_at_once(move, seen, observed, names=names, files=files, snapshots=snapshots)
+        return msgspec.structs.replace(plan, left_out=dict(left_out), notes=notes)
+    overlays = [each for each, disk in zip(placed, disks, strict=True) if disk.overlay is not None]
+    begun = () if layers else observed
+    mirrors, starting = start_mirrors(move, seen, begun, names=names, files=files, speeds=speeds)
+    return Plan(
+        what="move",
+        text=f"move {', '.join(f'{disk.target} to {disk.file} ({disk.strategy})' for disk in disks)}",
+        prepare=(*_claims(layers, placed, seen), *_overlay_steps(overlays, seen, names, files), *starting),
+        record=Record(
+            authoritative={disk.target: disk.stands_on for disk in disks},
+            formats={disk.target: "qcow2" for disk in disks if disk.overlay is not None},
+            jobs=mirrors,
+            move=move,
+        ),
+        left_out=dict(left_out),
+        notes=notes,
+    )
+
+
+def _move(
+    domain: str,
+    request: MoveStorage,
+    disks: tuple[MovedDisk, ...],
+    layers: tuple[Layer, ...],
+    *,
+    operation: int,
+    now: float,
+) -> Move:
+    return Move(
         domain=domain,
         operation=operation,
         disks=disks,
@@ -180,24 +218,6 @@ def plan_move(
         delete_source=request.delete_source,
         converge=request.converge,
         deadline=now + request.deadline if request.deadline is not None else None,
-    )
-    notes = tuple(f"{disk.target}: {disk.strategy}, {disk.why}" for disk in disks)
-    if at_once:
-        observed = tuple(each.disk for each in placed)
-        plan = plan_at_once(move, seen, observed, names=names, files=files, snapshots=snapshots)
-        return msgspec.structs.replace(plan, left_out=dict(left_out), notes=notes)
-    overlays = [each for each, disk in zip(placed, disks, strict=True) if disk.overlay is not None]
-    return Plan(
-        what="move",
-        text=f"move {', '.join(f'{disk.target} to {disk.file} ({disk.strategy})' for disk in disks)}",
-        prepare=(*_claims(layers, placed, seen), *_overlay_steps(overlays, seen, names, files)),
-        record=Record(
-            authoritative={disk.target: disk.stands_on for disk in disks},
-            formats={disk.target: "qcow2" for disk in disks if disk.overlay is not None},
-            move=move,
-        ),
-        left_out=dict(left_out),
-        notes=notes,
     )
 
 
@@ -365,10 +385,10 @@ def _claims(layers: tuple[Layer, ...], placed: tuple[Placed, ...], seen: Observa
     ]
 
 
-def _overlay_steps(placed: Iterable[Placed], seen: Observation, names: Names, files: Files) -> list[Step]:
+def _overlay_steps(placed: Sequence[Placed], seen: Observation, names: Names, files: Files) -> list[Step]:
     """Lay an overlay over each of these disks, all at one instant."""
     images: list[Step] = []
-    pairs: list[Pair] = []
+    disks = [each.disk for each in placed]
     for each in placed:
         active, target = each.disk.active, each.disk.target
         images += image_steps(
@@ -381,6 +401,6 @@ def _overlay_steps(placed: Iterable[Placed], seen: Observation, names: Names, fi
             file_node=names.of(target, "sf"),
             like=seen.graph.nodes[seen.graph.protocol(active.node)],
         )
-        pairs.append(Pair(target=target, node=active.node, overlay=names.of(target, "s"), job=names.of(target, "u")))
     steps = [step for verb in (ClaimFile, CreateImage, AddNode) for step in images if isinstance(step, verb)]
-    return [*steps, *([TakeSnapshots(pairs=tuple(pairs))] if pairs else [])]
+    taken = TakeSnapshots(pairs=tuple(pair_of(disk, names) for disk in disks))
+    return [*steps, *written_out(disks, seen), taken] if disks else []

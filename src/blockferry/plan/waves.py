@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from blockferry.plan.files import SyncFiles
 from blockferry.plan.steps import AddNode, Freeze, Step, Thaw
 from blockferry.plan.tracking import AddBitmap
 
@@ -21,7 +22,7 @@ Wave = tuple[tuple[int, Step], ...]
 def waves(prepare: Sequence[Step]) -> tuple[Wave, ...]:
     """The steps with their indices, in their order: neighbours of one verb together, unless one stands on another.
 
-    A bitmap is added while nodes are opened.
+    Beside nodes that are opened bitmaps are added, and files written out.
     """
     found: list[list[tuple[int, Step]]] = []
     for index, step in enumerate(prepare):
@@ -35,7 +36,9 @@ def waves(prepare: Sequence[Step]) -> tuple[Wave, ...]:
 def _joins(step: Step, wave: Sequence[Step]) -> bool:
     if isinstance(wave[0], Freeze):
         return not isinstance(wave[-1], Thaw)
-    # A bitmap is a disk's, and a destination that is opened nobody uses yet: neither waits for the other.
+    # A bitmap is a disk's, and files are the guest's, and what is opened nobody uses yet: neither waits for the other.
+    if isinstance(step, SyncFiles):
+        return isinstance(wave[-1], AddNode) and not step.nodes
     beside = type(step) is type(wave[-1]) or (isinstance(step, AddBitmap) and isinstance(wave[-1], AddNode))
     opened = {each.node for each in wave if isinstance(each, AddNode)}
     return step.alongside and beside and _stands_on(step) not in opened

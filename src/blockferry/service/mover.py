@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import msgspec
 
@@ -56,16 +56,17 @@ class Mover:
         desk: what the rooms share.
         operation: the move's number.
         storages: limits that all moves share.
+        mirrored: the disks whose mirrors began with the move.
     """
 
-    def __init__(self, desk: Desk, operation: int, storages: Storages) -> None:
+    def __init__(self, desk: Desk, operation: int, storages: Storages, mirrored: Iterable[str] = ()) -> None:
         self._desk = desk
         self._operation = operation
         self._storages = storages
         self._throttle = Throttle(self._move.bandwidth)
         self.copying_to: str | None = None  # what is written outside QEMU now
         self.stands = False  # whether it has given in, with the reason in the journal
-        self._mirrored: set[str] = set()  # the disks whose mirrors it has started
+        self._mirrored = set(mirrored)
 
     @property
     def _move(self) -> Move:
@@ -246,7 +247,9 @@ class Mover:
     async def _pivot(self, move: Move) -> None:
         """Wait until the mirrors are ready and the pause is to be short enough, then let the guest go over."""
         keeper = self._desk.keeper(move.domain)
-        await self._wait_ready(keeper, move)
+        # That one was lost is on record once somebody has the domain to himself, and so the phase in which the move stands then.
+        with contextlib.suppress(errors.JobLost):
+            await self._wait_ready(keeper, move)
         with contextlib.suppress(errors.JobNotReady):  # one fell behind again: it is waited for once more
             async with self._desk.writing(move.domain, move=move.operation) as (keeper, seen):
                 await self._go_over(keeper, seen, move)
@@ -306,7 +309,9 @@ class Mover:
 
     async def _speeds(self, move: Move, starting: tuple[MovedDisk, ...] = ()) -> dict[str, int]:
         """How fast each disk's mirror may go, with those that are about to be started."""
-        return await self._storages.shares(move, [*writers(self._desk), *(disk.file for disk in starting)])
+        files = {disk.target: disk.file for disk in move.disks}
+        writing = [*writers(self._desk), *(disk.file for disk in starting)]
+        return await self._storages.shares(files, move.bandwidth, writing)
 
     # --- afterwards -------------------------------------------------------------------------------------------
 

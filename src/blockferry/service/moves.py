@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -90,10 +90,17 @@ class Moves:
             files = Files(
                 facts=files.facts, users=files.users, exports={uri: await inspect(uri) for uri in _uris(placed)}
             )
-            data, shared = await asyncio.gather(_data(placed, files), _shared(request, placed, files))
+            goes_to = {each.disk.target: each.file for each in placed}
+            writing = [*writers(self._desk), *goes_to.values()]
+            data, shared, speeds, at_work = await asyncio.gather(
+                _data(placed, files),
+                _shared(request, placed, files),
+                self._storages.shares(goes_to, request.bandwidth, writing),
+                keeper.observe_work(seen),
+            )
             plan = plan_move(
                 request.domain,
-                seen,
+                at_work,
                 request,
                 placed,
                 names=names,
@@ -101,6 +108,7 @@ class Moves:
                 files=files,
                 left_out=left_out,
                 data=data,
+                speeds=speeds,
                 now=time.time(),
                 shared=shared,
                 snapshots=self._desk.journal.snapshots(request.domain),
@@ -111,7 +119,7 @@ class Moves:
             move = self._get(operation)
             if move.pivoted:
                 say_gone_over(self._desk, move, done)
-        self._go_on(operation)
+        self._go_on(operation, mirrored=[job.target for job in plan.record.jobs])
         return await self._view(self._get(operation), left_out=left_out, notes=plan.notes)
 
     def _planned(
@@ -251,12 +259,12 @@ class Moves:
 
     # --- those that are under way -----------------------------------------------------------------------------
 
-    def _go_on(self, operation: int) -> asyncio.Future[None]:
+    def _go_on(self, operation: int, *, mirrored: Iterable[str] = ()) -> asyncio.Future[None]:
         """Have a move gone on with, unless it is already; until that has ended."""
         if operation in self._tasks and self.drives(operation):
             return self._tasks[operation]
         if not self.drives(operation):
-            self._movers[operation] = Mover(self._desk, operation, self._storages)
+            self._movers[operation] = Mover(self._desk, operation, self._storages, mirrored)
         mover = self._movers[operation]
         task = self._tasks[operation] = asyncio.ensure_future(mover.run())
         task.add_done_callback(lambda done: self._forget(mover, operation, done))

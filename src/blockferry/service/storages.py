@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from blockferry.journal.journal import Journal
-from blockferry.model.move import Move
 from blockferry.plan.destinations import is_uri
 from blockferry.qemu.copier import Throttle
 from blockferry.qemu.paths import storages
@@ -44,22 +43,23 @@ class Storages:
         limits = await self._limits([inside])
         self._throttle(limits.on[inside], 0).rate = limits.of(inside)
 
-    async def shares(self, move: Move, writing: Iterable[str]) -> dict[str, int]:
+    async def shares(self, files: Mapping[str, str], bandwidth: int, writing: Iterable[str]) -> dict[str, int]:
         """How fast each mirror of a move may write, by target, in bytes per second; 0 for no limit.
 
         Args:
-            move: whose.
+            files: target -> where it goes, of all its disks.
+            bandwidth: of the move, bytes per second, 0 for no limit.
             writing: where all mirrors of moves write to, those of this one too.
         """
         writing = list(writing)
-        limits = await self._limits([*writing, *(disk.file for disk in move.disks)])
-        own = move.bandwidth // len(move.disks) if move.bandwidth else 0
+        limits = await self._limits([*writing, *files.values()])
+        own = bandwidth // len(files)
         found = {}
-        for disk in move.disks:
-            limit = limits.of(disk.file)
-            writers = sum(limits.same(disk.file, other) for other in writing)
-            parts = [part for part, whole in ((own, move.bandwidth), (limit // max(1, writers), limit)) if whole]
-            found[disk.target] = max(1, min(parts)) if parts else 0
+        for target, file in files.items():
+            limit = limits.of(file)
+            writers = sum(limits.same(file, other) for other in writing)
+            parts = [part for part, whole in ((own, bandwidth), (limit // max(1, writers), limit)) if whole]
+            found[target] = max(1, min(parts)) if parts else 0
         return found
 
     async def writers(self, writing: Iterable[str]) -> dict[str, int]:
