@@ -79,7 +79,7 @@ def cell(values: list[float], *, digits: int = 1) -> str:
 
 def rows(every: list[Series]) -> list[tuple[str, ...]]:
     """The table's rows: figure, n, both sides, ratio, target."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for series in every:
         ratio = series.ratio()
         peer = series.cell(PEER)

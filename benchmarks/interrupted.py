@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cases import fill
 from ferry import ended
+from sides import moved_by_jobs
 
 import blockferry
 from blockferry.model import request as ask
@@ -35,7 +36,7 @@ async def interrupted(binaries: QemuBinaries, place: Path, size: int) -> float:
             operation = await _begin(folder, qemu, size)
             with qemu.control.listener("BLOCK_JOB_COMPLETED") as mirrors:
                 copied = await _go_on(folder, operation)
-                mirrored = sum(event["data"]["offset"] for event in mirrors.clear())
+                mirrored = moved_by_jobs(mirrors)
         assert compare_images(binaries, source, "raw", folder / "to/disk.img", "raw"), "the copy is another"
     return (copied + mirrored) / size
 

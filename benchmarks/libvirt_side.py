@@ -263,7 +263,6 @@ def _serving(folder: Path) -> Iterator[tuple[str, int | None]]:
             os.chown(path, user, user)
     environment = {f"XDG_{name.upper()}_HOME": str(place) for name, place in places.items() if name != "run"}
     environment |= {"XDG_RUNTIME_DIR": str(places["run"]), "HOME": str(places["data"]), "PATH": os.environ["PATH"]}
-    other = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     with (folder / "libvirtd.log").open("wb") as log:
         process = subprocess.Popen(
             [str(_daemon()), "--pid-file", str(places["run"] / "libvirtd.pid")],
@@ -271,7 +270,9 @@ def _serving(folder: Path) -> Iterator[tuple[str, int | None]]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            **other,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
         )
     socket = places["run"] / "libvirt/libvirt-sock"
     try:

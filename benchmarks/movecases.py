@@ -102,7 +102,8 @@ def chain(binaries: QemuBinaries, folder: Path, size: int) -> list[Chain]:
     for number in range(LAYERS):
         path = folder / f"layer{number}.qcow2"
         below = images[0] if images else None
-        make_image(binaries, path, "qcow2", size, backing=below and below.path, backing_fmt=below and below.format)
+        under, under_format = (below.path, below.format) if below is not None else (None, None)
+        make_image(binaries, path, "qcow2", size, backing=under, backing_fmt=under_format)
         source = f"driver=raw,offset=0,size={size // LAYERS},file.driver=file,file.filename={part}"
         target = (
             f"driver=raw,offset={number * (size // LAYERS)},size={size // LAYERS},"

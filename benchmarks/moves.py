@@ -48,6 +48,8 @@ from blockferry.testing import QemuBinaries, compare_images, find_qemu
 PACED_RATE = 50 * MIB
 # How long the guest's writes are looked at before a move; and at least from its beginning on.
 BEFORE_SECONDS, DURING_SECONDS = 1.0, 2.0
+# The case of benchmarks/interrupted.py.
+INTERRUPTED = "interrupted"
 WAY_OF: dict[str, Way] = {LIBVIRT: "blockcopy", MIRROR: "mirror", OFFLOAD: "offload"}
 
 
@@ -182,8 +184,9 @@ async def started(bench: Bench, case: MoveCase, side: Side, images: list[Image])
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, help="counted rounds of each way (5)")
-    parser.add_argument("--cases", help="some only, with commas between them; `interrupted` is one")
-    parser.add_argument("--ways", help="some only, with commas between them")
+    known = [*(case.name for case in move_cases(MIB)), INTERRUPTED]
+    parser.add_argument("--cases", type=report.some_of(known), help=f"some only, with commas; `{INTERRUPTED}` is one")
+    parser.add_argument("--ways", type=report.some_of(WAYS), default=WAYS, help="some only, with commas between them")
     parser.add_argument("--size", type=int, metavar="MIB", help="of a disk that is copied alone (2048)")
     parser.add_argument("--quick", action="store_true", help="to try it: 2 rounds of 256 MiB; the figures mean little")
     parser.add_argument("--folder", default=DISK_FOLDER, help=f"where images are made ({DISK_FOLDER})")
@@ -196,8 +199,7 @@ def _arguments() -> argparse.Namespace:
 
 async def _run(given: argparse.Namespace) -> None:
     size = given.size * MIB
-    wanted = given.cases.split(",") if given.cases else None
-    cases = [case for case in move_cases(size) if wanted is None or case.name in wanted]
+    cases = [case for case in move_cases(size) if given.cases is None or case.name in given.cases]
     binaries = find_qemu("distribution")
     begun = os.getloadavg()
     figures = Figures()
@@ -212,13 +214,11 @@ async def _run(given: argparse.Namespace) -> None:
             named: dict[str, Side] = {
                 way: side for side in sides for way in MOVES if (side.name == LIBVIRT) == (way == LIBVIRT)
             }
-            bench = Bench(
-                binaries, named, places, size, given.rounds, tuple(given.ways.split(",")) if given.ways else WAYS
-            )
+            bench = Bench(binaries, named, places, size, given.rounds, given.ways)
             about = report.machine(disk, binaries, {side.name: side.version for side in sides})
             for case in cases:
                 await measure(bench, case, figures)
-        if wanted is None or "interrupted" in wanted:
+        if given.cases is None or INTERRUPTED in given.cases:
             for number in range(given.rounds):
                 share = await interrupted(binaries, disk, size)
                 print(f"interrupted {number + 1}: {share}", file=sys.stderr)

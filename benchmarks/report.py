@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import platform
@@ -9,7 +10,7 @@ import re
 import signal
 import subprocess
 import textwrap
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     """Do it; ended by a signal (SIGTERM too), its guests, daemons and mounts go first."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     asyncio.run(work)
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """What reads names with commas between them from the command line, and refuses others than these."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {unknown[0]!r}: there are {', '.join(known)}")
+        return names
+
+    return read
 
 
 def machine(folder: Path, binaries: QemuBinaries, versions: dict[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from qemu.qmp import EventListener
+from sides import moved_by_jobs
 
 import blockferry
 from blockferry.testing import TestQemu, blockdev_disk, compare_images, find_qemu
@@ -64,7 +65,7 @@ async def resumed(vm: blockferry.Domain, ended: EventListener, to: Path) -> tupl
         pass
     took = time.perf_counter() - began
     await vm.pivot(["vda"])
-    return sum(event["data"]["offset"] for event in ended.clear()), took
+    return moved_by_jobs(ended), took
 
 
 async def measure(folder: Path, size: int, writes: int) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from qemu.qmp import EventListener
+
 from blockferry.testing import build_guest
 from blockferry.testing.guest import BOOT_OPTIONS
 from blockferry.testing.initramfs import newc_archive
@@ -152,6 +154,12 @@ class Guest(Protocol):
     async def command(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Have QEMU execute a QMP command, past whoever is in charge of it."""
         ...
+
+
+def moved_by_jobs(ended: EventListener) -> int:
+    """Bytes that block jobs have moved, of BLOCK_JOB_COMPLETED events that were not looked at yet."""
+    data: list[Any] = [event["data"] for event in ended.clear()]
+    return sum(each["offset"] for each in data)
 
 
 async def at_rest(guest: Guest) -> None:

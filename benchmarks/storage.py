@@ -93,7 +93,8 @@ async def _measure(case: Case, rounds: int, sides: list[Side], binaries: QemuBin
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, help="counted rounds of each side (7)")
-    parser.add_argument("--cases", help="some only, with commas between them")
+    known = [case.name for case in all_cases(MIB)]
+    parser.add_argument("--cases", type=report.some_of(known), help="some only, with commas between them")
     parser.add_argument("--copy-mib", type=int, help="size of the disk that is copied, in MiB (1024)")
     parser.add_argument("--quick", action="store_true", help="to try it: 2 rounds, 128 MiB; the figures mean little")
     parser.add_argument("--folder", default=DISK_FOLDER, help=f"where images are made ({DISK_FOLDER})")
@@ -107,7 +108,7 @@ def _arguments() -> argparse.Namespace:
 async def _run(arguments: argparse.Namespace) -> None:
     cases = all_cases(arguments.copy_mib * MIB)
     if arguments.cases:
-        cases = tuple(case for case in cases if case.name in arguments.cases.split(","))
+        cases = tuple(case for case in cases if case.name in arguments.cases)
     binaries = find_qemu("distribution")
     begun = os.getloadavg()
     every: list[Series] = []

@@ -461,7 +461,9 @@ def next_for(move: Move) -> tuple[str, ...]:
     if move.over:
         return ()
     on = f"blockferry operations resume {move.operation}"
-    return (on,) if move.pivoted else (on, f"blockferry operations cancel {move.operation}")
+    if not move.pivoted:
+        return on, f"blockferry operations cancel {move.operation}"
+    return (on, f"{on} --verify none") if move.verify != "none" and move.verdict is None else (on,)
 
 
 def frozen_for(steps: tuple[StepRecord, ...]) -> float | None:

@@ -202,6 +202,16 @@ async def test_the_bars_on_a_narrow_terminal(vm1: Guest) -> None:
     assert any("MiB/s" in row and row.endswith("left") for row in drawn_rows)
 
 
+async def test_a_move_that_is_at_work_is_told_not_to_compare(vm1: Guest) -> None:
+    await vm1.command("move", "vm1", str(vm1.dest), "--disk", "vda", "--bandwidth", "1M", "--delete-source", "--detach")
+    await vm1.command("operations", "speed", "1", "0")
+    told = await vm1.command("operations", "resume", "1", "--verify", "none")
+    assert "note: source and destination are not compared, and the source stays where it is" in told.stdout
+    assert "verify  not done: as asked" in told.stdout
+    assert "source and destination were not compared" in told.stdout
+    assert Path(vm1.old[0]).exists()
+
+
 async def test_copies_are_given_up_and_gone_on_with_by_number(vm1: Guest) -> None:
     await vm1.command("copy", "vm1", "vda", str(vm1.dest / "copy.qcow2"), "--bandwidth", SLOW)
     assert "left behind" in (await vm1.command("operations", "cancel", "1")).stdout
@@ -209,6 +219,10 @@ async def test_copies_are_given_up_and_gone_on_with_by_number(vm1: Guest) -> Non
     assert (resumed["kind"], resumed["disk"]) == ("job", "vda")
     await vm1.command("job", "cancel", "vm1", "vda")
     await vm1.command("snapshot", "create", "vm1", "s1", "--disk", "vdb")
+    assert (
+        "nothing is compared with that"
+        in (await vm1.command("operations", "resume", "1", "--verify", "none", status=13)).stderr
+    )
     last = (await vm1.command.json("operations"))["operations"][-1]
     for verb in ("resume", "cancel"):
         await vm1.command("operations", verb, str(last["id"]), status=94)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -478,6 +479,64 @@ async def test_to_an_export_and_to_a_device(rig: Rig) -> None:
         with loop_device(backing) as device:
             await to_both(rig, server.uri, device)
     assert rig.holds("vdb", image, "raw")
+
+
+async def test_back_from_an_export(rig: Rig) -> None:
+    """What the guest has left there is read over NBD to be compared; it is no file that could be removed."""
+    image = make_image(rig.qemu, rig.path / "exported", "raw", SIZE)
+    async with rig.server(image) as server:
+        await rig.write("vdb", 0x76, MIB)
+        assert (await moved(rig, disks={"vdb": server.uri}, format="raw")).verified == "full"
+        await rig.write("vdb", 0x77, 3 * MIB)
+        with pytest.raises(
+            errors.ImageUnsuitable, match=re.escape(f"{server.uri} can't be used: it is no file that could")
+        ):
+            await moved(rig, disks={"vdb": "back"}, delete_source=True)
+        last = (await rig.ask(ask.ListEvents(since=2**62))).last
+        begun = await rig.ask(ask.MoveStorage(domain="vm1", dest=str(rig.dst), disks={"vdb": "back"}))
+        done = await over(rig, begun.operation, last)
+        assert (done.state, done.verified, done.compared, done.differences) == ("done", "full", SIZE, ())
+    await rig.write("vdb", 0x78, 5 * MIB)
+    await rig.guest.stop()
+    assert rig.holds("vdb", rig.dst / "back", "raw")
+
+
+async def test_what_could_not_be_compared_afterwards_is_refused_before(rig: Rig) -> None:
+    """A move that stands still at its comparison can neither go on nor go back."""
+    source = rig.source("vda")
+    with raw_file(source) as descriptor:
+        os.pwrite(descriptor, b"\x02", 79)  # the header's mark of a corrupt image; QEMU has read it long ago
+    before = await rig.state()
+    with pytest.raises(
+        errors.DiskUnsuitable, match=f"could not be compared afterwards: {source}: it is marked corrupt"
+    ):
+        await moved(rig, disks={"vda": None})
+    assert await rig.state() == before
+    assert (await moved(rig, disks={"vda": None}, strategy="mirror", verify="none")).state == "done"
+
+
+async def test_what_can_not_be_compared_any_more_is_not_held_for_ever(faulty: Rig) -> None:
+    """The old storage is lost between pivot and comparison: the move ends without, when somebody says so."""
+    source = faulty.source("vdb")
+    gate = faulty.proxy.pause_after("nbd-server-start")
+    moving = asyncio.create_task(moved(faulty, disks={"vdb": None}, strategy="mirror", delete_source=True))
+    await gate.reached()
+    source.rename(faulty.path / "aside")
+    gate.release()
+    stands = await moving
+    assert (stands.state, stands.phase, stands.pivoted) == ("standing still", "verify", True)
+    assert "vdb: its source can't be read" in str(stands.reason)
+    again = f"blockferry operations resume {stands.operation}"
+    assert stands.next == (again, f"{again} --verify none")
+    (faulty.path / "aside").rename(source)
+    last = (await faulty.ask(ask.ListEvents(since=2**62))).last
+    resumed = await faulty.ask(ask.ResumeOperation(operation=stands.operation, verify="none"))
+    assert "the source stays where it is" in resumed.notes[0]
+    done = await over(faulty, stands.operation, last)
+    assert (done.state, done.verified, done.left) == ("done", None, (str(source),))
+    assert (await faulty.heard("move-unverified")).data["reason"] == "as asked"
+    await faulty.snapshot(only=["vdb"])
+    assert not [node for node in (await faulty.nodes()).values() if node.get("dirty-bitmaps")]
 
 
 async def stands_before_its_server(faulty: Rig, server: FaultyNbdServer) -> view.MoveView:

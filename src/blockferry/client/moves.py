@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Literal
 
 import msgspec
 
@@ -96,13 +97,16 @@ class StorageMove:
             pass
         return self.view
 
-    async def resume(self) -> views.MoveView:
+    async def resume(self, *, verify: Literal["none"] | None = None) -> views.MoveView:
         """Go on with it where it stands still: what was copied stays copied.
+
+        Args:
+            verify: none, where source and destination can't be compared any more: then the sources stay where they are.
 
         Raises:
             MoveNotPossible: it is over.
         """
-        request = requests.ResumeOperation(operation=self.operation)
+        request = requests.ResumeOperation(operation=self.operation, verify=verify)
         self.view = await self._ferry.ask(request, views.MoveView)
         return self.view
 

@@ -63,8 +63,8 @@ class MoveStands(Failed):
     exit_status = 92
     template = (
         "{domain}: move {operation} stands still ({phase}): {reason}. The guest works on, and what was copied stays. "
-        "`blockferry operations resume {operation}` goes on with it; as long as the guest has not gone over, "
-        "`blockferry operations cancel {operation}` gives it up."
+        "`blockferry operations resume {operation}` goes on with it; `blockferry operations cancel {operation}` gives it up, as long "
+        "as the guest has not gone over; after that `blockferry operations resume {operation} --verify none` ends it without comparing."
     )
 
 

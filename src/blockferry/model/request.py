@@ -282,9 +282,10 @@ class ListStorages(_Request, frozen=True, kw_only=True, tag="storage-list"):
 
 
 class ResumeOperation(_Request, frozen=True, kw_only=True, tag="operation-resume"):
-    """Go on with a move that stands still, or with a copy that was cancelled or lost."""
+    """Go on with a move that stands still, or with a copy that was cancelled or lost; with `verify` none a move is not compared."""
 
     operation: int
+    verify: Literal["none"] | None = None
 
 
 class CancelOperation(_Request, frozen=True, kw_only=True, tag="operation-cancel"):

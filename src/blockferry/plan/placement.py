@@ -173,7 +173,9 @@ def plan_move(
     if at_once:
         disks = tuple(msgspec.structs.replace(disk, overlay=None, why=SHARED) for disk in disks)
     layers = _layers(disks, placed, files)
-    _check(disks, placed, layers, files, data, delete_source=request.delete_source)
+    for disk, each in zip(disks, placed, strict=True):
+        _check_source(domain, request, disk, each, files)
+    _check(disks, placed, layers, files, data)
     move = _move(domain, request, disks, layers, operation=operation, now=now)
     notes = tuple(f"{disk.target}: {disk.strategy}, {disk.why}" for disk in disks)
     observed = tuple((disk, each.disk) for disk, each in zip(disks, placed, strict=True))
@@ -325,23 +327,30 @@ def _layers(disks: tuple[MovedDisk, ...], placed: tuple[Placed, ...], files: Fil
 # --- what is refused ------------------------------------------------------------------------------------------
 
 
+def _check_source(domain: str, request: MoveStorage, disk: MovedDisk, placed: Placed, files: Files) -> None:
+    """What is copied or removed by its path has to be what the guest has open, and what is to be compared, readable."""
+    for image in placed.disk.chain:
+        fact = files.facts.get(image.file)
+        if request.delete_source and (fact is None or fact.kind not in ("file", "absent")):
+            raise errors.ImageUnsuitable(path=image.file, reason="it is no file that could be removed afterwards")
+        if fact is not None:
+            dest.require_there(image.file, files.facts)
+            if (request.delete_source or image.file in disk.layers) and not fact.used:
+                raise errors.ImageUnsuitable(path=image.file, reason=f"it {NOT_OPEN}")
+    for source in files.images.get(disk.source, ()):
+        if source.problem is not None:
+            reason = f"it could not be compared afterwards: {source.path}: {source.problem}; --verify none goes without"
+            raise errors.DiskUnsuitable(domain=domain, disk=disk.target, reason=reason)
+
+
 def _check(
     disks: tuple[MovedDisk, ...],
     placed: tuple[Placed, ...],
     layers: tuple[Layer, ...],
     files: Files,
     data: Mapping[str, int],
-    *,
-    delete_source: bool,
 ) -> None:
     apart, room = Apart(), Room()
-    by_path = {source for disk in disks for source in (disk.chain if delete_source else disk.layers)}
-    for each in placed:
-        for image in each.disk.chain:
-            if image.file in files.facts:
-                dest.require_there(image.file, files.facts)
-                if image.file in by_path and not files.facts[image.file].used:
-                    raise errors.ImageUnsuitable(path=image.file, reason=f"it {NOT_OPEN}")
     for layer in layers:
         fact = files.facts[layer.file]
         apart.add(fact)

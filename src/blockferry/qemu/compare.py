@@ -29,6 +29,7 @@ import msgspec
 
 from blockferry.model.files import ImageFact
 from blockferry.model.move import Difference, Verdict
+from blockferry.plan.destinations import is_uri
 from blockferry.plan.move import COPIED
 from blockferry.plan.plan import Names
 from blockferry.plan.tracking import CHUNK
@@ -112,6 +113,22 @@ class _Open(msgspec.Struct, kw_only=True):
     source: _Side
     destination: _Side
     chunks: Chunks
+
+
+async def source_of(images: Images, file: str, image_format: str) -> tuple[ImageFact, ...]:
+    """What a disk can be read from that no guest has open: its chain, or the export that it is on; a fact tells why not.
+
+    Args:
+        images: the host's.
+        file: path or URI of the disk's active image.
+        image_format: that one's.
+    """
+    if not is_uri(file):
+        return await images.chain(file, image_format)
+    problem = (
+        None if image_format == "raw" else f"it is {image_format} on an export, and what it backs onto is not known"
+    )
+    return (ImageFact(path=file, format=image_format, problem=problem),)
 
 
 async def compare(

@@ -22,6 +22,8 @@ from typing import Any
 import msgspec
 
 from blockferry.model.files import ImageFact
+from blockferry.plan.copy import nbd_options
+from blockferry.plan.destinations import is_uri
 from blockferry.plan.plan import Names
 from blockferry.plan.tracking import CHUNK
 from blockferry.qemu.nbdclient import NbdClient, NbdFailed
@@ -216,7 +218,7 @@ async def images_of(session: Session, node: str) -> tuple[ImageFact, ...]:
     facts: list[ImageFact] = []
     while image is not None:
         path = image["filename"]
-        problem = None if path.startswith("/") else "it is no file"
+        problem = None if path.startswith("/") or is_uri(path) else "it is no file, and no export"
         facts.append(ImageFact(path=path, format=image["format"], problem=problem))
         image = image.get("backing-image")
     devices = await block_devices(fact.path for fact in facts)
@@ -325,13 +327,13 @@ def chain_options(images: tuple[ImageFact, ...]) -> dict[str, Any]:
     """QAPI BlockdevOptions of a closed chain, top first, that leave nothing to be probed or followed.
 
     Raises:
-        ServingFailed: it is no chain of files that can be read.
+        ServingFailed: it is no chain of files, and no export, that can be read.
     """
     options: dict[str, Any] | None = None
     for image in reversed(images):
         if image.problem:
             raise ServingFailed(f"{image.path} can't be read: {image.problem}")
-        file = {"driver": "host_device" if image.device else "file", "filename": image.path}
+        file = _opened_by(image)
         if image.format == "qcow2":
             options = {"driver": "qcow2", "file": file, "backing": options}
         elif options is None:
@@ -341,3 +343,9 @@ def chain_options(images: tuple[ImageFact, ...]) -> dict[str, Any]:
     if options is None:
         raise ServingFailed("there is no image to be compared with")
     return options
+
+
+def _opened_by(image: ImageFact) -> dict[str, Any]:
+    if is_uri(image.path):
+        return nbd_options(image.path)
+    return {"driver": "host_device" if image.device else "file", "filename": image.path}

@@ -35,10 +35,10 @@ from blockferry.plan.move import (
 from blockferry.plan.placement import PAUSE_MS
 from blockferry.plan.plan import Names
 from blockferry.plan.window import plan_window
-from blockferry.qemu.compare import Compared, CompareFailed, compare, forget
+from blockferry.qemu.compare import Compared, CompareFailed, compare, forget, source_of
 from blockferry.qemu.copier import AT_WORK_WORKERS, WORKERS, CopyFailed, FileCopy, Throttle, settled
 from blockferry.qemu.nbd import inspect
-from blockferry.qemu.paths import aliases
+from blockferry.qemu.paths import aliases, existing
 from blockferry.service.desk import Desk
 from blockferry.service.storages import Storages
 from blockferry.service.usage import look_up, mentioned
@@ -355,21 +355,23 @@ class Mover:
             target=moved.target,
             node=disk.active.node,
             bitmap=names.of(moved.target, COUNTED),
-            source=await self._desk.images.chain(moved.stands_on, image_format),
+            source=await source_of(self._desk.images, moved.stands_on, image_format),
             size=disk.active.virtual_size,
         )
 
     async def _end(self, move: Move) -> None:
         """Record the end, and remove the sources that nobody has a use for, if that was asked for."""
         different = move.verdict.different if move.verdict is not None else 0
-        drop: tuple[str, ...] = ()
+        removed: tuple[str, ...] = ()
         if move.delete_source and not different:
             async with self._desk.holding(move.domain) as keeper:
                 drop = await self._unused_sources(keeper, move)
                 number, _names = self._desk.names()
                 await keeper.run(number, plan_end(self._move, drop=drop))
+            left = await existing(drop)
+            removed = tuple(path for path in drop if path not in left)
         ended = msgspec.structs.replace(self._move, state="done", reason=None)
-        self._desk.keep_move(ended, "move-done", pause_ms=move.pause_ms, removed=drop, different=different)
+        self._desk.keep_move(ended, "move-done", pause_ms=move.pause_ms, removed=removed, different=different)
 
     async def _unused_sources(self, keeper: Keeper, move: Move) -> tuple[str, ...]:
         """The old images that nothing stands on, mentions or mirrors any more."""

@@ -14,11 +14,13 @@ from blockferry.journal.records import OperationRecord
 from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.blockjob import Mirror
+from blockferry.model.files import ImageFact
 from blockferry.model.move import Move
 from blockferry.plan.destinations import Files, is_uri
 from blockferry.plan.placement import PAUSE_MS, Placed, may_share, place, plan_move
 from blockferry.plan.plan import Plan
 from blockferry.qemu.bounded import apart
+from blockferry.qemu.compare import source_of
 from blockferry.qemu.copier import data_bytes
 from blockferry.qemu.nbd import inspect
 from blockferry.qemu.paths import directories, existing, real_paths
@@ -87,8 +89,10 @@ class Moves:
             placed, left_out = place(request.domain, seen, request, operation, facts)
             paths = tuple(path for each in placed for path in each.paths)
             files = await look_up(self._desk, keeper, seen, paths, {})
-            files = Files(
-                facts=files.facts, users=files.users, exports={uri: await inspect(uri) for uri in _uris(placed)}
+            files = msgspec.structs.replace(
+                files,
+                exports={uri: await inspect(uri) for uri in _uris(placed)},
+                images=await self._sources(placed) if request.verify != "none" else {},
             )
             goes_to = {each.disk.target: each.file for each in placed}
             writing = [*writers(self._desk), *goes_to.values()]
@@ -120,7 +124,12 @@ class Moves:
             if move.pivoted:
                 say_gone_over(self._desk, move, done)
         self._go_on(operation, mirrored=[job.target for job in plan.record.jobs])
-        return await self._view(self._get(operation), left_out=left_out, notes=plan.notes)
+        return await self._view(self._get(operation), left_out=left_out)
+
+    async def _sources(self, placed: tuple[Placed, ...]) -> dict[str, tuple[ImageFact, ...]]:
+        """By the active images, what they can be read from once the guest has left them."""
+        actives = [each.disk.active for each in placed]
+        return {each.file: await source_of(self._desk.images, each.file, each.format) for each in actives}
 
     def _planned(
         self,
@@ -207,6 +216,8 @@ class Moves:
         record = self._operation(request.operation)
         move = self._desk.journal.move(record.id)
         if move is None:
+            if request.verify is not None:
+                raise errors.BadRequest(reason=f"operation {record.id} is a copy, and nothing is compared with that")
             copy = self._copies(record, "cancelled", "lost")[0]
             return await self._jobs.copy(
                 ask.StartCopy(domain=record.domain, disk=copy.target, dest=copy.file, resume=True)
@@ -217,12 +228,22 @@ class Moves:
         if move.deadline is not None and move.deadline <= time.time() and not move.pivoted:
             move = msgspec.structs.replace(move, deadline=None)
             notes = ("its deadline has passed, and holds no more: it goes on until it is done or given up",)
+        if request.verify is not None and move.verdict is None:
+            await self._halt(move.operation)
+            notes += (self._forgo_comparison(move.operation),)
+            move = self._get(move.operation)
         self._desk.journal.put_move(msgspec.structs.replace(move, reason=None))
         # Refused now, rather than by a task that nobody asks: its QEMU has to be there for all but the copying.
         async with self._desk.writing(move.domain, move=move.operation):
             pass
         self._go_on(move.operation)
         return await self._view(self._get(move.operation), notes=notes)
+
+    def _forgo_comparison(self, operation: int) -> str:
+        """What a move was to be compared with may be gone for good: it ends without, and its sources stay."""
+        move = msgspec.structs.replace(self._get(operation), verify="none", delete_source=False)
+        self._desk.keep_move(move, "move-unverified", reason="as asked")
+        return "source and destination are not compared, and the source stays where it is"
 
     async def cancel(self, request: ask.CancelOperation) -> view.View:
         """Give up a move, or a copy."""

@@ -84,19 +84,20 @@ def show(session: Session, number: int) -> None:
 
 
 @operations.command(
-    "resume", epilog=examples("blockferry operations resume 7", "blockferry operations resume 7 --detach")
+    "resume", epilog=examples("blockferry operations resume 7", "blockferry operations resume 7 --verify none")
 )
 @number_argument(operations_to_go_on_with)
+@click.option("--verify", type=click.Choice(["none"]), help="End the move without comparing; its sources stay.")
 @detach_option
 @json_option
 @click.pass_obj
-def resume(session: Session, *, number: int, detach: bool) -> None:
+def resume(session: Session, *, number: int, verify: str | None, detach: bool) -> None:
     """Go on with a move that stands still, or a copy that was cancelled or lost.
 
     Of a move what was copied stays copied, and it is followed to its end, as `move` does.
     """
     since = newest(session)
-    view = session.ask("operation-resume", operation=number)
+    view = session.ask("operation-resume", operation=number, verify=verify)
     if view["kind"] != "move":
         session.show(view, render.started)
     elif detach:

@@ -20,7 +20,7 @@ def begun(view: Json) -> str:
         if view["deadline"] is None
         else [f"  given up at {_clock(view['deadline'])} if the guest has not gone over by then"]
     )
-    return "\n".join([head, *_disks(view), *late, *_left_out(view)])
+    return "\n".join([head, *_disks(view), *late, *_left_out(view), *_notes(view)])
 
 
 def _clock(seconds: float) -> str:
@@ -41,6 +41,10 @@ def _disks(view: Json) -> list[str]:
 
 def _left_out(view: Json) -> list[str]:
     return [f"left out: {target} ({reason})" for target, reason in view["left_out"].items()]
+
+
+def _notes(view: Json) -> list[str]:
+    return [f"note: {note}" for note in view["notes"]]
 
 
 def left_alone(view: Json) -> str:
@@ -110,6 +114,8 @@ def event(view: Json) -> str | None:
         case "move-verified":
             found = f"{size(data['different'])} differ" if data["different"] else "all equal"
             return f"verify  {data['how']}: {size(data['compared'])} compared, {found}"
+        case "move-unverified":
+            return f"verify  not done: {data['reason']}"
     return None
 
 
@@ -134,7 +140,7 @@ def ended(view: Json) -> str:
         lines += ["left at the old place; when you trust the new one:", *(f"  rm {path}" for path in view["left"])]
     elif view["left"]:
         lines += ["left at the old place:", *(f"  {path}" for path in view["left"])]
-    return "\n".join([*lines, *(f"note: {note}" for note in view["notes"])])
+    return "\n".join([*lines, *_notes(view)])
 
 
 def _kept(view: Json) -> list[str]:
