@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from blockferry.engine.progress import state_of
-from blockferry.model.blockjob import Mirror
+from blockferry.model.blockjob import ChainJob, Layer, Mirror
 from blockferry.model.job import CAUGHT_UP, ENDED, STATES, VERBS, Job
 from blockferry.model.operation import ENDED as OVER
 from blockferry.model.operation import OPEN, OperationState
@@ -88,6 +88,21 @@ def test_state_of_a_mirror_that_has_ended(ended: str) -> None:
 def test_a_job_that_concluded_by_itself_is_no_working_copy() -> None:
     """Concluded is not success: nobody of ours has ended it."""
     assert state_of(MIRROR, job("concluded")) == "lost"
+
+
+@pytest.mark.parametrize(
+    ("found", "state"),
+    [
+        (job("running"), "copying"),
+        (job("concluded"), "copying"),  # another round follows, or a mirror
+        (job("concluded", "EIO"), "lost"),
+        (None, "running"),
+    ],
+)
+def test_state_of_a_copy_that_is_gone_on_with(found: Job | None, state: str) -> None:
+    source = Layer(node="s", file="/s", format="raw")
+    resume = ChainJob(domain="d", target="vda", operation=1, job="j", type="resume", top=source, base=None, then=MIRROR)
+    assert state_of(resume, found) == state
 
 
 def test_operation_states() -> None:

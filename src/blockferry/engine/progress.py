@@ -30,7 +30,8 @@ def state_of(ours: BlockJob, job: Job | None) -> str:
     if isinstance(ours, ChainJob) and (job is None or ours.copy is None):
         # QEMU forgets it with its end; whether it was lost is recorded as soon as what follows has been done.
         return "running"
-    if job is None or job.over:
+    # A resumed copy's round that has ended well is followed by another one, or by a mirror.
+    if job is None or (job.over and (job.error is not None or isinstance(ours, Mirror))):
         return "lost"
     if job.ready or job.status in ("ready", "standby", "pending"):
         return "ready"
