@@ -92,16 +92,16 @@ async def test_what_a_guest_has_written_is_flushed_before_it_waits_for_qemu_to_d
 ) -> None:
     """By snapshots and moves alike; the flush is over when the disks switch."""
     flushed: list[tuple[frozenset[str], int]] = []
-    sync = Images.sync
+    flush = Images.flush
 
     def switches() -> int:
         return sum(command == "transaction" for command, _words in faulty.proxy.log)
 
-    async def told(images: Images, paths: tuple[str, ...], readable: tuple[str, ...] = ()) -> None:
-        await sync(images, paths, readable)
+    async def told(images: Images, paths: tuple[str, ...]) -> None:
+        await flush(images, paths)
         flushed.append((frozenset(paths), switches()))
 
-    monkeypatch.setattr(Images, "sync", told)
+    monkeypatch.setattr(Images, "flush", told)
     await faulty.snapshot()
     assert {*flushed} == {(frozenset(str(faulty.source(target)) for target in ALL), 0)}
     assert switches() == 1

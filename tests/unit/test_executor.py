@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from blockferry.engine.executor import SYNC_PASSES, Executor, until_short
-from blockferry.plan.files import SyncFiles
+from blockferry.engine.executor import SHORT_FLUSH_SECONDS, SHORT_SYNC_SECONDS, SYNC_PASSES, Executor, until_short
+from blockferry.plan.files import FlushFiles, SyncFiles
 from blockferry.qemu.images import Images
 from blockferry.qemu.launch import Home
 
-SYNC = SyncFiles(paths=("/top",))
-SHORT, LONG = SYNC.short / 2, SYNC.short * 20
+SHORT, LONG = SHORT_SYNC_SECONDS / 2, SHORT_SYNC_SECONDS * 20
 
 
 @pytest.mark.parametrize(
@@ -29,7 +28,7 @@ async def test_files_are_written_out_until_that_is_short(takes: tuple[float, ...
         now += left.pop(0)
         done += 1
 
-    await until_short(sync, SYNC.short, lambda: now)
+    await until_short(sync, SHORT_SYNC_SECONDS, lambda: now)
     assert done == passes
 
 
@@ -44,6 +43,9 @@ class SlowImages(Images):
         self.syncs += 1
         await asyncio.sleep(LONG / 10)
 
+    async def flush(self, paths: tuple[str, ...]) -> None:
+        await self.sync(paths)
+
 
 @pytest.mark.parametrize(("in_window", "passes"), [(False, SYNC_PASSES), (True, 1)])
 async def test_in_a_window_they_are_written_out_once(tmp_path: Path, in_window: bool, passes: int) -> None:
@@ -52,14 +54,14 @@ async def test_in_a_window_they_are_written_out_once(tmp_path: Path, in_window: 
     executor = Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm"))
     if in_window:
         executor.deadline = asyncio.get_running_loop().time() + 2.0
-    await executor.do(SYNC, {})
+    await executor.do(SyncFiles(paths=("/top",)), {})
     assert images.syncs == passes
 
 
-async def test_how_short_is_said_by_the_step(tmp_path: Path) -> None:
+async def test_what_a_guest_writes_is_not_flushed_as_often_as_in_a_window(tmp_path: Path) -> None:
     images = SlowImages()
-    patient = SyncFiles(paths=("/top",), short=LONG * 10)
-    await Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm")).do(patient, {})
+    assert SHORT_SYNC_SECONDS < LONG / 10 < SHORT_FLUSH_SECONDS
+    await Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm")).do(FlushFiles(paths=("/top",)), {})
     assert images.syncs == 1
 
 
@@ -72,5 +74,5 @@ async def test_what_can_not_be_written_out_is_not_tried_again() -> None:
         raise OSError("the storage is ill")
 
     with pytest.raises(OSError, match="ill"):
-        await until_short(sync, SYNC.short)
+        await until_short(sync, SHORT_SYNC_SECONDS)
     assert tried == 1

@@ -14,7 +14,7 @@ from blockferry.model.operation import OperationState, StepState
 from blockferry.model.request import MoveStorage
 from blockferry.plan.atonce import plan_at_once
 from blockferry.plan.destinations import Files
-from blockferry.plan.files import ClaimFile, CreateImage, ShareBlocks, SyncFiles
+from blockferry.plan.files import ClaimFile, CreateImage, FlushFiles, ShareBlocks, SyncFiles
 from blockferry.plan.placement import Placed, may_share
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.recover import Evidence, Interrupted, decide
@@ -62,7 +62,7 @@ def test_mirrors_begin_before_the_blocks_are_shared_and_the_guest_stops_last() -
     kinds = [type(step) for step in plan.prepare]
     opening, going = [ClaimFile, CreateImage, AddNode], [StartMirror, ShareBlocks]
     opened, gone = ([kind for kind in each for _target in TARGETS] for each in (opening, going))
-    assert kinds == [*opened, SyncFiles, *gone, SyncFiles]
+    assert kinds == [*opened, FlushFiles, *gone, SyncFiles]
     assert {step.sync for step in plan.prepare if isinstance(step, StartMirror)} == {"none"}
     assert plan.window is not None
     assert [type(step) for step in plan.window.steps][:2] == [AwaitReady, Stop]

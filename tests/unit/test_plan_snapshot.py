@@ -13,7 +13,7 @@ from blockferry.model.graph import JOB_FILTERS, Disk, Edge, Graph, Node
 from blockferry.model.job import Job
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.plan.destinations import Files
-from blockferry.plan.files import ClaimFile, CreateImage, RemoveFile, SyncFiles
+from blockferry.plan.files import ClaimFile, CreateImage, FlushFiles, RemoveFile
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.snapshot import Choice, choose, files_of, plan_snapshot
 from blockferry.plan.steps import AddNode, CommitDown, Freeze, StartMirror, TakeSnapshots, Thaw
@@ -141,7 +141,7 @@ def test_steps_in_their_order() -> None:
     wish = SnapshotWish(disks=(DiskWish(name="vda", file="/o", mirror=MirrorWish(file="/m")),))
     made = plan(TWO, wish)
     kinds = [type(step) for step in made.prepare]
-    assert kinds == [*[ClaimFile] * 3, *[CreateImage] * 3, *[AddNode] * 3, SyncFiles, TakeSnapshots, StartMirror]
+    assert kinds == [*[ClaimFile] * 3, *[CreateImage] * 3, *[AddNode] * 3, FlushFiles, TakeSnapshots, StartMirror]
     assert made.window is None
     assert made.settle == ()
 
@@ -154,7 +154,7 @@ def test_quiesced_only_while_the_disks_switch(together: bool) -> None:
     wish = SnapshotWish(disks=(DiskWish(name="vda", file="/o", mirror=MirrorWish(file="/m")),))
     made = plan(seen, wish, flags=SnapshotCreate.QUIESCE)
     switches = [TakeSnapshots] if together else [TakeSnapshots] * 2
-    assert [type(step) for step in made.prepare][9:] == [SyncFiles, Freeze, *switches, Thaw, StartMirror]
+    assert [type(step) for step in made.prepare][9:] == [FlushFiles, Freeze, *switches, Thaw, StartMirror]
     assert Thaw(held=True) in made.prepare
     without = plan(seen, wish)
     assert [step for step in made.prepare if not isinstance(step, Freeze | Thaw)] == [*without.prepare]
@@ -162,19 +162,17 @@ def test_quiesced_only_while_the_disks_switch(together: bool) -> None:
 
 def test_what_was_written_is_on_disk_before_the_disks_switch() -> None:
     """Not that of an image whose flushes QEMU was told to leave out; there is nothing to be done for an export."""
-    (sync,) = [step for step in plan(TWO, SnapshotWish()).prepare if isinstance(step, SyncFiles)]
-    assert (sync.paths, sync.nodes, sync.undo()) == (("/img/vda.img", "/img/vdb.img"), (), ())
-    # A window is passed by a guest that stands still: here it writes, and each flush costs it something.
-    assert sync.short > SyncFiles(paths=()).short
+    (sync,) = [step for step in plan(TWO, SnapshotWish()).prepare if isinstance(step, FlushFiles)]
+    assert (sync.paths, sync.undo()) == (("/img/vda.img", "/img/vdb.img"), ())
     graph = TWO.graph
     protocol = graph.nodes[graph.protocol("vdb-n")]
     careless = {**graph.nodes, protocol.name: msgspec.structs.replace(protocol, no_flush=True)}
     seen = msgspec.structs.replace(TWO, graph=msgspec.structs.replace(graph, nodes=careless))
-    assert [step.paths for step in plan(seen, SnapshotWish()).prepare if isinstance(step, SyncFiles)] == [
+    assert [step.paths for step in plan(seen, SnapshotWish()).prepare if isinstance(step, FlushFiles)] == [
         ("/img/vda.img",)
     ]
     only = SnapshotWish(disks=(DiskWish(name="vda", snapshot="no"),))
-    assert not [step for step in plan(seen, only).prepare if isinstance(step, SyncFiles)]
+    assert not [step for step in plan(seen, only).prepare if isinstance(step, FlushFiles)]
 
 
 def test_names_and_backings() -> None:
@@ -229,7 +227,7 @@ def test_undo_of_each_step() -> None:
                     ("bfabcd-7-vda-s", "vda-n"),
                     ("bfabcd-7-vdb-s", "vdb-n"),
                 ]
-            case CreateImage() | SyncFiles():
+            case CreateImage() | FlushFiles():
                 assert step.undo() == ()
             case _:
                 assert len(step.undo()) == 1

@@ -15,7 +15,7 @@ from blockferry.model.flags import SnapshotCreate
 from blockferry.model.graph import Edge
 from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, SnapshotWish
 from blockferry.plan.destinations import Files, header_name
-from blockferry.plan.files import ClaimFile, CreateImage, SyncFiles
+from blockferry.plan.files import ClaimFile, CreateImage, FlushFiles
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.snapshot import choose, existing_files, files_of, in_part, plan_snapshot, require_transaction
 from blockferry.plan.steps import AddNode, StartMirror, TakeSnapshots
@@ -149,7 +149,7 @@ def test_a_backings_name_that_is_longer_than_a_header(mode: Mode | None, fits: b
 @pytest.mark.parametrize(("flags", "mode"), [(REUSE, None), (REUSE, "existing"), (0, "existing")])
 def test_existing_overlay_is_opened_and_not_made(flags: int, mode: Mode | None) -> None:
     made = plan(vda(mode=mode), flags=flags, images=(header("/snap/o"),))
-    assert [type(step) for step in made.prepare] == [AddNode, SyncFiles, TakeSnapshots]
+    assert [type(step) for step in made.prepare] == [AddNode, FlushFiles, TakeSnapshots]
     assert made.record.snapshot is not None
     assert made.record.snapshot.disks[0].mode == "existing"
     for step in made.prepare:
@@ -316,7 +316,7 @@ def test_one_after_the_other() -> None:
     seen = without_transaction(TWO)
     made = plan(vda(mirror=MirrorWish(file="/m")), seen=seen, only_these=False)
     images = [*[ClaimFile] * 3, *[CreateImage] * 3, *[AddNode] * 3]
-    assert [type(step) for step in made.prepare] == [*images, SyncFiles, TakeSnapshots, TakeSnapshots, StartMirror]
+    assert [type(step) for step in made.prepare] == [*images, FlushFiles, TakeSnapshots, TakeSnapshots, StartMirror]
     switches = [step for step in made.prepare if isinstance(step, TakeSnapshots)]
     assert [(step.together, step.text) for step in switches] == [
         (False, "switch to the overlays: vda"),

@@ -1,6 +1,6 @@
 """Which steps are under way at the same time."""
 
-from blockferry.plan.files import ClaimFile, CreateImage, SyncFiles
+from blockferry.plan.files import ClaimFile, CreateImage, FlushFiles, SyncFiles
 from blockferry.plan.steps import AddNode, StartMirror, Step, Stop, TakeSnapshots
 from blockferry.plan.tracking import AddBitmap
 from blockferry.plan.waves import waves
@@ -52,10 +52,10 @@ def test_a_bitmap_of_a_disk_is_added_while_destinations_are_opened() -> None:
 
 
 def test_files_are_written_out_while_overlays_are_opened() -> None:
-    sync = SyncFiles(paths=("/disk",))
+    sync = FlushFiles(paths=("/disk",))
     assert sizes(IMAGES[0], node("one"), node("two"), sync, SNAPSHOTS) == [1, 3, 1]
     assert sizes(node("one"), sync, node("two")) == [2, 1], "whoever comes after it waits for it"
-    assert sizes(node("one"), SyncFiles(paths=("/disk",), nodes=("one",))) == [1, 1]
+    assert sizes(node("one"), SyncFiles(paths=("/disk",))) == [1, 1]
     assert sizes(SNAPSHOTS, sync) == [1, 1]
 
 

@@ -28,7 +28,9 @@ from blockferry.qemu.tool import ImageError
 # A file that QEMU has just let go of may still be locked for a moment (tried: gone with the job's dismissal).
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 20, 0.01
 # A guest that writes all the time leaves the next pass what it wrote during this one: each is a part of the one before.
-SYNC_PASSES = 4
+SYNC_PASSES, SHORT_SYNC_SECONDS = 4, 0.01
+# To flush again and again what a guest is writing costs it more than to wait for so much, while its disks get overlays.
+SHORT_FLUSH_SECONDS = 0.1
 # QEMU closes its images within this time, or is ended without.
 QUIT_SECONDS = 10.0
 # blockdev-del of a name that no node has, also of one that was closed with what stood on it (block.c, bdrv_lookup_bs); a
@@ -135,6 +137,8 @@ class Executor:
             case files.SyncFiles():
                 await self._flush(step.nodes)
                 await self._sync(step)
+            case files.FlushFiles():
+                await until_short(lambda: self._images.flush(step.paths), SHORT_FLUSH_SECONDS)
             case steps.CheckServers():
                 for target, uri in step.uris.items():
                     words = await (flushes(uri) if target in step.flush else reachable(uri))
@@ -323,7 +327,7 @@ class Executor:
             return self._images.sync(step.paths, step.readable)
 
         # In a window nobody writes meanwhile: again would only be longer.
-        await (until_short(sync, step.short) if self.deadline is None else sync())
+        await (until_short(sync, SHORT_SYNC_SECONDS) if self.deadline is None else sync())
 
     async def _flush(self, nodes: tuple[str, ...]) -> None:
         for node in nodes:

@@ -63,12 +63,10 @@ class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
     """Write files' dirty pages to disk and have their beginnings in memory: the window's flush and reads are short then.
 
     Before that, what QEMU itself still holds back of the images of `nodes`. Those of `readable` have to be: the guest is to go there.
-    Of `renamed` the header is changed after this, and mended where the power fails meanwhile. Outside a window it is done again
-    while that takes more than `short` seconds.
+    Of `renamed` the header is changed after this, and mended where the power fails meanwhile.
     """
 
     paths: tuple[str, ...]
-    short: float = 0.01
     nodes: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()
     renamed: Renamed | None = None
@@ -81,6 +79,17 @@ class SyncFiles(Verb, frozen=True, kw_only=True, tag="sync-files"):
     def text(self) -> str:
         """A line for people."""
         return "sync " + ", ".join(self.paths)
+
+
+class FlushFiles(Verb, frozen=True, kw_only=True, tag="flush-files"):
+    """Write files' dirty pages to disk, while the guest writes to them: QEMU's own flush, for which it waits, is short then."""
+
+    paths: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """A line for people."""
+        return "flush " + ", ".join(self.paths)
 
 
 class MendBacking(Verb, frozen=True, kw_only=True, tag="mend-backing"):

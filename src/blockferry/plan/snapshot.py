@@ -17,12 +17,9 @@ from blockferry.model.snapshot import DiskWish, MirrorWish, Mode, Snapshot, Snap
 from blockferry.plan import destinations as dest
 from blockferry.plan.destinations import Apart, Files, Room
 from blockferry.plan.disks import find_disk, require_mirrorable, require_suitable, unsuitable
-from blockferry.plan.files import ClaimFile, CreateImage, SyncFiles
+from blockferry.plan.files import ClaimFile, CreateImage, FlushFiles
 from blockferry.plan.plan import Names, Plan, Record
 from blockferry.plan.steps import AddNode, Freeze, Pair, StartMirror, Step, TakeSnapshots, Thaw
-
-# What is flushed in this time the guest may write while its disks switch: to flush again and again costs it more.
-SHORT_SECONDS = 0.1
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,7 +254,7 @@ def written_out(disks: Iterable[Disk], seen: Observation) -> tuple[Step, ...]:
         for each in actives
         if each.file.startswith("/") and not graph.nodes[graph.protocol(each.node)].no_flush
     ]
-    return (SyncFiles(paths=tuple(files), short=SHORT_SECONDS),) if files else ()
+    return (FlushFiles(paths=tuple(files)),) if files else ()
 
 
 def pair_of(disk: Disk, names: Names) -> Pair:

@@ -493,6 +493,7 @@ Step = (
     | files.CreateImage
     | files.RemoveFile
     | files.SyncFiles
+    | files.FlushFiles
     | AddNode
     | RemoveNode
     | RequireSize

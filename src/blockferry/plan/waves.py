@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from blockferry.plan.files import SyncFiles
+from blockferry.plan.files import FlushFiles
 from blockferry.plan.steps import AddNode, Freeze, Step, Thaw
 from blockferry.plan.tracking import AddBitmap
 
@@ -37,8 +37,8 @@ def _joins(step: Step, wave: Sequence[Step]) -> bool:
     if isinstance(wave[0], Freeze):
         return not isinstance(wave[-1], Thaw)
     # A bitmap is a disk's, and files are the guest's, and what is opened nobody uses yet: neither waits for the other.
-    if isinstance(step, SyncFiles):
-        return isinstance(wave[-1], AddNode) and not step.nodes
+    if isinstance(step, FlushFiles):
+        return isinstance(wave[-1], AddNode)
     beside = type(step) is type(wave[-1]) or (isinstance(step, AddBitmap) and isinstance(wave[-1], AddNode))
     opened = {each.node for each in wave if isinstance(each, AddNode)}
     return step.alongside and beside and _stands_on(step) not in opened
