@@ -10,7 +10,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -265,7 +265,8 @@ async def test_a_move_that_is_in_time_is_done(rig: Rig) -> None:
     assert done.deadline is not None
 
 
-async def test_a_deadline_that_passed_while_nobody_was_there(rig: Rig) -> None:
+@pytest.mark.parametrize("verify", [None, "none"])
+async def test_a_deadline_that_passed_while_nobody_was_there(rig: Rig, verify: Literal["none"] | None) -> None:
     """Whoever goes on with the move wants it done: the deadline holds no more, and that is said."""
     begun = await slowly(rig, deadline=3600.0)
     await rig.reopen_service()
@@ -273,7 +274,7 @@ async def test_a_deadline_that_passed_while_nobody_was_there(rig: Rig) -> None:
     move = journal.move(begun.operation)
     assert move is not None
     journal.put_move(msgspec.structs.replace(move, deadline=1.0, bandwidth=0))
-    resumed = await rig.ask(ask.ResumeOperation(operation=begun.operation))
+    resumed = await rig.ask(ask.ResumeOperation(operation=begun.operation, verify=verify))
     assert "deadline has passed" in resumed.notes[0]
     assert (await over(rig, begun.operation)).state == "done"
 

@@ -326,8 +326,7 @@ class Mover:
         if any(disk.bitmap not in seen.graph.nodes[disk.node].bitmaps for disk in disks):
             # QEMU was started anew since: what the guest has written nobody knows any more, and never will.
             reason = "its guest was started anew before everything was compared, so that it can't be compared any more"
-            unverified = msgspec.structs.replace(self._move, verify="none", delete_source=False, reason=reason)
-            self._desk.keep_move(unverified, "move-unverified", reason=reason)
+            forgo_comparison(self._desk, msgspec.structs.replace(self._move, reason=reason), reason)
             return
         session = await keeper.connect()
         await forget(session, disks, names)
@@ -438,6 +437,18 @@ def say_gone_over(desk: Desk, move: Move, done: OperationRecord) -> None:
         done: the operation in which it went over.
     """
     desk.keep_move(msgspec.structs.replace(move, pause_ms=done.pause_ms), "move-pivoted", pause_ms=done.pause_ms)
+
+
+def forgo_comparison(desk: Desk, move: Move, reason: str) -> None:
+    """Keep that a move ends without source and destination being compared, so that the sources stay, and say why.
+
+    Args:
+        desk: what the rooms share.
+        move: as it is to be recorded otherwise.
+        reason: why.
+    """
+    unverified = msgspec.structs.replace(move, verify="none", delete_source=False)
+    desk.keep_move(unverified, "move-unverified", reason=reason)
 
 
 def writers(desk: Desk) -> list[str]:

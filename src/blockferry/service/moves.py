@@ -27,7 +27,7 @@ from blockferry.qemu.paths import directories, existing, real_paths
 from blockferry.qemu.sharing import can_share
 from blockferry.service.desk import Desk, plan_view, require_bandwidth, require_path
 from blockferry.service.jobs import Jobs
-from blockferry.service.mover import Mover, say_gone_over, sources_of, writers
+from blockferry.service.mover import Mover, forgo_comparison, say_gone_over, sources_of, writers
 from blockferry.service.storages import Storages
 from blockferry.service.usage import look_up
 
@@ -222,28 +222,26 @@ class Moves:
             return await self._jobs.copy(
                 ask.StartCopy(domain=record.domain, disk=copy.target, dest=copy.file, resume=True)
             )
+        if request.verify is not None and not move.over:
+            await self._halt(move.operation)
+            move = self._get(move.operation)
         if move.over:
             raise errors.MoveNotPossible(domain=move.domain, operation=move.operation, reason="is over")
         notes: tuple[str, ...] = ()
         if move.deadline is not None and move.deadline <= time.time() and not move.pivoted:
             move = msgspec.structs.replace(move, deadline=None)
             notes = ("its deadline has passed, and holds no more: it goes on until it is done or given up",)
-        if request.verify is not None and move.verdict is None:
-            await self._halt(move.operation)
-            notes += (self._forgo_comparison(move.operation),)
-            move = self._get(move.operation)
-        self._desk.journal.put_move(msgspec.structs.replace(move, reason=None))
+        move = msgspec.structs.replace(move, reason=None)
+        if request.verify is not None and move.verify != "none" and move.verdict is None:
+            forgo_comparison(self._desk, move, "as asked")
+            notes += ("source and destination are not compared, and the source stays where it is",)
+        else:
+            self._desk.journal.put_move(move)
         # Refused now, rather than by a task that nobody asks: its QEMU has to be there for all but the copying.
         async with self._desk.writing(move.domain, move=move.operation):
             pass
         self._go_on(move.operation)
         return await self._view(self._get(move.operation), notes=notes)
-
-    def _forgo_comparison(self, operation: int) -> str:
-        """What a move was to be compared with may be gone for good: it ends without, and its sources stay."""
-        move = msgspec.structs.replace(self._get(operation), verify="none", delete_source=False)
-        self._desk.keep_move(move, "move-unverified", reason="as asked")
-        return "source and destination are not compared, and the source stays where it is"
 
     async def cancel(self, request: ask.CancelOperation) -> view.View:
         """Give up a move, or a copy."""
