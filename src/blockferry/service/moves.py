@@ -129,7 +129,9 @@ class Moves:
     async def _sources(self, placed: tuple[Placed, ...]) -> dict[str, tuple[ImageFact, ...]]:
         """By the active images, what they can be read from once the guest has left them."""
         actives = [each.disk.active for each in placed]
-        return {each.file: await source_of(self._desk.images, each.file, each.format) for each in actives}
+        # Each waits for a thread of its own, as in `look_up`.
+        found = await asyncio.gather(*(source_of(self._desk.images, each.file, each.format) for each in actives))
+        return {each.file: chain for each, chain in zip(actives, found, strict=True)}
 
     def _planned(
         self,
