@@ -22,6 +22,7 @@ from blockferry.testing.launcher import (
     blockdev_node,
     find_qemu,
     legacy_drive,
+    processors,
     qemu10_dir,
 )
 from blockferry.testing.missing import MissingComponentError
@@ -66,6 +67,7 @@ __all__ = [
     "make_ext4",
     "make_image",
     "needs_recovery",
+    "processors",
     "qemu10_dir",
     "raw_contents",
     "sharing_file_system",

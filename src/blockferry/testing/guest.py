@@ -19,7 +19,7 @@ from qemu.qmp import EventListener
 
 from blockferry.testing.images import raw_contents
 from blockferry.testing.initramfs import GuestImages, build_guest
-from blockferry.testing.launcher import QemuBinaries, TestQemu
+from blockferry.testing.launcher import QemuBinaries, TestQemu, processors
 from blockferry.testing.process import socket_path
 from blockferry.testing.stall import CONSOLE_CHARS, describe
 
@@ -131,7 +131,7 @@ class WritingGuest:
         images: kernel and initramfs; built where it is not given.
         slots: size of the region that is written, in records of 4096 bytes; a multiple of `batch`.
         batch: records that are written and flushed at once.
-        pause_s: how long each disk rests between two batches; without a pause the guest keeps two processors busy.
+        pause_s: how long each disk rests between two batches; without a pause the guest keeps its processors busy.
         first: number of the first record, for a guest that goes on where another ended; rounded up to a batch.
         run: the word in this guest's records; random unless given.
         machine: the machine type.
@@ -180,7 +180,8 @@ class WritingGuest:
         self._batch = batch
         self._woken = "-incoming" in args
         boot = images or build_guest(agent=agent)
-        arguments = ["-cpu", "max", "-smp", "2", "-no-reboot", "-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
+        arguments = ["-cpu", "max", "-smp", f"{processors(binaries)}", "-no-reboot"]
+        arguments += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
         arguments += ["-chardev", f"file,id=console,path={str(self.console).replace(',', ',,')}"]
         for disk_arguments in disks.values():
             arguments += disk_arguments
