@@ -390,13 +390,15 @@ async def lives(
 ) -> dict[str, tuple[str, str]] | None:
     """The guest runs: it was done, undone or is in progress, and what is in progress can be gone on with or cancelled.
 
-    None when a disk can't be gone on with before its guest is started anew, and doctor says so.
+    None when it can't be settled, or a disk not be gone on with, before its guest is started anew, and that is said.
     """
     async with serving(world) as service:
         await worked_out(service)
         await require_running(world)
         if world.server_was_gone:
             await world.notice()
+        if flushless and await waits_for_its_end(service):
+            return None
         states = await require_settled(service)
         seen = await look(service)
         if not operation.moves:
@@ -417,6 +419,14 @@ async def lives(
         assert await world.command("query-jobs") == []
         await require_nothing_left(service, world, seen)
         return seen.images
+
+
+async def waits_for_its_end(service: Service) -> bool:
+    """Whether what is undone is kept by an image that QEMU flushes no more: no overlay is written down into it."""
+    listed = await service.submit(ask.ListOperations())
+    assert isinstance(listed, view.OperationList)
+    stuck = [each for each in listed.operations if each.state == "unsettled"]
+    return bool(stuck) and all("stop the guest, then `blockferry recover`" in str(each.error) for each in stuck)
 
 
 async def forgot_a_filter(service: Service, world: World) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from rig import ALL, FORMATS, MIB, Rig, open_rig, wish_xml
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.model import view
+from blockferry.model.flags import SnapshotCreate
 from blockferry.model.snapshot import DiskWish, MirrorWish, SnapshotWish
 from blockferry.service import Service
 from blockferry.testing import Fault, FaultKind, Gate, QemuBinaries, check_image
+from blockferry.testing.crash import Crasher
 from blockferry.testing.sick import fail, heal, sick_storage
 
 # A snapshot of three disks, each mirrored, sends these: two images a disk, one transaction, a mirror a disk.
@@ -132,6 +135,12 @@ async def test_reply_to_the_last_command_is_lost(faulty: Rig) -> None:
     assert await faulty.chain("vda") != []
 
 
+def snapshot_request(rig: Rig) -> ask.Request:
+    """Of all disks, each with a mirror."""
+    files = {target: (f"{target}.s1", f"dst/{target}.s1") for target in ALL}
+    return ask.CreateSnapshot(domain="vm1", wish=wished(rig, **files), flags=SnapshotCreate.ATOMIC)
+
+
 async def written_meanwhile(rig: Rig) -> tuple[asyncio.Task[view.SnapshotView], Gate]:
     """A snapshot whose last mirror will not start, once the gate is released; its overlays have been written to."""
     gate = rig.proxy.pause_before("blockdev-mirror", 3)
@@ -182,6 +191,47 @@ async def test_overlay_that_finds_no_room_below(
         await rig.guest.stop()
         for target, fmt in FORMATS.items():
             assert rig.holds(target, rig.source(target), fmt)
+
+
+async def test_overlay_above_an_image_whose_flush_failed(
+    qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its QEMU never flushes that image again: what was switched stays so until the guest ends, and that is said."""
+    for name, value in sick_storage(tmp_path / "sick").items():
+        monkeypatch.setenv(name, value)
+    for folder in ("whole", "dies"):
+        (tmp_path / folder).mkdir()
+    with Crasher() as crasher:
+        async with open_rig(qemu, tmp_path / "whole") as rig:
+            await rig.service.close()
+            lives = crasher.run(rig.path / "state", [snapshot_request(rig)])
+            rig.service = await Service.open(rig.path / "state")
+        async with open_rig(qemu, tmp_path / "dies") as rig:
+            await rig.service.close()
+            switched = lives.boundaries.index("after transaction")
+            assert crasher.run(rig.path / "state", [snapshot_request(rig)], at=switched).killed
+            await rig.write("vdb", 0x7A, 7 * MIB)
+            fail(f"f {errno.EIO} {rig.source('vdb')}")
+            rig.service = await Service.open(rig.path / "state")
+            heal(tmp_path / "sick")
+            await rig.settled()
+            unsettled = await rig.operation(1)
+            assert (unsettled.state, unsettled.row) == ("unsettled", "D")
+            assert re.search(
+                r"Input/output error.*overlay.*stop the guest, then `blockferry recover`", str(unsettled.error)
+            )
+            assert await rig.chain("vdb") == [f"{rig.path}/vdb.s1", str(rig.source("vdb"))]
+            await rig.write("vdb", 0x7B, 6 * MIB)
+            await rig.guest.stop()
+            await rig.settled()
+            settled = await rig.operation(1)
+            assert (settled.state, settled.row) == ("done", "I")
+            found = [
+                each.text for each in (await rig.ask(ask.Doctor(domain="vm1"))).findings if each.code == "start-on"
+            ]
+            assert found == [f"{rig.path}/{target}.s1 holds what it held (operation 1)" for target in sorted(ALL)]
+            for target in ALL:
+                assert rig.holds(target, rig.path / f"{target}.s1", "qcow2")
 
 
 async def test_mirror_that_does_not_start_on_a_paused_guest(qemu: QemuBinaries, tmp_path: Path) -> None:

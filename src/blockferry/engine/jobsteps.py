@@ -20,6 +20,14 @@ COMMIT_SECONDS = 300.0
 JOB_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
 
+# QEMU's file-posix.c, handle_aiocb_flush(): what the kernel has dropped of the page cache nobody can tell, so no flush succeeds
+# until the file is closed.
+STAYS_ON_OVERLAY = (
+    "the guest goes on on its overlay, which has what it wrote. Is the storage well again and the same still said: this QEMU flushes "
+    "no image of which a flush failed once, so stop the guest, then `blockferry recover`"
+)
+
+
 class StepFailed(Exception):
     """What a step looks for is not so."""
 
@@ -260,10 +268,13 @@ class JobSteps:
             await self._session.execute(
                 "block-commit", job_id=step.job, device=step.overlay, base_node=step.base, auto_dismiss=False
             )
-        await self._wait_jobs((step.job,), frozenset({"ready", "concluded"}), COMMIT_SECONDS)
-        if (await self._jobs())[step.job].allows("complete"):
-            await self._session.execute("job-complete", id=step.job)
-        await self._wait_jobs((step.job,), frozenset({"concluded"}), COMMIT_SECONDS)
+        try:
+            await self._wait_jobs((step.job,), frozenset({"ready", "concluded"}), COMMIT_SECONDS)
+            if (await self._jobs())[step.job].allows("complete"):
+                await self._session.execute("job-complete", id=step.job)
+            await self._wait_jobs((step.job,), frozenset({"concluded"}), COMMIT_SECONDS)
+        except StepFailed as failure:
+            raise StepFailed(f"{failure}; {STAYS_ON_OVERLAY}") from failure
         await self._session.execute("job-dismiss", id=step.job)
 
 
