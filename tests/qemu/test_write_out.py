@@ -1,16 +1,18 @@
 """A destination is written out while it is filled, by a process beside, which is there for no longer."""
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rig import SIZE, Rig
+from rig import FORMATS, SIZE, Rig
 
 from blockferry.model import request as ask
-from blockferry.qemu import flusher
+from blockferry.qemu import flusher, syncing
 from blockferry.qemu.process import born, ends
 from blockferry.testing import make_image
 from blockferry.testing.trace import strace
@@ -22,11 +24,12 @@ WAIT_SECONDS = 20.0
 def beside() -> dict[int, list[str]]:
     """The flushers of this process, and what they see to."""
     found = {}
-    for child in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
-        for pid in child.read_text().split():
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-            if flusher.__file__ in words:
-                found[int(pid)] = words[words.index(flusher.__file__) + 1 : -1]
+    for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # threads and processes end meanwhile
+            for pid in children.read_text().split():
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                if flusher.__file__ in words:
+                    found[int(pid)] = words[words.index(flusher.__file__) + 1 : -1]
     return found
 
 
@@ -142,3 +145,30 @@ def test_the_kernel_is_asked_again_until_the_end(tmp_path: Path) -> None:
 def test_a_long_copy_is_asked_for_less_often() -> None:
     """What comes in between is flushed while everybody waits: a hundredth of all that it took."""
     assert [flusher.pause_after(seconds) for seconds in (0, 1, 2, 10, 25, 3600)] == [0.02, 0.02, 0.02, 0.1, 0.25, 0.25]
+
+
+@pytest.fixture
+def in_pieces(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """The files that go to the disk in pieces from now on."""
+    real, found = syncing._sync_file_range, set()
+
+    def seen(descriptor: int, *arguments: Any) -> Any:
+        found.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        return real(descriptor, *arguments)
+
+    monkeypatch.setattr(syncing, "_sync_file_range", seen)
+    return found
+
+
+async def test_before_a_window_files_go_to_the_disk_in_pieces(rig: Rig, in_pieces: set[Path]) -> None:
+    """A guest waits for whoever finds room for what it has written."""
+    await rig.copy("vda")
+    await rig.ready("vda")
+    assert in_pieces == set()
+    await rig.pivot("vda")
+    assert in_pieces == {rig.source("vda"), rig.dest("vda")}
+
+
+async def test_before_its_disks_get_overlays_too(rig: Rig, in_pieces: set[Path]) -> None:
+    await rig.snapshot()
+    assert in_pieces == {rig.source(target) for target in FORMATS}

@@ -38,9 +38,11 @@ class SlowImages(Images):
     def __init__(self) -> None:
         super().__init__()
         self.syncs = 0
+        self.in_use = False
 
-    async def sync(self, _paths: tuple[str, ...], _readable: tuple[str, ...] = ()) -> None:
+    async def sync(self, _paths: tuple[str, ...], _readable: tuple[str, ...] = (), *, in_use: bool = False) -> None:
         self.syncs += 1
+        self.in_use = in_use
         await asyncio.sleep(LONG / 10)
 
     async def flush(self, paths: tuple[str, ...]) -> None:
@@ -49,13 +51,13 @@ class SlowImages(Images):
 
 @pytest.mark.parametrize(("in_window", "passes"), [(False, SYNC_PASSES), (True, 1)])
 async def test_in_a_window_they_are_written_out_once(tmp_path: Path, in_window: bool, passes: int) -> None:
-    """The guest stands still, and for all of that time."""
+    """The guest stands still, and for all of that time: nor in pieces, then."""
     images = SlowImages()
     executor = Executor("vm", None, None, images, Home(tmp_path, tmp_path, "vm"))
     if in_window:
         executor.deadline = asyncio.get_running_loop().time() + 2.0
     await executor.do(SyncFiles(paths=("/top",)), {})
-    assert images.syncs == passes
+    assert (images.syncs, images.in_use) == (passes, not in_window)
 
 
 async def test_what_a_guest_writes_is_not_flushed_as_often_as_in_a_window(tmp_path: Path) -> None:

@@ -323,11 +323,13 @@ class Executor:
         return await readback.read_back(self._session, disks, self._within(readback.READ_BACK_SECONDS))
 
     async def _sync(self, step: files.SyncFiles) -> None:
-        def sync() -> Awaitable[None]:
-            return self._images.sync(step.paths, step.readable)
-
         # In a window nobody writes meanwhile: again would only be longer.
-        await (until_short(sync, SHORT_SYNC_SECONDS) if self.deadline is None else sync())
+        running = self.deadline is None
+
+        def sync() -> Awaitable[None]:
+            return self._images.sync(step.paths, step.readable, in_use=running)
+
+        await (until_short(sync, SHORT_SYNC_SECONDS) if running else sync())
 
     async def _flush(self, nodes: tuple[str, ...]) -> None:
         for node in nodes:

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from blockferry.model.files import FileFact, FileStamp, ImageFact, Kind, Renamed
@@ -21,6 +21,7 @@ from blockferry.qemu.inspect import inspect_image, is_whole, read_header, read_n
 from blockferry.qemu.paths import ask_each, identity_of
 from blockferry.qemu.qcow2 import empty_image
 from blockferry.qemu.roots import StorageRoots
+from blockferry.qemu.syncing import flush_files, opened, sync_file, sync_folder, touch
 from blockferry.qemu.tool import ImageError, QemuImg
 
 P = ParamSpec("P")
@@ -182,7 +183,7 @@ class Images:
         # A block device: what is on it has to be dealt with, and qemu-img knows how.
         onto = ["-u", "-b", backing, "-F", str(backing_format)] if backing else []
         await self._tool.run("create", "-q", "-f", image_format, *onto, "--", path, str(size))
-        await _bounded(_sync, path)
+        await _bounded(sync_file, path)
         return False
 
     async def remove(self, path: str, identity: Mapping[str, Any] | None) -> bool:
@@ -230,14 +231,14 @@ class Images:
     ) -> None:
         await _bounded(_require_plain, path, read)
         await self._tool.run("rebase", "-q", "-u", "-f", image_format, "-F", backing_format, "-b", backing, path)
-        await _bounded(_sync, path)
+        await _bounded(sync_file, path)
 
     async def stamps(self, paths: tuple[str, ...]) -> dict[str, FileStamp]:
         """What tells whether somebody touches these files from now on; what is no plain file, or hangs, has none."""
         found = await ask_each(stamp_of, paths, FILE_SECONDS)
         return {path: stamp for path, stamp in found.items() if stamp is not None}
 
-    async def sync(self, paths: tuple[str, ...], readable: tuple[str, ...] = ()) -> None:
+    async def sync(self, paths: tuple[str, ...], readable: tuple[str, ...] = (), *, in_use: bool = False) -> None:
         """Call fdatasync on each file, read its beginning, and see whether its file system takes a change at all.
 
         On all at once: a disk takes them together, and what is written to one of them meanwhile would be to be flushed by whoever
@@ -246,6 +247,7 @@ class Images:
         Args:
             paths: the files.
             readable: those of them that have to be.
+            in_use: whether somebody writes to them meanwhile, who is not to wait for that.
 
         Raises:
             ImageError: in the system's words; or nothing came back, and whoever uses the file hangs as well.
@@ -253,8 +255,8 @@ class Images:
         files = dict.fromkeys(paths)
         folders = dict.fromkeys(os.path.dirname(path) for path in files)
         work = [
-            *(_bounded(_sync, path, BEGINNING_BYTES, path in readable) for path in files),
-            *(_bounded(_touch, folder) for folder in folders),
+            *(_bounded(sync_file, path, BEGINNING_BYTES, readable=path in readable, in_use=in_use) for path in files),
+            *(_bounded(touch, folder) for folder in folders),
         ]
         for problem in await asyncio.gather(*work, return_exceptions=True):
             if isinstance(problem, BaseException):
@@ -266,7 +268,7 @@ class Images:
         Raises:
             ImageError: as of `sync`.
         """
-        await _bounded(_flush, paths)
+        await _bounded(flush_files, paths)
 
 
 async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
@@ -275,7 +277,7 @@ async def _bounded(function: Callable[P, T], /, *arguments: P.args, **named: P.k
     Raises:
         ImageError: as the function; or it did not come back.
     """
-    seconds = SYNC_SECONDS if function in (_sync, _touch, _flush) else FILE_SECONDS
+    seconds = SYNC_SECONDS if function in (sync_file, touch, flush_files) else FILE_SECONDS
     try:
         return await bounded(seconds, function, *arguments, **named)
     except TimeoutError as error:
@@ -405,16 +407,6 @@ def _device_problem(path: str) -> str | None:
         return "it is mounted, or part of a volume" if error.errno == errno.EBUSY else error.strerror
 
 
-@contextlib.contextmanager
-def opened(path: str, flags: int) -> Iterator[int]:
-    """A descriptor of the path, closed with the block."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _capacity(path: str) -> int:
     """A block device's bytes: where its end is."""
     with opened(path, os.O_RDONLY) as descriptor:
@@ -439,7 +431,7 @@ def _drop(path: str) -> bool:
         if not stat.S_ISREG(os.lstat(path).st_mode) or _locked(path):
             return False
         os.unlink(path)
-        _sync_folder(path)
+        sync_folder(path)
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -480,7 +472,7 @@ def _claim(path: str, like: str | None) -> dict[str, Any]:
         raise ImageError(f"{path}: {error.strerror}") from error
     finally:
         os.close(descriptor)
-    _sync_folder(path)
+    sync_folder(path)
     return {"device": made.st_dev, "inode": made.st_ino}
 
 
@@ -551,48 +543,9 @@ def _remove(path: str, identity: Mapping[str, Any] | None) -> bool:
         )
         if ours:
             os.unlink(path)
-            _sync_folder(path)
+            sync_folder(path)
     except FileNotFoundError:
         return False
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror}") from error
     return ours
-
-
-def _sync(path: str, beginning: int = 0, readable: bool = False) -> None:
-    """Flush a file, of which so many bytes are in memory then; whether they have to be readable is somebody else's question."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return
-    try:
-        try:
-            os.pread(descriptor, beginning, 0)
-        except OSError:
-            if readable:
-                raise
-        os.fdatasync(descriptor)
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-
-
-def _flush(paths: tuple[str, ...]) -> None:
-    for path in paths:
-        _sync(path)
-
-
-def _touch(folder: str) -> None:
-    """Make a file without a name: nothing is left of it, and a file system that is frozen or hangs does not come back.
-
-    A flush of what is clean would. Where such files are not known or we may not make any, nothing is learnt.
-    """
-    with contextlib.suppress(OSError), opened(folder, os.O_TMPFILE | os.O_WRONLY):
-        pass
-
-
-def _sync_folder(path: str) -> None:
-    """A new or removed name reaches the disk with its directory, not with the file."""
-    with opened(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY) as descriptor:
-        os.fsync(descriptor)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from blockferry.qemu.images import opened
+from blockferry.qemu.syncing import opened
 from blockferry.qemu.tool import ImageError
 
 # include/uapi/linux/fs.h: _IOW(0x94, 9, int), and _IOW(0x94, 13, struct file_clone_range).

@@ -83,3 +83,4 @@ PASS(int, 'w', fallocate, (int fd, int mode, off_t at, off_t bytes), (fd, mode, 
 PASS(int, 'w', fallocate64, (int fd, int mode, off64_t at, off64_t bytes), (fd, mode, at, bytes))
 PASS(int, 'f', fsync, (int fd), (fd))
 PASS(int, 'f', fdatasync, (int fd), (fd))
+PASS(int, 'f', sync_file_range, (int fd, off64_t at, off64_t bytes, unsigned int how), (fd, at, bytes, how))
