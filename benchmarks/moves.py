@@ -40,7 +40,7 @@ from movecases import (
     sharing,
 )
 from movefigures import Figures
-from sides import MIB, TICKS_PER_SECOND, Boot, Guest, Image, Side, Way, at_rest, paced
+from sides import MIB, TICKS_PER_SECOND, Boot, Guest, Image, Side, Way, paced, running
 from storage import DISK_FOLDER, MEMORY_FOLDER, room, warm_sides
 
 from blockferry.testing import QemuBinaries, compare_images, find_qemu
@@ -174,8 +174,7 @@ async def started(bench: Bench, case: MoveCase, side: Side, images: list[Image])
         linux: Boot | None = None
         if case.writing:
             linux = paced(images, folder, PACED_RATE, images[0].path.stat().st_size)
-        async with side.guest(images, folder, linux) as guest:
-            await (linux.writing() if linux is not None else at_rest(guest))
+        async with running(side, images, folder, linux) as guest:
             yield guest
     finally:
         shutil.rmtree(folder)

@@ -23,7 +23,7 @@ import report
 from cases import MIB, Case, all_cases
 from ferry import ferry_side
 from figures import NOTES, Series, text_table
-from sides import Side, at_rest, boot
+from sides import Side, boot, running
 
 from blockferry.testing import QemuBinaries, find_qemu
 
@@ -68,8 +68,7 @@ async def _once(side: Side, case: Case, binaries: QemuBinaries, place: Path) -> 
         for image in images:
             side.own(image.path)
         linux = boot(images, folder) if case.writing else None
-        async with side.guest(images, folder, linux) as guest:
-            await (linux.writing() if linux is not None else at_rest(guest))
+        async with running(side, images, folder, linux) as guest:
             os.sync()  # what was written so far is not to be paid for by whoever is measured
             return await case.ask(guest, images, folder)
     finally:

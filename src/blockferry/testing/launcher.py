@@ -82,7 +82,7 @@ def processors(binaries: QemuBinaries) -> int:
     """Return how many processors a Linux may have that this QEMU emulates: 2, or 1 before QEMU 8.1.
 
     Until then QEMU translates code without a lock on its page, and does not notice what the other processor writes there meanwhile.
-    Linux changes its own code while it boots, by way of an int3: one boot of some thousands met that int3 for ever.
+    Linux changes its own code while it boots, by way of an int3: a boot meets that int3 for ever now and then.
     """
     said = subprocess.run([binaries.system, "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
     major, minor, _rest = said.split()[3].split(".", 2)
