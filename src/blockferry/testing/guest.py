@@ -180,7 +180,8 @@ class WritingGuest:
         self._batch = batch
         self._woken = "-incoming" in args
         boot = images or build_guest(agent=agent)
-        arguments = ["-cpu", "max", "-smp", f"{processors(binaries)}", "-no-reboot"]
+        # Where there can be a second, a guest's barriers are some: who looks at its queues in QEMU are threads of their own.
+        arguments = ["-cpu", "max", "-smp", f"{processors(binaries)},maxcpus=2", "-no-reboot"]
         arguments += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
         arguments += ["-chardev", f"file,id=console,path={str(self.console).replace(',', ',,')}"]
         for disk_arguments in disks.values():
