@@ -16,21 +16,13 @@ from blockferry.model import request as ask
 from blockferry.model import view
 from blockferry.model.snapshot import SnapshotWish
 from blockferry.service import Service
-from blockferry.testing import (
-    QemuBinaries,
-    Records,
-    StartedAgainWarning,
-    build_guest,
-    make_image,
-    processors,
-    raw_contents,
-)
+from blockferry.testing import QemuBinaries, Records, StartedAgainWarning, build_guest, make_image, raw_contents
 from blockferry.testing.guest import BLOCK_BYTES, BOOT_OPTIONS, BOOT_TIMEOUT_S
 
 MIB = 1 << 20
 RECORDS = Records("run1", slots=64)
 XML = """<domain type='qemu'>
-  <name>linux</name><memory unit='MiB'>128</memory><vcpu>{processors}</vcpu><cpu mode='maximum'/>
+  <name>linux</name><memory unit='MiB'>128</memory><vcpu>2</vcpu><cpu mode='maximum'/>
   <os><type arch='x86_64' machine='{machine}'>hvm</type>
     <kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{cmdline}</cmdline></os>
   <features><acpi/></features>
@@ -147,12 +139,7 @@ async def linux(qemu: QemuBinaries, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     words = f"bf_disks={','.join(FORMATS)} bf_run={RECORDS.run} bf_first=0 bf_slots={RECORDS.slots} bf_batch=4"
     words += f" bf_block={RECORDS.start_bytes // BLOCK_BYTES} bf_resume=1"
     xml = XML.format(
-        processors=processors(qemu),
-        machine="q35",
-        kernel=boot.kernel,
-        initrd=boot.initrd,
-        cmdline=f"{BOOT_OPTIONS} {words}",
-        folder=tmp_path,
+        machine="q35", kernel=boot.kernel, initrd=boot.initrd, cmdline=f"{BOOT_OPTIONS} {words}", folder=tmp_path
     )
     linux = Linux(qemu, tmp_path, await Service.open(tmp_path / "state"))
     try:
