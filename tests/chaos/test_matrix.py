@@ -27,7 +27,7 @@ from blockferry.testing import QemuVersion
 SEED = int(os.environ.get("BLOCKFERRY_SEED", "1"))
 # Of each operation on each QEMU: a move is some operations in one, and takes as long as three; a server that holds requests costs
 # the time in which the guest is freed of it. Of what is not to be there afterwards few cases have records to be found: they get two more.
-CASES, SERVED_CASES, MOVE_CASES = 10, 7, 8
+CASES, SERVED_CASES, MOVE_CASES = 8, 6, 7
 LINUX_CASES = 2
 
 
