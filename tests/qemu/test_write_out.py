@@ -150,13 +150,13 @@ def test_a_long_copy_is_asked_for_less_often() -> None:
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     """The files that go to the disk in pieces from now on."""
-    real, found = syncing._sync_file_range, set()
+    real, found = syncing.sync_file_range, set()
 
     def seen(descriptor: int, *arguments: Any) -> Any:
         found.add(Path(f"/proc/self/fd/{descriptor}").readlink())
         return real(descriptor, *arguments)
 
-    monkeypatch.setattr(syncing, "_sync_file_range", seen)
+    monkeypatch.setattr(syncing, "sync_file_range", seen)
     return found
 
 

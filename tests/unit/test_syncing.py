@@ -20,11 +20,11 @@ class Asked:
     """What the kernel is asked to write out; it is asked."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._real: Any = syncing._sync_file_range
+        self._real: Any = syncing.sync_file_range
         self.pieces: list[tuple[int, int]] = []
         self.appends: list[tuple[Path, int]] = []
         self.error = 0
-        monkeypatch.setattr(syncing, "_sync_file_range", self)
+        monkeypatch.setattr(syncing, "sync_file_range", self)
 
     def __call__(self, descriptor: int, start: ctypes.c_int64, length: ctypes.c_int64, flags: ctypes.c_uint) -> int:
         self.pieces.append((start.value, length.value))

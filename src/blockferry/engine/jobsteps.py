@@ -274,6 +274,9 @@ class JobSteps:
                 await self._session.execute("job-complete", id=step.job)
             await self._wait_jobs((step.job,), frozenset({"concluded"}), COMMIT_SECONDS)
         except StepFailed as failure:
+            job = (await self._jobs()).get(step.job)
+            if job is None or job.error is None:  # where the guest is now is not known
+                raise
             raise StepFailed(f"{failure}; {STAYS_ON_OVERLAY}") from failure
         await self._session.execute("job-dismiss", id=step.job)
 

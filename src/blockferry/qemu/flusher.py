@@ -19,7 +19,7 @@ SECONDS_MIN, SECONDS_MAX = 0.02, 0.25
 # sync_file_range(2); the os module does not have it.
 _SYNC_FILE_RANGE_WRITE = 2
 _WHOLE = (ctypes.c_int64(0), ctypes.c_int64(0))
-_sync_file_range = ctypes.CDLL(None).sync_file_range
+sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
 
 
 def begin_writing_out(path: str) -> None:
@@ -48,7 +48,7 @@ def pause_after(seconds: float) -> float:
 
 def _begin(descriptor: int) -> None:
     try:
-        _sync_file_range(descriptor, *_WHOLE, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+        sync_file_range(descriptor, *_WHOLE, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
     finally:
         os.close(descriptor)
 

@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 
+from blockferry.qemu.flusher import sync_file_range
 from blockferry.qemu.tool import ImageError
 
 # While the kernel finds room for what was written to a file, whoever writes to it waits; the room is looked for on the disk, behind
@@ -17,9 +18,8 @@ PIECE_BYTES = 8 << 20
 PIECES = 1024
 # What an overlay has grown by meanwhile follows; whoever writes faster than the disk is not run after.
 LAPS = 4
-# sync_file_range(2); the os module does not have it. To begin writing, and to wait for what is being written, before and after.
+# sync_file_range(2): to begin writing, and to wait for what is being written, before and after.
 _WAITED_FOR = ctypes.c_uint(1 | 2 | 4)
-_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
 # What says that there is no such call, or not for that kind of file.
 _NOT_DONE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL)
 
@@ -104,7 +104,7 @@ def _write_out(descriptor: int) -> None:
         piece = max(PIECE_BYTES, -(-end // PIECES))
         for start in range(done, end, piece):
             length = min(piece, end - start)
-            if _sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _WAITED_FOR) == 0:
+            if sync_file_range(descriptor, ctypes.c_int64(start), ctypes.c_int64(length), _WAITED_FOR) == 0:
                 continue
             number = ctypes.get_errno()
             if number in _NOT_DONE:
