@@ -20,6 +20,7 @@ from blockferry.testing import (
     image_sha256,
     legacy_drive,
     make_image,
+    processors,
     write_pattern,
 )
 from blockferry.testing.launcher import Bus
@@ -145,3 +146,11 @@ async def test_nbd_server(qemu: QemuBinaries, tmp_path: Path, disks: list[str]) 
 async def test_nbd_server_that_cannot_start(qemu: QemuBinaries, tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"missing\.raw"):
         await NbdServer(qemu, tmp_path / "missing.raw", "raw", tmp_path).start()
+
+
+@pytest.mark.parametrize(("version", "number"), [("7.2.22", 1), ("8.0.4", 1), ("8.1.0", 2), ("10.0.2", 2)])
+def test_one_processor_where_translating_is_not_safe_with_two(tmp_path: Path, version: str, number: int) -> None:
+    program = tmp_path / "qemu"
+    program.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version} (Debian 1:{version}+dfsg-7)'\n")
+    program.chmod(0o755)
+    assert processors(QemuBinaries(program, program, program, program)) == number
