@@ -1,15 +1,23 @@
 """The instant of a pivot, finish or reopen goes wrong: all disks on their sources, the guest runs, and what can still
-be mirrored is."""
+be mirrored is. Of guests that are stopped for it; test_held_windows.py has the others."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from rig import ALL, FORMATS, MIB, SIZE, Rig, open_rig
+from rig import ALL, FORMATS, MIB, SIZE, Rig, forgets, open_rig
 
 from blockferry import errors
 from blockferry.model.flags import SnapshotDelete
 from blockferry.testing import Fault, FaultKind, Gate, NbdServer, QemuBinaries, check_image, compare_images, make_image
+
+
+@pytest.fixture
+async def faulty(qemu: QemuBinaries, tmp_path: Path) -> AsyncIterator[Rig]:
+    """As `rig`, with a fault-injecting proxy between the service and QEMU; a guest that is stopped for its windows."""
+    async with open_rig(qemu, tmp_path, proxy=True, iothreads=not forgets(qemu)) as rig:
+        yield rig
 
 
 async def started(rig: Rig, *targets: str) -> None:
@@ -393,7 +401,7 @@ async def test_destination_that_hangs_is_left(faulty: Rig, monkeypatch: pytest.M
 
 
 async def test_qemu_dies_in_the_window(qemu: QemuBinaries, tmp_path: Path) -> None:
-    async with open_rig(qemu, tmp_path) as rig:
+    async with open_rig(qemu, tmp_path, iothreads=not forgets(qemu)) as rig:
         await started(rig)
         with rig.guest.control.listener("STOP") as stops:
             pivot = asyncio.create_task(rig.pivot(*ALL))

@@ -32,6 +32,7 @@ from blockferry.testing import (
     image_sha256,
     legacy_drive,
     make_image,
+    qemu_version,
     write_pattern,
 )
 
@@ -67,6 +68,7 @@ class Rig:
     written: dict[str, bytearray] = field(repr=False)
     qdevs: Mapping[str, str]  # by target, what query-block calls the device
     pauses: EventListener = field(default_factory=lambda: EventListener(("STOP", "RESUME")))
+    iothreads: bool = True
 
     # --- asking -----------------------------------------------------------------------------------------------
 
@@ -240,6 +242,16 @@ class Rig:
     async def status(self) -> str:
         return (await self.guest.command("query-status"))["status"]
 
+    @property
+    def is_held(self) -> bool:
+        """Whether its windows hold the guest's requests instead of stopping it, while it runs."""
+        return self.iothreads and forgets(self.qemu)
+
+    @property
+    def pauses_of_a_window(self) -> list[str]:
+        """What is heard of one, while the guest runs."""
+        return [] if self.is_held else ["STOP", "RESUME"]
+
     async def pauses_heard(self) -> list[str]:
         """STOP and RESUME since the last call."""
         await self.status()
@@ -315,6 +327,11 @@ class Rig:
         return NbdServer(self.qemu, path, fmt, self.path, name="t")
 
 
+def forgets(qemu: QemuBinaries) -> bool:
+    """Whether a guest with iothreads that was stopped may forget a request in this QEMU."""
+    return qemu_version(qemu) >= (8, 2)
+
+
 @functools.cache
 def templates(qemu: QemuBinaries) -> dict[str, bytes]:
     """The three images as files, made once a process: six programs to start are half a second on a busy machine."""
@@ -325,29 +342,36 @@ def templates(qemu: QemuBinaries) -> dict[str, bytes]:
         return {target: (Path(folder) / target).read_bytes() for target in FORMATS}
 
 
-def three_disks(qemu: QemuBinaries, path: Path) -> list[str]:
+def three_disks(qemu: QemuBinaries, path: Path, *, iothreads: bool = True) -> list[str]:
     for target, contents in templates(qemu).items():
         with (path / f"{target}.img").open("wb") as file:
             file.write(contents.rstrip(b"\0"))
             file.truncate(len(contents))
     return [
-        *blockdev_disk("d0", path / "vda.img", "qcow2", iothread="io0"),
+        *blockdev_disk("d0", path / "vda.img", "qcow2", iothread="io0" if iothreads else None),
         *legacy_drive(path / "vdb.img", "raw"),
-        *blockdev_disk("d2", path / "sda.img", "qcow2", bus="scsi", iothread="io1"),
+        *blockdev_disk("d2", path / "sda.img", "qcow2", bus="scsi", iothread="io1" if iothreads else None),
     ]
 
 
 @contextlib.asynccontextmanager
 async def open_rig(
-    qemu: QemuBinaries, path: Path, *, paused: bool = False, proxy: bool = False, args: Sequence[str] = ()
+    qemu: QemuBinaries,
+    path: Path,
+    *,
+    paused: bool = False,
+    proxy: bool = False,
+    args: Sequence[str] = (),
+    iothreads: bool = True,
 ) -> AsyncIterator[Rig]:
     """Start it all, attached as vm1; `args` are more disks."""
     written = {
         target: bytearray(bytes([0x10 * number]) * MIB + bytes(SIZE - MIB))
         for number, target in enumerate(FORMATS, start=1)
     }
-    disks = three_disks(qemu, path)
+    disks = three_disks(qemu, path, iothreads=iothreads)
     async with open_guest(qemu, path, [*disks, *args], written, paused=paused, proxy=proxy) as rig:
+        rig.iothreads = iothreads
         yield rig
 
 

@@ -15,7 +15,7 @@ DISKS = ("vda", "vdb")
 
 @contextlib.asynccontextmanager
 async def open_sharing(
-    qemu: QemuBinaries, path: Path, *, paused: bool = False, proxy: bool = True
+    qemu: QemuBinaries, path: Path, *, paused: bool = False, proxy: bool = True, iothreads: bool = True
 ) -> AsyncIterator[Rig]:
     """vda of -blockdev with an iothread, vdb of the legacy -drive, both raw; between the service and QEMU a `proxy`."""
     contents = {}
@@ -24,8 +24,9 @@ async def open_sharing(
         write_pattern(qemu, image, "raw", 0, MIB, 0x10 * number)
         contents[target] = bytearray(bytes([0x10 * number]) * MIB + bytes(SIZE - MIB))
     args = [
-        *blockdev_disk("d0", path / "vda.img", "raw", iothread="io0"),
+        *blockdev_disk("d0", path / "vda.img", "raw", iothread="io0" if iothreads else None),
         *legacy_drive(path / "vdb.img", "raw"),
     ]
     async with open_guest(qemu, path, args, contents, paused=paused, proxy=proxy) as rig:
+        rig.iothreads = iothreads
         yield rig

@@ -19,13 +19,14 @@ import pytest
 import pytest_asyncio
 from refusal_kit import Place, Row, Vanishing, mounted
 from refusals import ROWS, VANISHING
-from rig import ALL, EVENT_TIMEOUT_S, KIB, MIB, SIZE, Rig, open_rig
+from rig import ALL, EVENT_TIMEOUT_S, KIB, MIB, SIZE, Rig, forgets, open_rig
 
 from blockferry import errors
 from blockferry.model import request as ask
 from blockferry.plan.destinations import NEW_OVERLAY_BYTES
 from blockferry.service import Service
 from blockferry.testing import (
+    QemuBinaries,
     TestQemu,
     blockdev_disk,
     blockdev_node,
@@ -138,10 +139,16 @@ class Killer:
 
 
 @pytest.mark.parametrize("row", VANISHING, ids=lambda row: f"{row} at {row.command}")
-async def test_vanishing(rig: Rig, row: Vanishing) -> None:
-    """It is said, what was begun is undone, and every image is whole."""
-    place = Place(rig)
-    async with row.setting(place):
+async def test_vanishing(qemu: QemuBinaries, tmp_path: Path, row: Vanishing) -> None:
+    """It is said, what was begun is undone, and every image is whole.
+
+    A window in which the guest is not stopped is recorded by the time its jobs are finalized.
+    """
+    stopped = row.command in ("stop", "job-finalize")
+    async with contextlib.AsyncExitStack() as stack:
+        rig = await stack.enter_async_context(open_rig(qemu, tmp_path, iothreads=not (stopped and forgets(qemu))))
+        place = Place(rig)
+        await stack.enter_async_context(row.setting(place))
         killer = Killer(rig.guest.pid, row.command, row.nth)
         await rig.service.close()
         rig.service = await Service.open(rig.path / "state", witness=killer)
@@ -158,12 +165,12 @@ async def test_vanishing(rig: Rig, row: Vanishing) -> None:
         assert rig.files() == files
         with pytest.raises(errors.QmpUnreachable, match="Nothing was done"):
             await rig.snapshot("later")
-    await rig.guest.kill()
-    for target, chain in chains.items():
-        for file, fmt in chain:
-            check_image(rig.qemu, Path(file), fmt)
-        file, fmt = chain[0]
-        assert rig.holds(target, Path(file), fmt)
+        await rig.guest.kill()
+        for target, chain in chains.items():
+            for file, fmt in chain:
+                check_image(rig.qemu, Path(file), fmt)
+            file, fmt = chain[0]
+            assert rig.holds(target, Path(file), fmt)
 
 
 # --- what takes a guest of its own ----------------------------------------------------------------------------

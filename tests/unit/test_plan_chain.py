@@ -15,10 +15,21 @@ from blockferry.model.graph import Edge, Graph
 from blockferry.model.job import Job
 from blockferry.model.request import Commit, Rebase
 from blockferry.model.snapshot import Snapshot, SnapshotDisk
-from blockferry.plan.chain import NOBODY, Users, has_ended, joined, plan_commit, plan_end, plan_merge, plan_rebase
+from blockferry.plan.chain import (
+    NOBODY,
+    Users,
+    has_ended,
+    joined,
+    keeps_back,
+    plan_commit,
+    plan_end,
+    plan_merge,
+    plan_rebase,
+)
 from blockferry.plan.files import DropFile, SyncFiles
 from blockferry.plan.plan import Names, Plan
 from blockferry.plan.steps import (
+    CancelJob,
     CompleteJobs,
     DismissJobs,
     FinalizeJobs,
@@ -33,6 +44,7 @@ from blockferry.plan.steps import (
     StartStream,
     Stop,
 )
+from blockferry.plan.window import as_it_is, settle_as_it_is
 
 # /top on /two on /one on /low.raw, in nodes vda-n, -n1, -n2, -n3.
 CHAIN = ("/top", "/two", "/one", "/low.raw")
@@ -485,6 +497,48 @@ def test_end_of_an_active_commit_is_an_instant(seen: Observation) -> None:
     resume = [Resume()] if seen.running else []
     assert list(made.settle) == [*resume, DismissJobs(jobs=jobs), *close("", "1", "2")]
     assert "the guest goes over to /low.raw" in made.text
+
+
+FORGETS, FORGETS_PAUSED = (msgspec.structs.replace(seen, forgets=True) for seen in (SEEN, PAUSED))
+
+
+def test_end_of_an_active_commit_of_a_guest_that_forgets_holds_its_requests() -> None:
+    job = job_of(commit())
+    made = plan_end(FORGETS, job, ())
+    jobs = (job.job,)
+    assert made.window is not None
+    assert made.window.steps == (CompleteJobs(jobs=jobs, running=True),)
+    assert (made.window.held, made.window.holding, made.window.resume) == (True, jobs, True)
+    roots = RequireRoots(roots={"vda-dev": "vda-n3"})
+    switch = [FinalizeJobs(jobs=jobs, recorded=True), roots]
+    assert list(made.settle) == [*switch, Resume(), DismissJobs(jobs=jobs), *close("", "1", "2")]
+    stopped = plan_end(FORGETS_PAUSED, job, ())
+    assert stopped == plan_end(PAUSED, job, ())
+
+
+def test_an_active_commit_that_was_held_back_for_nothing() -> None:
+    """Recorded, and then somebody cancelled it: the guest is where it was, and nothing of the chain goes."""
+    job = job_of(commit())
+    made = plan_end(FORGETS, job, ())
+    assert made.window is not None
+    over = msgspec.structs.replace(FORGETS, jobs={})
+    assert keeps_back(made.window, over)
+    waits = {job.job: Job(id=job.job, type="commit", status="pending")}
+    assert not keeps_back(made.window, msgspec.structs.replace(FORGETS, jobs=waits))
+    found = as_it_is(made.window, over)
+    assert (found.authoritative, found.ended) == ({"vda": "/top"}, {"vda": "lost"})
+    assert settle_as_it_is(made.window, over, made.settle) == (CancelJob(job=job.job), Resume())
+
+
+def test_end_of_a_rebase_of_a_guest_that_forgets_flushes_by_itself() -> None:
+    job = job_of(rebase(None))
+    made = plan_end(FORGETS, job, ALL)
+    assert made.window is not None
+    assert made.window.steps[:2] == (SyncFiles(paths=(), nodes=("vda-n",)), FinalizeStream(job=job.job))
+    assert not made.window.held
+    paused = plan_end(FORGETS_PAUSED, job, ALL)
+    assert paused.window is not None
+    assert isinstance(paused.window.steps[0], Stop)
 
 
 @pytest.mark.parametrize("seen", [SEEN, PAUSED])

@@ -24,7 +24,7 @@ from blockferry.plan.steps import (
     StartMirror,
     Stop,
 )
-from blockferry.plan.window import as_it_is, leave, plan_window
+from blockferry.plan.window import as_it_is, leave, plan_window, settle_as_it_is
 
 READY = dict.fromkeys(TARGETS, ("ready", None))
 SOURCES = {target: f"{target}-src" for target in TARGETS}
@@ -49,6 +49,64 @@ def test_pivot_of_a_guest_that_runs() -> None:
     assert isinstance(made.settle[0], Resume)  # before anything that could fail
     assert made.record.authoritative == {"vda": "/vda.dst", "vdb": "/vdb.dst"}
     assert made.record.ended == dict.fromkeys(TARGETS, "pivoted")
+
+
+@pytest.mark.parametrize("ends_on", ["destination", "source"])
+def test_a_guest_that_forgets_is_not_stopped(ends_on: str) -> None:
+    seen = msgspec.structs.replace(observed(SOURCES, READY, running=True), forgets=True)
+    made = plan(seen, ends_on)
+    # What fails before they are told to end costs no mirror.
+    assert isinstance(made.prepare[-1], RequireReady)
+    (drain,) = window(made).steps
+    assert isinstance(drain, CompleteJobs)
+    assert drain.running
+    assert drain.soft_cancel == (ends_on == "source")
+    assert window(made).held
+    assert window(made).holding == drain.jobs == ("vda-m", "vdb-m")
+    # Nothing goes over before it is recorded, and nobody closes anything before all have.
+    assert [type(step) for step in made.settle[:3]] == [FinalizeJobs, RequireRoots, Resume]
+    on = "x" if ends_on == "destination" else "src"
+    assert made.settle[:2] == (
+        FinalizeJobs(jobs=drain.jobs, recorded=True),
+        RequireRoots(roots={f"{target}-dev": f"{target}-{on}" for target in TARGETS}),
+    )
+
+
+@pytest.mark.parametrize("file", ["nbd://h/x", None])
+@pytest.mark.parametrize("running", [True, False])
+def test_a_guest_that_forgets_is_held_only_where_it_runs_and_on_files(file: str | None, *, running: bool) -> None:
+    """What is on an export is read back before the record, and nobody else may be at it."""
+    seen = msgspec.structs.replace(observed(SOURCES, READY, running=running), forgets=True)
+    other = mirror("vdb") if file is None else msgspec.structs.replace(mirror("vdb"), file=file)
+    made = plan(seen, mirrors=(mirror("vda"), other))
+    held = running and file is None
+    assert window(made).held == held
+    assert any(isinstance(step, Stop) for step in window(made).steps) == (running and not held)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_held_window_that_is_left_keeps_no_mirror(*, running: bool) -> None:
+    """Also one that is ready still was told to end, and would hold the guest's requests when nobody waits for it."""
+    seen = msgspec.structs.replace(observed(SOURCES, READY, running=True), forgets=True)
+    jobs = {"vda": ("pending", None), "vdb": ("ready", None)}
+    way = leave(window(plan(seen)), observed(SOURCES, jobs, running=running, nodes=("vda-x", "vdb-x")), {})
+    assert set(way.lost) == set(TARGETS)
+    assert way.mirrors == ()
+    assert {step.job for step in way.steps if isinstance(step, CancelJob)} >= {"vda-m", "vdb-m"}
+    assert not [step for step in way.steps if isinstance(step, StartMirror)]
+    assert isinstance(way.steps[-1], Resume)
+
+
+def test_what_a_held_window_did_not_bring_over_is_not_tried_again() -> None:
+    seen = msgspec.structs.replace(observed(SOURCES, READY, running=True), forgets=True)
+    made = plan(seen)
+    split = observed({"vda": "vda-x", "vdb": "vdb-src"}, {"vdb": ("concluded", "Operation canceled")}, running=True)
+    found = as_it_is(window(made), split)
+    assert found.authoritative == {"vda": "/vda.dst", "vdb": "/vdb.src"}
+    assert found.ended == {"vda": "pivoted", "vdb": "lost"}
+    steps = settle_as_it_is(window(made), split, made.settle)
+    assert not [step for step in steps if isinstance(step, FinalizeJobs | RequireRoots)]
+    assert [step.job for step in steps if isinstance(step, CancelJob)] == ["vdb-m"]
 
 
 @pytest.mark.parametrize("ends_on", ["destination", "source"])

@@ -78,7 +78,7 @@ def mirror(target: str) -> Mirror:
     )
 
 
-def windowed(ends_on: str = "destination") -> Plan:
+def windowed(ends_on: str = "destination", *, held: bool = False) -> Plan:
     disks = tuple(
         WindowDisk(
             target=target,
@@ -92,7 +92,7 @@ def windowed(ends_on: str = "destination") -> Plan:
         )
         for target in TARGETS
     )
-    window = Window(ends_on=ends_on, resume=True, disks=disks, steps=())
+    window = Window(ends_on=ends_on, resume=True, disks=disks, steps=(), held=held)
     return Plan(what="pivot", text="", prepare=(SyncFiles(paths=("/x",)),), window=window, record=Record())
 
 
@@ -292,6 +292,36 @@ def test_p_some_disks_have_switched_one_after_the_other() -> None:
     assert row("preparing", plan, Evidence(seen=observed({}, {})), steps) == ("D", "undo")
 
 
+HELD = windowed(held=True)
+SPLIT = {"vda": "vda-x", "vdb": "vdb-src"}
+
+
+@pytest.mark.parametrize("job", [("concluded", "Operation canceled"), ("concluded", None), None])
+def test_q_it_is_recorded_that_a_disk_goes_over_and_its_job_is_over(job: tuple[str, str | None] | None) -> None:
+    jobs = {"vda": ("concluded", None), **({"vdb": job} if job else {})}
+    assert row("recorded", HELD, Evidence(seen=observed(SPLIT, jobs, running=True))) == ("Q", "record-as-is")
+
+
+@pytest.mark.parametrize(
+    ("plan", "roots", "vdb"),
+    [
+        (HELD, SPLIT, ("pending", None)),  # it is finalized now
+        (HELD, {t: f"{t}-x" for t in TARGETS}, ("concluded", None)),
+        (windowed(), SPLIT, ("concluded", None)),  # finalized before the record
+        (windowed("source", held=True), {t: f"{t}-src" for t in TARGETS}, ("concluded", None)),
+    ],
+)
+def test_a_also_where_no_disk_is_kept_back(plan: Plan, roots: Mapping[str, str], vdb: tuple[str, str | None]) -> None:
+    seen = observed(roots, {"vda": ("concluded", None), "vdb": vdb}, running=True)
+    assert row("recorded", plan, Evidence(seen=seen)) == ("A", "settle")
+
+
+def test_k_also_where_the_requests_were_held() -> None:
+    """All that a destination lacks, nobody was told of."""
+    assert row("recorded", HELD, GONE, {0: "done"}) == ("K", "settle")
+    assert row("window", HELD, GONE, {0: "done"}) == ("J", "undo")
+
+
 def test_every_row_has_a_test() -> None:
     tests = {name.split("_")[1].upper() for name in globals() if name.startswith("test_")}
     assert set(ROWS) <= tests
@@ -313,7 +343,7 @@ evidence_any = st.builds(
     dead=dead_any,
 )
 steps_any = st.dictionaries(st.integers(0, 4), st.sampled_from(["intent", "done", "failed", "undone"]))
-plans = st.sampled_from([windowed("destination"), windowed("source")])
+plans = st.sampled_from([windowed(on, held=held) for on in ("destination", "source") for held in (False, True)])
 
 
 @given(plans, evidence_any, steps_any, st.sampled_from(["planned", "preparing"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,12 +147,12 @@ class Link:
         return Agent(Path(path), self._witness) if path is not None else None
 
     @contextlib.contextmanager
-    def stopwatch(self) -> Iterator[Any]:
+    def stopwatch(self, held: Collection[str] = ()) -> Iterator[Any]:
         """Measure a pause; see qemu.session.Session.stopwatch."""
         if self._session is None:
             yield lambda: None
             return
-        with self._session.stopwatch() as milliseconds:
+        with self._session.stopwatch(held) as milliseconds:
             yield milliseconds
 
     async def is_gone(self, seconds: float = 0.0) -> bool:

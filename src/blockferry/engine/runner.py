@@ -88,15 +88,19 @@ class Runner:
 
     async def _run(self, operation: int, plan: Plan) -> OperationRecord:
         try:
-            with self._link.stopwatch() as milliseconds:
+            with self._link.stopwatch(plan.window.holding if plan.window is not None else ()) as milliseconds:
                 outcomes = await self._forwards(operation, plan)
                 if not plan.settle:
                     # The end is written with the record: one durable write.
                     end = {"lasting": plan.what in LASTING, "pause_ms": milliseconds()}
                     self._record(operation, plan.record, outcomes, **end)
                     return self._get(operation)
-                self._record(operation, plan.record, outcomes)
-                settled = await self._settle(plan)
+                said = self._written(operation, plan.record, outcomes)
+                try:
+                    settled = await self._settle(plan)
+                finally:
+                    # Not before: in a held window the disks are not there yet.
+                    self._publish(said)
                 pause = milliseconds()
             self._finish(operation, plan, settled, pause_ms=pause)
         except (Failure, errors.JournalUnwritable) as error:
@@ -254,8 +258,14 @@ class Runner:
         return tuple(outcomes)
 
     def _record(self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = (), **end: Any) -> None:
+        self._publish(self._written(operation, record, outcomes, **end))
+
+    def _written(
+        self, operation: int, record: Record, outcomes: tuple[StepRecord, ...] = (), **end: Any
+    ) -> tuple[Event, ...]:
+        """Write the point of no return; what is to be said of it."""
         events = news(self._link.name, operation, record, self._journal.jobs(self._link.name))
-        self._publish(self._journal.record(operation, self._link.name, record, steps=outcomes, events=events, **end))
+        return self._journal.record(operation, self._link.name, record, steps=outcomes, events=events, **end)
 
     async def _settle(self, plan: Plan) -> tuple[StepRecord, ...]:
         if not plan.settle:

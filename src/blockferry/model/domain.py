@@ -37,6 +37,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
         vcpus: how many.
         held: target -> the move that its disk is part of, and that keeps all others off it.
         at_work: targets of the disks that the guest has just read or written, where somebody has asked for that.
+        forgets: whether a guest that is stopped and let run again may never hear of a request that was under way.
     """
 
     status: str
@@ -51,6 +52,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     vcpus: int = 0
     held: dict[str, int] = {}
     at_work: frozenset[str] = frozenset()
+    forgets: bool = False
 
     def disk(self, target: str) -> Disk | None:
         """The disk of that target."""

@@ -415,6 +415,7 @@ def plan_end(
             reason=unflushed,
         ),
         settle=(
+            *(_switch(job, disk, recorded=True) if window is not None and window.held else ()),
             *([Resume()] if window is not None and window.resume else []),
             DismissJobs(jobs=(job.job,)),
             *close_images(seen.graph, (layer.node for layer in job.leaving)),
@@ -461,20 +462,36 @@ def _window(seen: Observation, job: ChainJob, disk: Disk) -> Window:
     finalize, and QEMU does not flush what was pulled in before: `stop` does, also on a guest that is paused already
     (without it, QEMU killed right afterwards lost clusters, on 7.2 and 10.0). The header is on disk before the record,
     after which nobody keeps the images that it named.
+
+    A guest that forgets is stopped for neither (plan.window): a commit's job holds its requests until it is on the base, and what
+    was pulled in is flushed by itself.
     """
-    jobs = (job.job,)
+    jobs, runs_on = (job.job,), seen.running and seen.forgets
     if job.type == "rebase":
         header = SyncFiles(paths=(disk.active.file,) if disk.active.file.startswith("/") else ())
-        steps: tuple[Step, ...] = (Stop(), FinalizeStream(job=job.job), header, _require_end(job))
+        flushed = SyncFiles(paths=(), nodes=(disk.active.node,)) if runs_on else Stop()
+        steps: tuple[Step, ...] = (flushed, FinalizeStream(job=job.job), header, _require_end(job))
+    elif runs_on:
+        steps = (CompleteJobs(jobs=jobs, running=True),)
     else:
-        steps = (
-            *([Stop()] if seen.running else []),
-            RequireReady(jobs=jobs),
-            CompleteJobs(jobs=jobs),
-            FinalizeJobs(jobs=jobs),
-            RequireRoots(roots={disk.backend: _base(job).node}),
-        )
-    return Window(ends_on="destination", resume=seen.running, disks=(), steps=steps, chain=job)
+        stop: list[Step] = [Stop()] if seen.running else []
+        steps = (*stop, RequireReady(jobs=jobs), CompleteJobs(jobs=jobs), *_switch(job, disk, recorded=False))
+    held = runs_on and job.type != "rebase"
+    return Window(ends_on="destination", resume=seen.running, disks=(), steps=steps, chain=job, held=held)
+
+
+def _switch(job: ChainJob, disk: Disk, *, recorded: bool) -> tuple[Step, ...]:
+    """A drained active commit's guest goes over to the base."""
+    roots = RequireRoots(roots={disk.backend: _base(job).node})
+    return (FinalizeJobs(jobs=(job.job,), recorded=recorded), roots)
+
+
+def keeps_back(window: Window, seen: Observation) -> bool:
+    """Whether the guest stays above the base although that is recorded otherwise: the job is over, and held it back for nothing."""
+    job = window.chain
+    if job is None or not window.held or has_ended(job, seen):
+        return False
+    return job.job not in seen.jobs or seen.jobs[job.job].over
 
 
 def _end_fill(job: ChainJob) -> Plan:

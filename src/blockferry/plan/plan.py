@@ -40,12 +40,16 @@ class WindowDisk(msgspec.Struct, frozen=True, kw_only=True):
 class Window(msgspec.Struct, frozen=True, kw_only=True):
     """The instant: the guest stands still from the first step to the record after the last.
 
+    In one that is `held` its processors run, and the jobs hold its requests to these disks: from a step that has each wait to be
+    finalized, until that is done, which follows the record.
+
     Attributes:
         ends_on: `destination` (a pivot) or `source` (a finish).
         resume: whether the guest ran before, so that it is to run again.
         disks: those that take part.
         steps: in their order.
         chain: an active commit or a rebase that ends in it, instead of mirrors.
+        held: whether the guest is not stopped for it.
     """
 
     ends_on: Literal["destination", "source"]
@@ -53,6 +57,13 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[WindowDisk, ...]
     steps: tuple[Step, ...]
     chain: ChainJob | None = None
+    held: bool = False
+
+    @property
+    def holding(self) -> tuple[str, ...]:
+        """The jobs that hold the guest's requests, where it is not stopped."""
+        jobs = [self.chain.job] if self.chain is not None else [disk.mirror.job for disk in self.disks]
+        return tuple(jobs) if self.held else ()
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from blockferry.model.blockjob import ChainJob
 from blockferry.model.domain import Observation
 from blockferry.model.job import Job
 from blockferry.model.operation import OperationState, StepState
-from blockferry.plan.chain import has_ended
+from blockferry.plan.chain import has_ended, keeps_back
 from blockferry.plan.files import CreateImage, MendBacking, RemoveFile
 from blockferry.plan.plan import Plan, Window
 from blockferry.plan.steps import (
@@ -34,7 +34,7 @@ from blockferry.plan.steps import (
     Thaw,
 )
 from blockferry.plan.tracking import AddBitmap, OpenAgain
-from blockferry.plan.window import stands_on
+from blockferry.plan.window import keeps_one_back, stands_on
 
 Action = Literal[
     "nothing", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
@@ -45,8 +45,8 @@ ACTIONS: dict[Action, str] = {
     "nothing": "Nothing has to be done. It ends undone.",
     "undo": "What shows of it is undone, the last step first: nodes, jobs and bitmaps go, and the files that we made and"
     " that hold nothing of the guest's. It ends undone.",
-    "leave-window": "Every disk is brought back to its source, a mirror that was drained is started again, and the guest"
-    " runs if it ran before. It ends undone; if QEMU refuses even that, as row L.",
+    "leave-window": "Every disk is brought back to its source, a mirror that was drained is started again (or lost, where it"
+    " held the requests of a guest that runs), and the guest runs if it ran before. It ends undone; if QEMU refuses even that, as row L.",
     "leave-chain": "The job is cancelled, and the guest runs if it ran before. It ends undone.",
     "record": "The point of no return is written, then it is settled: the guest runs if it ran before, jobs are dismissed,"
     " images that were left are closed. It ends done.",
@@ -86,7 +86,7 @@ ROWS: dict[str, Row] = {
     ),
     "G": Row(
         "leave-window",
-        "The guest may stand still with some disks switched or none: bring all back to their sources, let it run.",
+        "The guest may stand still, or be held, with some disks switched or none: bring all back to their sources, let it run.",
     ),
     "H": Row(
         "undo",
@@ -98,8 +98,8 @@ ROWS: dict[str, Row] = {
     ),
     "J": Row(
         "undo",
-        "QEMU is gone inside the window: the guest never ran after it, so the sources are authoritative, and what we made"
-        " for it goes.",
+        "QEMU is gone inside the window: the guest was answered nothing since it began, so the sources are authoritative, and"
+        " what we made for it goes.",
     ),
     "K": Row("settle", "QEMU is gone after the record: nothing is left to settle in it."),
     "L": Row(
@@ -117,6 +117,10 @@ ROWS: dict[str, Row] = {
     "P": Row(
         "record-part",
         "Without `transaction` some disks have switched, as was announced: they stay, and are recorded; the rest is undone.",
+    ),
+    "Q": Row(
+        "record-as-is",
+        "It is recorded that all disks go over, and the job of one that has not is over: record every disk as it is.",
     ),
     "T": Row(
         "wait",
@@ -245,7 +249,9 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
         return _decide_gone(operation, evidence) if evidence.gone else Decision("W")
     seen, plan = evidence.seen, operation.plan
     if operation.state == "recorded":
-        return Decision("A")
+        window = plan.window
+        stays = window is not None and (keeps_one_back(window, seen) or keeps_back(window, seen))
+        return Decision("Q" if stays else "A")
     if operation.state == "window" and plan.window is not None:
         if plan.window.chain is not None:
             return _decide_chain(plan.window.chain, seen)

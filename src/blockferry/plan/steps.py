@@ -303,10 +303,15 @@ class RequireReady(Verb, frozen=True, kw_only=True, tag="require-ready"):
 
 
 class CompleteJobs(Verb, frozen=True, kw_only=True, tag="complete-jobs"):
-    """job-complete each (or, with `soft_cancel`, block-job-cancel without force) and wait until all are pending."""
+    """job-complete each (or, with `soft_cancel`, block-job-cancel without force) and wait until all are pending.
+
+    QEMU then holds the guest's requests to their disks until they are finalized. `running`: the guest runs and may write so much that
+    one is never drained; it is stopped for that where it takes long, and let run again.
+    """
 
     jobs: tuple[str, ...]
     soft_cancel: bool = False
+    running: bool = False
 
     @property
     def text(self) -> str:
@@ -315,9 +320,13 @@ class CompleteJobs(Verb, frozen=True, kw_only=True, tag="complete-jobs"):
 
 
 class FinalizeJobs(Verb, frozen=True, kw_only=True, tag="finalize-jobs"):
-    """job-finalize each and wait until all are concluded, without an error."""
+    """job-finalize each and wait until all are concluded, without an error.
+
+    `recorded`: that they go over is recorded, and it is tried until they have: one that QEMU was let forget had done so.
+    """
 
     jobs: tuple[str, ...]
+    recorded: bool = False
 
     @property
     def text(self) -> str:

@@ -2,6 +2,10 @@
 
 QEMU does not group finalizes, so the window is built to be left at any point: until the record is written, every disk
 can be brought back to its source (`leave`), because the guest stands still and both images are the same.
+
+A guest that may forget an interrupt when it is stopped (`Observation.forgets`) runs on, and the jobs hold its requests:
+nothing is finalized before the record, so that until then every disk is on its source, and afterwards none stays there.
+docs/adr/0025-held-by-their-jobs.md says why.
 """
 
 from __future__ import annotations
@@ -84,28 +88,26 @@ def plan_window(
     jobs = tuple(mirror.job for mirror in mirrors)
     prepare += [*_check_servers(mirrors), _sync(mirrors, bases, ends_on)]
     window_disks = tuple(_window_disk(seen, disk, mirror, names) for disk, mirror in zip(disks, mirrors, strict=True))
-    roots = {
-        disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
-        for disk, mirror in zip(disks, mirrors, strict=True)
-    }
-    steps: tuple[Step, ...] = (
-        *([AwaitReady(jobs=jobs)] if starting else []),
-        *([Stop()] if seen.running else []),
-        *_switch(jobs, roots, ends_on),
-        *(_read_back(disks, mirrors) if ends_on == "destination" else []),
-    )
+    way = _way_over(seen, disks, mirrors, ends_on=ends_on, starting=bool(starting))
     return Plan(
         what=what,
         text=f"{what} {', '.join(mirror.target for mirror in mirrors)}"
         + (f" and delete snapshot {forget_snapshot}" if forget_snapshot else ""),
-        prepare=tuple(prepare),
-        window=Window(ends_on=ends_on, resume=seen.running, disks=window_disks, steps=steps),
+        prepare=(*prepare, *way.before),
+        window=Window(
+            ends_on=ends_on,
+            resume=seen.running,
+            disks=window_disks,
+            steps=way.steps,
+            held=way.held,
+        ),
         record=msgspec.structs.replace(
             _ended(mirrors, ends_on),
             changed=changed,
             forget=(forget_snapshot,) if forget_snapshot is not None else (),
         ),
         settle=(
+            *way.after,
             *([Resume()] if seen.running else []),
             DismissJobs(jobs=jobs),
             *(step for mirror in mirrors for step in forget_bitmap(mirror)),
@@ -114,13 +116,39 @@ def plan_window(
     )
 
 
-def _switch(jobs: tuple[str, ...], roots: dict[str, str], ends_on: Literal["destination", "source"]) -> list[Step]:
-    return [
-        RequireReady(jobs=jobs),
-        CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source"),
-        FinalizeJobs(jobs=jobs),
-        RequireRoots(roots=roots),
-    ]
+class _WayOver(msgspec.Struct, frozen=True, kw_only=True):
+    """How the disks go over: what comes last before the window, its steps, and what comes first after the record."""
+
+    held: bool
+    before: tuple[Step, ...] = ()
+    steps: tuple[Step, ...]
+    after: tuple[Step, ...] = ()
+
+
+def _way_over(
+    seen: Observation,
+    disks: list[Disk],
+    mirrors: tuple[Mirror, ...],
+    *,
+    ends_on: Literal["destination", "source"],
+    starting: bool,
+) -> _WayOver:
+    """A guest that forgets is not stopped; but what is on an export is read back before the record, with nobody else at it."""
+    held = seen.running and seen.forgets and not any(is_uri(mirror.file) for mirror in mirrors)
+    jobs = tuple(mirror.job for mirror in mirrors)
+    roots = {
+        disk.backend: mirror.node if ends_on == "destination" else mirror.source_node
+        for disk, mirror in zip(disks, mirrors, strict=True)
+    }
+    waiting: list[Step] = [AwaitReady(jobs=jobs)] if starting else []
+    ready, drain = RequireReady(jobs=jobs), CompleteJobs(jobs=jobs, soft_cancel=ends_on == "source", running=held)
+    switch: tuple[Step, ...] = (FinalizeJobs(jobs=jobs, recorded=held), RequireRoots(roots=roots))
+    if held:
+        # They are looked at before they are told to end: what fails before costs no mirror.
+        return _WayOver(held=held, before=(*waiting, ready), steps=(drain,), after=switch)
+    stop: list[Step] = [Stop()] if seen.running else []
+    read_back = _read_back(disks, mirrors) if ends_on == "destination" else []
+    return _WayOver(held=held, steps=(*waiting, *stop, ready, drain, *switch, *read_back))
 
 
 def _read_back(disks: list[Disk], mirrors: tuple[Mirror, ...]) -> list[Step]:
@@ -245,6 +273,11 @@ def _close_destinations(mirrors: tuple[Mirror, ...]) -> list[Step]:
     return [RemoveNode(node=mirror.node) for mirror in mirrors]
 
 
+TOLD_TO_END = "the guest runs, and its mirror had been told to end"
+STAYED = "QEMU did not let every disk go over when all were to"
+LET_RUN = "the guest was let run while the mirror was drained"
+
+
 class Way(msgspec.Struct, frozen=True, kw_only=True):
     """How to leave a window: the steps, the mirrors as they are afterwards, and those that are lost with the reason."""
 
@@ -259,6 +292,9 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
     The guest stands still, so source and destination are equal: a mirror that was drained is started again with
     `sync none`, ready at once, and the failed window has cost nothing but time. Never called for a guest that runs
     with a disk switched (recover.py, row L): its source would be stale.
+
+    Where the guest's requests were held instead, it writes on as soon as they are not: all mirrors are lost. So is one that is
+    ready still, and may have been told to end: it would hold the guest's requests later, when nobody waits for it.
 
     Args:
         window: what was planned.
@@ -275,12 +311,12 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
         # A source that was opened again has no bitmap: what was written before, nobody knows any more.
         bitmap = disk.mirror.bitmap if source == disk.mirror.source_node else None
         kept = msgspec.structs.replace(disk.mirror, source_node=source, bitmap=bitmap)
-        if job is not None and job.caught_up and error is None:
+        if job is not None and job.caught_up and error is None and not window.held:
             mirrors.append(kept)
             continue
         steps += back
-        if error is None and seen.running:
-            error = "the guest was let run while the mirror was drained"
+        if error is None and (seen.running or window.held):
+            error = TOLD_TO_END if window.held else LET_RUN
         if error is not None:
             lost[disk.target] = error
             steps += close_job(kept)[1:]
@@ -294,6 +330,14 @@ def leave(window: Window, seen: Observation, dead: Mapping[str, str]) -> Way:
 
 def as_it_is(window: Window, seen: Observation) -> Record:
     """The truth of a window that can't be left any more because the guest has run: each disk's present image."""
+    if window.chain is not None:
+        job = window.chain
+        return Record(
+            authoritative={job.target: job.top.file},
+            formats={job.target: job.top.format},
+            ended={job.target: "lost"},
+            reason=STAYED,
+        )
     on_destination = {disk.target: stands_on(disk, seen) == disk.mirror.node for disk in window.disks}
     return Record(
         authoritative={
@@ -302,7 +346,7 @@ def as_it_is(window: Window, seen: Observation) -> Record:
         },
         formats={disk.target: disk.mirror.format for disk in window.disks if on_destination[disk.target]},
         ended={disk.target: "pivoted" if on_destination[disk.target] else "lost" for disk in window.disks},
-        reason="the guest was let run in the middle of the window",
+        reason=STAYED if window.held else "the guest was let run in the middle of the window",
     )
 
 
@@ -314,8 +358,19 @@ def settle_as_it_is(window: Window, seen: Observation, settle: tuple[Step, ...])
         seen: the domain as observed now.
         settle: the plan's own; it closes sources only where nothing uses them.
     """
+    if window.chain is not None:
+        return (CancelJob(job=window.chain.job), *(step for step in settle if isinstance(step, Resume)))
     stayed = [disk.mirror for disk in window.disks if stands_on(disk, seen) != disk.mirror.node]
-    return (*(step for mirror in stayed for step in close_job(mirror)), *settle)
+    rest = (step for step in settle if not isinstance(step, FinalizeJobs | RequireRoots))
+    return (*(step for mirror in stayed for step in close_job(mirror)), *rest)
+
+
+def keeps_one_back(window: Window, seen: Observation) -> bool:
+    """Whether a disk of a held window stays where it was although that is recorded otherwise: its job is over."""
+    if not window.held or window.ends_on == "source":
+        return False
+    stayed = [disk.mirror.job for disk in window.disks if stands_on(disk, seen) != disk.mirror.node]
+    return any(name not in seen.jobs or seen.jobs[name].over for name in stayed)
 
 
 def stands_on(disk: WindowDisk, seen: Observation) -> str | None:

@@ -22,6 +22,8 @@ from blockferry.qemu.session import BadReply, CommandRefused, LostReply, Session
 LOOKS = 20
 # A device hangs on a controller on a bridge on a bridge; QEMU takes 256 PCI buses.
 HOPS_MAX = 256
+# From here on the interrupt of a disk with an iothread may be lost in a `stop`: docs/adr/0025-held-by-their-jobs.md.
+FORGETS_FROM = (8, 2)
 AT_WORK_NS = 250_000_000  # bursts come some times a second; one request now and then is no work
 # Libvirt's words for what is no plain disk; a lun is the host's own device, which takes the guest's SCSI commands as it is.
 DEVICES = {"scsi-cd": "cdrom", "ide-cd": "cdrom", "floppy": "floppy", "scsi-block": "lun", "scsi-generic": "lun"}
@@ -113,6 +115,7 @@ class Observer:
             jobs=read_jobs(listed, block_jobs),
             capabilities=capabilities,
             pid=self._session.pid,
+            forgets=await self._forgets(),
             **about,
         )
 
@@ -170,6 +173,13 @@ class Observer:
             self._fixed["about"] = {"uuid": uuid["UUID"], "memory": size, "vcpus": len(processors)}
         about: dict[str, Any] = self._fixed["about"]
         return about
+
+    async def _forgets(self) -> bool:
+        """See Observation; iothreads come and go with the disks that are plugged in."""
+        numbers = re.match(r"(\d+)\.(\d+)", self._session.version)
+        if numbers is not None and (int(numbers[1]), int(numbers[2])) < FORGETS_FROM:
+            return False
+        return bool(await self._session.execute("query-iothreads"))
 
     async def _disks(self, graph: Graph, drives: list[dict[str, Any]]) -> tuple[Disk, ...]:
         found: list[tuple[Device, str, dict[str, Any]]] = []

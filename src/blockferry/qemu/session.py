@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -367,19 +367,32 @@ class Session:
             self._client.remove_listener(listener)
 
     @contextlib.contextmanager
-    def stopwatch(self) -> Iterator[Callable[[], float | None]]:
+    def stopwatch(self, held: Collection[str] = ()) -> Iterator[Callable[[], float | None]]:
         """Measure how long the guest stands still: gives a function that says it, in milliseconds, by QEMU's clock.
 
         It says None when the guest was not stopped and let run in the block.
+
+        Args:
+            held: jobs that hold the guest's requests instead, each from when it waits to be finalized until it is concluded: what
+                is said is how long the first and the last of them do.
         """
-        with self._listening(("STOP", "RESUME")) as listener:
+        with self._listening(("JOB_STATUS_CHANGE",) if held else ("STOP", "RESUME")) as listener:
 
             def milliseconds() -> float | None:
-                at = {}
+                begun: list[float] = []
+                ended: list[float] = []
                 for event in listener.clear():
                     stamp: Any = event["timestamp"]
-                    at[str(event["event"])] = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
-                return at["RESUME"] - at["STOP"] if len(at) == 2 else None
+                    data: Any = event.get("data", {})
+                    at = stamp["seconds"] * 1000 + stamp["microseconds"] / 1000
+                    if held and data.get("id") not in held:
+                        continue
+                    match data.get("status") if held else event["event"]:
+                        case "waiting" | "STOP":
+                            begun.append(at)
+                        case "concluded" | "RESUME":
+                            ended.append(at)
+                return max(ended) - min(begun) if begun and ended else None
 
             yield milliseconds
 

@@ -24,6 +24,7 @@ from blockferry.testing.launcher import (
     legacy_drive,
     processors,
     qemu10_dir,
+    qemu_version,
 )
 from blockferry.testing.missing import MissingComponentError
 from blockferry.testing.nbd import FaultyNbdServer, NbdServer
@@ -69,6 +70,7 @@ __all__ = [
     "needs_recovery",
     "processors",
     "qemu10_dir",
+    "qemu_version",
     "raw_contents",
     "sharing_file_system",
     "write_pattern",

@@ -78,15 +78,20 @@ def find_qemu(version: QemuVersion | Path) -> QemuBinaries:
 
 
 @functools.cache
+def qemu_version(binaries: QemuBinaries) -> tuple[int, int]:
+    """Return the version of this QEMU, such as (7, 2)."""
+    said = subprocess.run([binaries.system, "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
+    major, minor, _rest = said.split()[3].split(".", 2)
+    return int(major), int(minor)
+
+
 def processors(binaries: QemuBinaries) -> int:
     """Return how many processors a Linux may have that this QEMU emulates: 2, or 1 before QEMU 8.1.
 
     Until then QEMU translates code without a lock on its page, and does not notice what the other processor writes there meanwhile.
     Linux changes its own code while it boots, by way of an int3: a boot meets that int3 for ever now and then.
     """
-    said = subprocess.run([binaries.system, "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
-    major, minor, _rest = said.split()[3].split(".", 2)
-    return 2 if (int(major), int(minor)) >= (8, 1) else 1
+    return 2 if qemu_version(binaries) >= (8, 1) else 1
 
 
 def blockdev_node(node: str, path: Path, fmt: str, *, backing: str | None = None, read_only: bool = False) -> list[str]:

@@ -134,8 +134,7 @@ class Pen:
     def _write(self, monitor: Monitor) -> None:
         if monitor.ask("query-status")["status"] != "running":
             return
-        # A job that waits for its finalize may hold its disk drained: the guest's writes wait then, and so would we.
-        if any(job["status"] in ("waiting", "pending") for job in monitor.ask("query-jobs")):
+        if _held(monitor):
             return
         targets = sorted(self._plan.disks)
         target = targets[self._number % len(targets)]
@@ -144,15 +143,18 @@ class Pen:
         self._say(f"write {self._number} {target} {slot} {byte}")
         self._number += 1
         before = _counts(monitor, qdev)
-        _qemu_io(monitor, qdev, f"aio_write -q -P {byte} {RECORDS_AT + slot * RECORD_BYTES} {RECORD_BYTES}")
+        # With its flush (FUA): QEMU's monitor waits for one of its own, and nobody else is answered, where the disk is held.
+        at = RECORDS_AT + slot * RECORD_BYTES
+        line = f'qemu-io -d {qdev} "aio_write -q -f -P {byte} {at} {RECORD_BYTES}"'
+        monitor.ask("human-monitor-command", {"command-line": line})
         deadline = time.monotonic() + ANSWER_SECONDS
         while (now := _counts(monitor, qdev)) == before:
+            if _held(monitor):
+                return  # it is answered when the disk has gone over, for which somebody waits for us
             if time.monotonic() > deadline:
                 raise TimeoutError("the write does not end")
-        if now[1] == before[1]:
-            _qemu_io(monitor, qdev, "flush")
-            if not self._doubtful and not failing():
-                self._say(f"acknowledged {self._number - 1}")
+        if now[1] == before[1] and not self._doubtful and not failing():
+            self._say(f"acknowledged {self._number - 1}")
 
     def _say(self, line: str) -> None:
         os.write(self._log, f"{line}\n".encode())
@@ -166,8 +168,9 @@ def _counts(monitor: Monitor, qdev: str) -> tuple[int, int]:
     raise OSError(f"there is no {qdev}")
 
 
-def _qemu_io(monitor: Monitor, qdev: str, command: str) -> None:
-    monitor.ask("human-monitor-command", {"command-line": f'qemu-io -d {qdev} "{command}"'})
+def _held(monitor: Monitor) -> bool:
+    """Whether a job that waits for its finalize may hold its disk drained: the guest's writes wait then, and so would we."""
+    return any(job["status"] in ("waiting", "pending") for job in monitor.ask("query-jobs"))
 
 
 @dataclass
