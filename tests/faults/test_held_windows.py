@@ -15,6 +15,7 @@ from test_window_faults import on_destinations, second_pivot, started, writable
 
 from blockferry import errors
 from blockferry.engine.jobsteps import HOLD_SECONDS, JobSteps
+from blockferry.model import view
 from blockferry.model.flags import BlockCommit
 from blockferry.qemu.session import LostReply
 from blockferry.testing import Fault, FaultKind, check_image, find_qemu, qemu_version
@@ -33,6 +34,14 @@ def recorded_state(rig: Rig) -> str:
     """The state of the newest operation, as it is on disk."""
     with contextlib.closing(sqlite3.connect(f"file:{rig.path}/state/journal.sqlite?mode=ro", uri=True)) as journal:
         return str(journal.execute("SELECT state FROM operation ORDER BY id DESC LIMIT 1").fetchone()[0])
+
+
+async def told_of(rig: Rig, kind: str) -> view.Event:
+    """The next event of that type, as somebody hears it who listens."""
+    async for event in rig.service.watch("vm1", None):
+        if event.type == kind:
+            return event
+    raise AssertionError(kind)
 
 
 async def on_sources(rig: Rig) -> None:
@@ -56,6 +65,7 @@ async def mirrored_anew(rig: Rig) -> None:
 
 async def test_the_guest_runs_and_is_not_answered_meanwhile(held: Rig) -> None:
     await started(held)
+    told = asyncio.create_task(told_of(held, "mirror-pivoted"))
     gate = held.proxy.pause_before("job-finalize")
     pivot = asyncio.create_task(held.pivot(*ALL))
     await gate.reached()
@@ -65,9 +75,10 @@ async def test_the_guest_runs_and_is_not_answered_meanwhile(held: Rig) -> None:
     assert recorded_state(held) == "recorded", (
         "what holds the guest's data from now on is written down before anything is answered"
     )
-    assert not [task for task in writes if task.done()]
+    assert not [task for task in (told, *writes) if task.done()]
     gate.release()
     done = await pivot
+    assert (await told).disk in ALL
     await asyncio.gather(*writes)
     assert done.pause_ms is not None
     assert await held.pauses_heard() == []

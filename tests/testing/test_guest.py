@@ -22,6 +22,7 @@ from blockferry.testing import (
     legacy_drive,
     make_image,
     processors,
+    qemu_version,
     write_pattern,
 )
 
@@ -32,8 +33,10 @@ MIB = 1024 * 1024
 async def test_acknowledged_records_are_on_disk(qemu: QemuBinaries, tmp_path: Path) -> None:
     first = make_image(qemu, tmp_path / "a.qcow2", "qcow2", 64 * MIB)
     second = make_image(qemu, tmp_path / "b.raw", "raw", 64 * MIB)
+    # A guest with iothreads that is stopped may hear of a request no more, since 8.2: docs/adr/0025-held-by-their-jobs.md.
+    iothread = "io0" if qemu_version(qemu) < (8, 2) else None
     disks = {
-        "vda": blockdev_disk("d0", first, "qcow2", iothread="io0"),
+        "vda": blockdev_disk("d0", first, "qcow2", iothread=iothread),
         "vdb": legacy_drive(second, "raw"),
     }
     async with WritingGuest(qemu, tmp_path, disks, slots=64) as guest:

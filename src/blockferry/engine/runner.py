@@ -96,11 +96,12 @@ class Runner:
                     self._record(operation, plan.record, outcomes, **end)
                     return self._get(operation)
                 said = self._written(operation, plan.record, outcomes)
-                try:
+                with contextlib.ExitStack() as afterwards:
+                    if plan.window is not None and plan.window.held:
+                        afterwards.callback(self._publish, said)  # the disks are not there yet
+                    else:
+                        self._publish(said)
                     settled = await self._settle(plan)
-                finally:
-                    # Not before: in a held window the disks are not there yet.
-                    self._publish(said)
                 pause = milliseconds()
             self._finish(operation, plan, settled, pause_ms=pause)
         except (Failure, errors.JournalUnwritable) as error:
