@@ -101,7 +101,7 @@ def test_format(disk: str, wanted: str | None, flags: int, made: str) -> None:
 def test_what_is_in_flight(dest: str, size: int, together: int, mebibytes: int | None) -> None:
     """By the disk's part of what is mirrored; QEMU's own to an export."""
     wanted = {} if mebibytes is None else {"buf-size": mebibytes << 20}
-    working = {} if mebibytes is None else {"buf-size": 1 << 20}
+    working = {} if mebibytes is None else {"buf-size": 512 << 10}
     assert buffer_of(dest, size, together, at_work=True) == working
     assert buffer_of(dest, size, together, at_work=False) == wanted
 

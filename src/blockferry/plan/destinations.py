@@ -18,8 +18,8 @@ NEW_OVERLAY_BYTES = 4 * 64 * 1024
 HEADER_NAME_MAX = 1023
 MIB = 1 << 20
 # What all mirrors of one request have in flight, and what each has at most and at least: docs/adr/0021-in-flight.md. QEMU copies a
-# mebibyte at a time (block/mirror.c, MAX_IO_BYTES); less than one would be smaller pieces.
-IN_FLIGHT, MOST_IN_FLIGHT, LEAST_IN_FLIGHT = 8 * MIB, 4 * MIB, MIB
+# mebibyte at a time (block/mirror.c, MAX_IO_BYTES); less than one is smaller pieces, which a guest that is at work is the better for.
+IN_FLIGHT, MOST_IN_FLIGHT, LEAST_IN_FLIGHT, AT_WORK_IN_FLIGHT = 8 * MIB, 4 * MIB, MIB, MIB // 2
 _KINDS = {"directory": "it is a directory", "other": "it is neither a file nor a block device"}
 
 
@@ -255,7 +255,7 @@ def buffer_of(dest: str, size: int, together: int, *, at_work: bool) -> dict[str
     if is_uri(dest):
         return {}
     if at_work:
-        return {"buf-size": LEAST_IN_FLIGHT}
+        return {"buf-size": AT_WORK_IN_FLIGHT}
     share = IN_FLIGHT * size // max(together, 1) // MIB * MIB
     return {"buf-size": max(LEAST_IN_FLIGHT, min(MOST_IN_FLIGHT, share))}
 
