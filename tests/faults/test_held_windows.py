@@ -8,24 +8,25 @@ import contextlib
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rig import ALL, FORMATS, MIB, Rig, open_rig
+from rig import ALL, FORMATS, MIB, Rig, forgets, open_rig
 from test_window_faults import on_destinations, second_pivot, started, writable
 
 from blockferry import errors
 from blockferry.engine.jobsteps import HOLD_SECONDS, JobSteps
 from blockferry.model import view
 from blockferry.model.flags import BlockCommit
-from blockferry.qemu.session import LostReply
-from blockferry.testing import Fault, FaultKind, check_image, find_qemu, qemu_version
+from blockferry.qemu.session import LostReply, Session
+from blockferry.testing import Fault, FaultKind, check_image, find_qemu
 
 
 @pytest.fixture
 async def held(tmp_path: Path) -> AsyncIterator[Rig]:
     """A guest that runs, with iothreads, in a QEMU of which one that was stopped may forget."""
     qemu = find_qemu("qemu10")
-    assert qemu_version(qemu) >= (8, 2)
+    assert forgets(qemu)
     async with open_rig(qemu, tmp_path, proxy=True) as rig:
         yield rig
 
@@ -135,6 +136,21 @@ async def test_after_the_record(held: Rig, monkeypatch: pytest.MonkeyPatch, nth:
     await on_destinations(held)
 
 
+@pytest.mark.parametrize("command", ["job-dismiss", "blockdev-del"])
+@pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.CUT_BEFORE, FaultKind.CUT_AFTER])
+async def test_after_the_switch(held: Rig, command: str, kind: FaultKind) -> None:
+    """It is settled from the beginning, with jobs that QEMU was let forget."""
+    await started(held)
+    fault = Fault(command, kind)
+    held.proxy.inject(fault)
+    await held.pivot(*ALL)
+    assert held.proxy.fired == [fault]
+    assert (await held.operations())[-1] == ("pivot", "done")
+    assert await held.qemu_jobs() == {}
+    assert await held.pauses_heard() == []
+    await on_destinations(held)
+
+
 async def test_a_job_that_somebody_cancels_after_the_record(held: Rig) -> None:
     """What had been written down is not so: what is, is written down instead, and said."""
     await started(held)
@@ -159,6 +175,28 @@ async def test_a_job_that_somebody_cancels_after_the_record(held: Rig) -> None:
         on = held.source(target) if target == "vdb" else held.dest(target)
         assert held.holds(target, on, FORMATS[target])
         check_image(held.qemu, on, FORMATS[target])
+
+
+async def test_qemu_dies_after_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing had gone over, and nothing had been answered: the destinations hold all of it."""
+    async with open_rig(find_qemu("qemu10"), tmp_path) as rig:
+        await started(rig)
+        for target in ALL:
+            await rig.write(target, 0x66, 2 * MIB)
+        execute_each = Session.execute_each
+
+        async def die(self: Session, command: str, *arguments: Any, **more: Any) -> Any:
+            if command == "job-finalize":
+                await rig.guest.kill()
+            return await execute_each(self, command, *arguments, **more)
+
+        monkeypatch.setattr(Session, "execute_each", die)
+        await asyncio.gather(rig.pivot(*ALL), return_exceptions=True)
+        await rig.settled()
+        assert (await rig.operations())[-1] == ("pivot", "done")
+        assert await rig.states() == dict.fromkeys(ALL, "pivoted")
+        for target in ALL:
+            assert rig.holds(target, rig.dest(target), FORMATS[target])
 
 
 async def test_a_guest_that_is_not_drained_in_time_is_stopped_until_it_is(

@@ -20,7 +20,6 @@ from blockferry.plan.chain import (
     Users,
     has_ended,
     joined,
-    keeps_back,
     plan_commit,
     plan_end,
     plan_merge,
@@ -44,7 +43,7 @@ from blockferry.plan.steps import (
     StartStream,
     Stop,
 )
-from blockferry.plan.window import as_it_is, settle_as_it_is
+from blockferry.plan.window import as_it_is, keeps_back, settle_as_it_is
 
 # /top on /two on /one on /low.raw, in nodes vda-n, -n1, -n2, -n3.
 CHAIN = ("/top", "/two", "/one", "/low.raw")

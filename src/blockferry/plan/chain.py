@@ -486,14 +486,6 @@ def _switch(job: ChainJob, disk: Disk, *, recorded: bool) -> tuple[Step, ...]:
     return (FinalizeJobs(jobs=(job.job,), recorded=recorded), roots)
 
 
-def keeps_back(window: Window, seen: Observation) -> bool:
-    """Whether the guest stays above the base although that is recorded otherwise: the job is over, and held it back for nothing."""
-    job = window.chain
-    if job is None or not window.held or has_ended(job, seen):
-        return False
-    return job.job not in seen.jobs or seen.jobs[job.job].over
-
-
 def _end_fill(job: ChainJob) -> Plan:
     """The destination holds what lay between: its mirror begins."""
     mirror = job.then

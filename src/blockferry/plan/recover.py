@@ -15,7 +15,7 @@ from blockferry.model.blockjob import ChainJob
 from blockferry.model.domain import Observation
 from blockferry.model.job import Job
 from blockferry.model.operation import OperationState, StepState
-from blockferry.plan.chain import has_ended, keeps_back
+from blockferry.plan.chain import has_ended
 from blockferry.plan.files import CreateImage, MendBacking, RemoveFile
 from blockferry.plan.plan import Plan, Window
 from blockferry.plan.steps import (
@@ -34,7 +34,7 @@ from blockferry.plan.steps import (
     Thaw,
 )
 from blockferry.plan.tracking import AddBitmap, OpenAgain
-from blockferry.plan.window import keeps_one_back, stands_on
+from blockferry.plan.window import keeps_back, stands_on
 
 Action = Literal[
     "nothing", "undo", "leave-window", "leave-chain", "record", "record-as-is", "record-part", "settle", "wait"
@@ -250,7 +250,7 @@ def decide(operation: Interrupted, evidence: Evidence) -> Decision:
     seen, plan = evidence.seen, operation.plan
     if operation.state == "recorded":
         window = plan.window
-        stays = window is not None and (keeps_one_back(window, seen) or keeps_back(window, seen))
+        stays = window is not None and keeps_back(window, seen)
         return Decision("Q" if stays else "A")
     if operation.state == "window" and plan.window is not None:
         if plan.window.chain is not None:

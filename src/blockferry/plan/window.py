@@ -22,6 +22,7 @@ from blockferry.model.files import ImageFact
 from blockferry.model.graph import Disk
 from blockferry.model.job import Job
 from blockferry.model.snapshot import Snapshot
+from blockferry.plan.chain import has_ended
 from blockferry.plan.copy import close_job, forget_bitmap
 from blockferry.plan.destinations import is_uri, require_size_of
 from blockferry.plan.disks import READ_ONLY_FILE, close_images, source_options
@@ -365,11 +366,13 @@ def settle_as_it_is(window: Window, seen: Observation, settle: tuple[Step, ...])
     return (*(step for mirror in stayed for step in close_job(mirror)), *rest)
 
 
-def keeps_one_back(window: Window, seen: Observation) -> bool:
+def keeps_back(window: Window, seen: Observation) -> bool:
     """Whether a disk of a held window stays where it was although that is recorded otherwise: its job is over."""
     if not window.held or window.ends_on == "source":
         return False
     stayed = [disk.mirror.job for disk in window.disks if stands_on(disk, seen) != disk.mirror.node]
+    if window.chain is not None and not has_ended(window.chain, seen):
+        stayed.append(window.chain.job)
     return any(name not in seen.jobs or seen.jobs[name].over for name in stayed)
 
 
